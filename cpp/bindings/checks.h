@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every CPU op asks of its arguments. A failed check throws std::invalid_argument, which reaches Python as
+// ValueError with the text as it is: argument, expected, got, and what to do where there is something to do.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "floats.h"
+#include "layout.h"
+#include "parallel.h"
+#include "status.h"
+
+namespace bitmill {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+inline std::string to_string(const Sizes& sizes) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  text << "]";
+  return text.str();
+}
+
+inline Sizes sizes_of(const Tensor& t) {
+  Sizes sizes;
+  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+  return sizes;
+}
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+// A CPU tensor of this dtype and these sizes, made contiguous.
+inline Tensor checked(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes,
+                      const char* remedy = "") {
+  if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU like x, got another device");
+  if (t.scalar_type() != dtype) {
+    fail(op, ": ", name, " must be ", dtype_name(dtype), ", got ", dtype_name(t.scalar_type()));
+  }
+  if (sizes_of(t) != sizes) {
+    fail(op, ": ", name, " must have shape ", to_string(sizes), ", got ", to_string(sizes_of(t)), remedy);
+  }
+  return torch::stable::contiguous(t);
+}
+
+inline std::optional<Tensor> checked(const char* op, const char* name, const std::optional<Tensor>& t,
+                                     ScalarType dtype, const Sizes& sizes, const char* remedy = "") {
+  if (!t) return std::nullopt;
+  return checked(op, name, *t, dtype, sizes, remedy);
+}
+
+template <class T>
+const T* data_or_null(const std::optional<Tensor>& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline Dtype float_dtype(const char* op, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: fail(op, ": x must be float32, bfloat16 or float16, got ", dtype_name(x.scalar_type()));
+  }
+}
+
+// x as rows [m, k]: leading dimensions of any number, contiguous.
+struct Rows {
+  Tensor x;
+  Sizes leading;
+  int64_t m = 1, k = 0;
+};
+
+inline Rows rows_of(const char* op, const Tensor& x) {
+  if (!x.is_cpu()) fail(op, ": x must be on the CPU like the packed weight, got another device");
+  if (x.dim() < 1) fail(op, ": x must have at least one dimension, got a scalar");
+  Rows rows{torch::stable::contiguous(x), sizes_of(x)};
+  rows.k = rows.leading.back();
+  rows.leading.pop_back();
+  for (const int64_t size : rows.leading) rows.m *= size;
+  if (rows.k > kMaxColumns) fail(op, ": x must have at most ", kMaxColumns, " columns, got ", rows.k);
+  return rows;
+}
+
+inline Sizes with_last(const Sizes& leading, int64_t last) {
+  Sizes sizes = leading;
+  sizes.push_back(last);
+  return sizes;
+}
+
+inline Sizes tile_sizes(int64_t n, int64_t k, int bits = 1) { return {tile_count(n), word_count(k, bits), kTileRows}; }
+
+inline int64_t group_count(const char* op, int64_t k, int64_t group_size) {
+  if (group_size < 0 || group_size % 32 != 0) {
+    fail(op, ": group_size must be 0 or a positive multiple of 32, got ", group_size);
+  }
+  return group_size > 0 ? ceil_div(k, group_size) : 1;
+}
+
+inline Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+inline void torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context) {
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) { body(context, from, to); });
+}
+
+inline void require(const char* op, Status status) {
+  if (status != Status::ok) fail(op, ": ", describe(status));
+}
+
+}  // namespace bitmill

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+// CPU ops of the bitpack and binary_matmul families: check, allocate, call. Schemas: python/bitmill/ops.
+#include "binary_matmul.h"
+#include "bitpack.h"
+#include "checks.h"
+
+namespace bitmill {
+namespace {
+
+Levels levels_of(const char* op, const std::string& levels) {
+  if (levels == "sign") return Levels::sign;
+  if (levels == "plus") return Levels::plus;
+  if (levels == "bool") return Levels::bool_;
+  fail(op, ": levels must be \"sign\", \"plus\" or \"bool\", got \"", levels, "\"");
+}
+
+struct Packed {
+  Tensor sign, nonzero, count, mean;
+};
+
+Packed pack_rows(const char* op, const Rows& rows, const std::optional<Tensor>& shift, Levels levels,
+                 double threshold, bool with_mean) {
+  const Sizes plane = with_last(rows.leading, word_count(rows.k));
+  const bool two_planes = levels == Levels::sign;
+  const auto shift_row = checked(op, "shift", shift, ScalarType::Float, {rows.k});
+  Packed packed{new_tensor(rows.x, plane, ScalarType::Int),
+                new_tensor(rows.x, two_planes ? plane : Sizes{0}, ScalarType::Int),
+                new_tensor(rows.x, rows.leading, ScalarType::Int),
+                new_tensor(rows.x, with_mean ? rows.leading : Sizes{0}, ScalarType::Float)};
+  BitpackParams p;
+  p.x = rows.x.const_data_ptr();
+  p.dtype = float_dtype(op, rows.x);
+  p.m = rows.m;
+  p.k = p.row_stride = rows.k;
+  p.shift = data_or_null<float>(shift_row);
+  p.threshold = static_cast<float>(threshold);
+  p.levels = levels;
+  p.sign = mutable_data<int32_t>(packed.sign);
+  p.nonzero = two_planes ? mutable_data<int32_t>(packed.nonzero) : nullptr;
+  p.count = mutable_data<int32_t>(packed.count);
+  p.mean = with_mean ? mutable_data<float>(packed.mean) : nullptr;
+  p.parallel_for = torch_parallel_for;
+  require(op, bitpack(p));
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bitpack_cpu(Tensor x, std::optional<Tensor> shift, std::string levels,
+                                                       double threshold, bool mean) {
+  const Levels kind = levels_of("bitpack", levels);
+  const Packed packed = pack_rows("bitpack", rows_of("bitpack", x), shift, kind, threshold, mean);
+  return {packed.sign, packed.nonzero, packed.count, packed.mean};
+}
+
+Tensor bitunpack_cpu(Tensor sign, std::optional<Tensor> nonzero, int64_t k) {
+  const Rows rows = rows_of("bitunpack", sign);
+  if (k < 0 || k > kMaxColumns || rows.k != word_count(k)) {
+    fail("bitunpack: sign must have ceil(k / 32) words in its last dimension, got k = ", k, " and ", rows.k, " words");
+  }
+  checked("bitunpack", "sign", sign, ScalarType::Int, sizes_of(sign));
+  const auto plane = checked("bitunpack", "nonzero", nonzero, ScalarType::Int, sizes_of(sign));
+  const Tensor values = new_tensor(rows.x, with_last(rows.leading, k), ScalarType::Char);
+  require("bitunpack", bitunpack(data<int32_t>(rows.x), data_or_null<int32_t>(plane), rows.m, k,
+                                 mutable_data<int8_t>(values)));
+  return values;
+}
+
+int tile_bits(const char* op, int64_t bits) {
+  if (bits != 1 && bits != 4 && bits != 8) fail(op, ": bits must be 1, 4 or 8, got ", bits);
+  return static_cast<int>(bits);
+}
+
+Tensor tile_pack_cpu(Tensor codes, int64_t bits) {
+  if (codes.dim() != 2) fail("tile_pack: codes must have shape [n, k], got ", to_string(sizes_of(codes)));
+  const Tensor rows = checked("tile_pack", "codes", codes, ScalarType::Byte, sizes_of(codes));
+  const int64_t n = rows.size(0), k = rows.size(1);
+  const Tensor tiles = new_tensor(rows, tile_sizes(n, k, tile_bits("tile_pack", bits)), ScalarType::Int);
+  require("tile_pack", tile_pack(data<uint8_t>(rows), n, k, static_cast<int>(bits), mutable_data<int32_t>(tiles)));
+  return tiles;
+}
+
+Tensor tile_unpack_cpu(Tensor tiles, int64_t n, int64_t k, int64_t bits) {
+  if (n < 0 || k < 0 || k > kMaxColumns) fail("tile_unpack: n and k must not be negative, got n = ", n, ", k = ", k);
+  const Sizes sizes = tile_sizes(n, k, tile_bits("tile_unpack", bits));
+  const Tensor words = checked("tile_unpack", "tiles", tiles, ScalarType::Int, sizes);
+  const Tensor codes = new_tensor(words, {n, k}, ScalarType::Byte);
+  require("tile_unpack",
+          tile_unpack(data<int32_t>(words), n, k, static_cast<int>(bits), mutable_data<uint8_t>(codes)));
+  return codes;
+}
+
+constexpr const char* kPackRemedy = "; pack the weight with bitmill.ops.tile_pack";
+
+Tensor binary_matmul_cpu(Tensor a, Tensor weight, int64_t n, int64_t k, std::optional<Tensor> a_nonzero,
+                         std::optional<Tensor> weight_nonzero, std::string levels) {
+  const char* op = "binary_matmul";
+  const Levels kind = levels_of(op, levels);
+  if (n < 0 || k < 0 || k > kMaxColumns) fail(op, ": n and k must not be negative, got n = ", n, ", k = ", k);
+  if (a_nonzero && kind != Levels::sign) fail(op, ": a_nonzero goes with levels=\"sign\" only, got \"", levels, "\"");
+  const Rows rows = rows_of(op, a);
+  checked(op, "a", a, ScalarType::Int, with_last(rows.leading, word_count(k)));
+  const auto nonzero = checked(op, "a_nonzero", a_nonzero, ScalarType::Int, sizes_of(a));
+  const Tensor tiles = checked(op, "weight", weight, ScalarType::Int, tile_sizes(n, k), kPackRemedy);
+  const auto tiles_nonzero = checked(op, "weight_nonzero", weight_nonzero, ScalarType::Int, tile_sizes(n, k));
+  const Tensor dot = new_tensor(rows.x, with_last(rows.leading, n), ScalarType::Int);
+  BinaryMatmulParams p;
+  p.a = data<int32_t>(rows.x);
+  p.a_nonzero = data_or_null<int32_t>(nonzero);
+  p.operand = kind == Levels::bool_ ? Operand::bool_ : nonzero ? Operand::ternary : Operand::sign;
+  p.weight = data<int32_t>(tiles);
+  p.weight_nonzero = data_or_null<int32_t>(tiles_nonzero);
+  p.m = rows.m;
+  p.n = n;
+  p.k = k;
+  p.dot = mutable_data<int32_t>(dot);
+  p.parallel_for = torch_parallel_for;
+  require(op, binary_matmul(p));
+  return dot;
+}
+
+Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias,
+                         std::optional<Tensor> weight_nonzero, std::optional<Tensor> shift, std::string levels,
+                         double threshold, bool row_scale, int64_t group_size, std::string, double) {
+  const char* op = "binary_linear";
+  const Levels kind = levels_of(op, levels);
+  const Rows rows = rows_of(op, x);
+  const int64_t k = rows.k, n = scale.dim() > 0 ? scale.size(0) : 0;
+  const Sizes scales = {n, group_count(op, k, group_size)};
+  const Tensor scale_rows = checked(op, "scale", scale, ScalarType::Float, scales);
+  const Tensor tiles = checked(op, "weight", weight, ScalarType::Int, tile_sizes(n, k), kPackRemedy);
+  const auto tiles_nonzero = checked(op, "weight_nonzero", weight_nonzero, ScalarType::Int, tile_sizes(n, k));
+  const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
+  const Packed packed = pack_rows(op, rows, shift, kind, threshold, row_scale);
+  const Tensor out = new_tensor(rows.x, with_last(rows.leading, n), x.scalar_type());
+  BinaryMatmulParams p;
+  p.a = data<int32_t>(packed.sign);
+  p.a_nonzero = kind == Levels::sign ? data<int32_t>(packed.nonzero) : nullptr;
+  p.operand = kind == Levels::sign ? Operand::ternary : kind == Levels::plus ? Operand::sign : Operand::bool_;
+  p.weight = data<int32_t>(tiles);
+  p.weight_nonzero = data_or_null<int32_t>(tiles_nonzero);
+  p.m = rows.m;
+  p.n = n;
+  p.k = k;
+  p.out = out.mutable_data_ptr();
+  p.out_dtype = float_dtype(op, rows.x);
+  p.scale = data<float>(scale_rows);
+  p.group_size = group_size;
+  p.row_scale = row_scale ? data<float>(packed.mean) : nullptr;
+  p.bias = data_or_null<float>(bias_row);
+  p.parallel_for = torch_parallel_for;
+  require(op, binary_matmul(p));
+  return out;
+}
+
+Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias,
+                                std::optional<Tensor> weight_nonzero, int64_t group_size) {
+  const char* op = "binary_weight_linear";
+  const Rows rows = rows_of(op, x);
+  const int64_t k = rows.k, n = scale.dim() > 0 ? scale.size(0) : 0;
+  const Sizes scales = {n, group_count(op, k, group_size)};
+  const Tensor scale_rows = checked(op, "scale", scale, ScalarType::Float, scales);
+  const Tensor tiles = checked(op, "weight", weight, ScalarType::Int, tile_sizes(n, k), kPackRemedy);
+  const auto tiles_nonzero = checked(op, "weight_nonzero", weight_nonzero, ScalarType::Int, tile_sizes(n, k));
+  const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
+  const Tensor out = new_tensor(rows.x, with_last(rows.leading, n), x.scalar_type());
+  BinaryWeightMatmulParams p;
+  p.x = rows.x.const_data_ptr();
+  p.dtype = float_dtype(op, rows.x);
+  p.weight = data<int32_t>(tiles);
+  p.weight_nonzero = data_or_null<int32_t>(tiles_nonzero);
+  p.m = rows.m;
+  p.n = n;
+  p.k = k;
+  p.scale = data<float>(scale_rows);
+  p.group_size = group_size;
+  p.bias = data_or_null<float>(bias_row);
+  p.out = out.mutable_data_ptr();
+  p.parallel_for = torch_parallel_for;
+  require(op, binary_weight_matmul(p));
+  return out;
+}
+
+}  // namespace
+}  // namespace bitmill
+
+STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) {
+  m.impl("bitpack", TORCH_BOX(&bitmill::bitpack_cpu));
+  m.impl("bitunpack", TORCH_BOX(&bitmill::bitunpack_cpu));
+  m.impl("tile_pack", TORCH_BOX(&bitmill::tile_pack_cpu));
+  m.impl("tile_unpack", TORCH_BOX(&bitmill::tile_unpack_cpu));
+  m.impl("binary_matmul", TORCH_BOX(&bitmill::binary_matmul_cpu));
+  m.impl("binary_linear", TORCH_BOX(&bitmill::binary_linear_cpu));
+  m.impl("binary_weight_linear", TORCH_BOX(&bitmill::binary_weight_linear_cpu));
+}

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+// The obvious form of the binary products, and the choice of the instruction set.
+// With s the sign bits, z the nonzero bits and pc the number of set bits, over the true k columns:
+//   sign    . weight:  k - 2 pc(s ^ w)           a zero pad on both sides adds nothing
+//   ternary . weight:  pc(z) - 2 pc((s ^ w) & z)
+//   bool    . weight:  2 pc(s & w) - pc(s)
+// and a weight with zeros replaces z by z & its own nonzero bits.
+#include "binary_matmul.h"
+
+#include <bit>
+
+#include "cpu.h"
+#include "layout.h"
+#include "panel_matmul.h"
+
+namespace bitmill {
+namespace detail {
+namespace {
+
+// The dot product over words [begin, end) of one row with one lane of a tile.
+int32_t dot_words(const BinaryMatmulParams& p, const int32_t* a, const int32_t* nonzero, const int32_t* weight,
+                  const int32_t* weight_nonzero, int64_t begin, int64_t end) {
+  int32_t present = 0, opposite = 0;
+  for (int64_t w = begin; w < end; ++w) {
+    const int64_t columns = p.k - 32 * w;
+    uint32_t mask = columns >= 32 ? ~0u : (1u << columns) - 1;
+    if (weight_nonzero) mask &= static_cast<uint32_t>(weight_nonzero[w * kTileRows]);
+    const uint32_t s = static_cast<uint32_t>(a[w]), b = static_cast<uint32_t>(weight[w * kTileRows]);
+    if (p.operand == Operand::bool_) {
+      mask &= s;
+      opposite += std::popcount(mask & ~b);
+    } else {
+      if (p.operand == Operand::ternary) mask &= static_cast<uint32_t>(nonzero[w]);
+      opposite += std::popcount((s ^ b) & mask);
+    }
+    present += std::popcount(mask);
+  }
+  return present - 2 * opposite;
+}
+
+}  // namespace
+
+void binary_matmul_tiles_generic(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
+  const int64_t words = word_count(p.k);
+  const int64_t group_words = p.group_size > 0 ? p.group_size / 32 : words;
+  const int64_t groups = p.group_size > 0 ? ceil_div(p.k, p.group_size) : 1;
+  for (int64_t row = 0; row < p.m; ++row) {
+    const int32_t* a = p.a + row * words;
+    const int32_t* nonzero = p.operand == Operand::ternary ? p.a_nonzero + row * words : nullptr;
+    for (int64_t column = begin * kTileRows; column < std::min(p.n, end * kTileRows); ++column) {
+      const int64_t lane = (column / kTileRows) * words * kTileRows + column % kTileRows;
+      const int32_t* weight = p.weight + lane;
+      const int32_t* weight_nonzero = p.weight_nonzero ? p.weight_nonzero + lane : nullptr;
+      if (p.dot) {
+        p.dot[row * p.n + column] = dot_words(p, a, nonzero, weight, weight_nonzero, 0, words);
+        continue;
+      }
+      float value = 0.0f;
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t from = group * group_words, to = std::min(words, from + group_words);
+        const float dot = static_cast<float>(dot_words(p, a, nonzero, weight, weight_nonzero, from, to));
+        float scale = p.scale[column * groups + group];
+        if (p.row_scale) scale *= p.row_scale[row];
+        value = group == 0 ? scale * dot : value + scale * dot;
+      }
+      if (p.bias) value += p.bias[column];
+      with_dtype(p.out_dtype, p.out, [&](auto* out) { store(value, out + row * p.n + column); });
+    }
+  }
+}
+
+}  // namespace detail
+
+Status binary_matmul(const BinaryMatmulParams& p) {
+  if (p.m < 0 || p.n < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
+  if ((p.operand == Operand::ternary) != (p.a_nonzero != nullptr)) return Status::bad_argument;
+  if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
+  if (!p.dot && (!p.out || !p.scale)) return Status::bad_argument;
+  auto* tiles = detail::binary_matmul_tiles_generic;
+  double nanoseconds_per_word = 1.0;
+#ifdef BITMILL_AVX512
+  if (selected() == InstructionSet::avx512) {
+    tiles = detail::binary_matmul_tiles_avx512;
+    nanoseconds_per_word = 0.03;
+  }
+#endif
+  const double words = static_cast<double>(p.m) * static_cast<double>(word_count(p.k) + 2) * kTileRows;
+  split(p.parallel_for, tile_count(p.n), words * nanoseconds_per_word,
+        [&](int64_t begin, int64_t end) { tiles(p, begin, end); });
+  return Status::ok;
+}
+
+Status binary_weight_matmul(const BinaryWeightMatmulParams& p) {
+  if (p.m < 0 || p.n < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
+  if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
+  const detail::PanelShape shape{p.m, p.n, p.k, p.group_size};
+  const int64_t words = word_count(p.k), groups = shape.groups();
+  const auto decode = [&](int64_t tile, int64_t begin, int64_t end, float* panel) {
+    for (int64_t j = begin; j < end; ++j) {
+      const int64_t word = (tile * words + j / 32) * kTileRows;
+      for (int64_t lane = 0; lane < kTileRows; ++lane) {
+        const auto bit = [&](const int32_t* tiles) { return (static_cast<uint32_t>(tiles[word + lane]) >> (j % 32)) & 1u; };
+        const float sign = bit(p.weight) ? 1.0f : -1.0f;
+        panel[(j - begin) * kTileRows + lane] = !p.weight_nonzero || bit(p.weight_nonzero) ? sign : 0.0f;
+      }
+    }
+  };
+  const auto finish = [&](int64_t, int64_t tile, int64_t lane, int64_t group, float sum, float& value) {
+    value += p.scale[(tile * kTileRows + lane) * groups + group] * sum;
+  };
+  const auto done = [&](int64_t, int64_t tile, int64_t lane, float value) {
+    return p.bias ? value + p.bias[tile * kTileRows + lane] : value;
+  };
+  with_dtype(p.dtype, p.out, [&]<class T>(T* out) {
+    detail::panel_matmul(shape, static_cast<const T*>(p.x), out, p.parallel_for, decode, finish, done);
+  });
+  return Status::ok;
+}
+
+}  // namespace bitmill

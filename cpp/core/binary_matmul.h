@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products with a binary weight: of bits with bits to exact integers, with or without the float epilogue, and of
+// floats with bits. Weights are tiles (layout.h); `weight_nonzero` (tiles or null) marks weights that are not 0.
+#pragma once
+
+#include <cstdint>
+
+#include "floats.h"
+#include "parallel.h"
+#include "status.h"
+
+namespace bitmill {
+
+enum class Operand {
+  sign,    // activations -1, +1
+  ternary, // activations -1, 0, +1: `a_nonzero` is given
+  bool_    // activations 0, 1
+};
+
+struct BinaryMatmulParams {
+  const int32_t* a = nullptr;          // [m, word_count(k)]
+  const int32_t* a_nonzero = nullptr;  // the same, for Operand::ternary
+  Operand operand = Operand::sign;
+  const int32_t* weight = nullptr;
+  const int32_t* weight_nonzero = nullptr;
+  int64_t m = 0, n = 0, k = 0;
+
+  int32_t* dot = nullptr;  // [m, n]: the integers; or null, then the float result is written:
+  void* out = nullptr;     // [m, n]: fl(fl(scale * dot) + bias), summed over the groups of columns first to last
+  Dtype out_dtype = Dtype::f32;
+  const float* scale = nullptr;      // [n, groups]
+  int64_t group_size = 0;            // columns a group, a multiple of 32; 0: one group
+  const float* row_scale = nullptr;  // [m] or null: scale becomes fl(scale * row_scale)
+  const float* bias = nullptr;       // [n] or null
+  ParallelFor parallel_for = serial_for;
+};
+Status binary_matmul(const BinaryMatmulParams& params);
+
+struct BinaryWeightMatmulParams {
+  const void* x = nullptr;  // [m, k], contiguous
+  Dtype dtype = Dtype::f32;
+  const int32_t* weight = nullptr;
+  const int32_t* weight_nonzero = nullptr;
+  int64_t m = 0, n = 0, k = 0;
+  const float* scale = nullptr;  // [n, groups]
+  int64_t group_size = 0;        // columns a group, a multiple of 32; 0: one group
+  const float* bias = nullptr;   // [n] or null
+  void* out = nullptr;           // [m, n] of `dtype`
+  ParallelFor parallel_for = serial_for;
+};
+Status binary_weight_matmul(const BinaryWeightMatmulParams& params);
+
+namespace detail {
+// Tiles [begin, end) of the output columns, all rows.
+void binary_matmul_tiles_generic(const BinaryMatmulParams& params, int64_t begin, int64_t end);
+void binary_matmul_tiles_avx512(const BinaryMatmulParams& params, int64_t begin, int64_t end);
+}  // namespace detail
+
+}  // namespace bitmill

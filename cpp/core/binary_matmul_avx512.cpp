@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+// Binary products with VPOPCNTDQ: 4 rows x 4 tiles (64 outputs a row) stay in registers over all of k. A lane is an
+// output, so 16 finished results leave a register at once. Bit-equal to the generic form, epilogue included.
+// Weights with zeros are rare and take the generic form.
+#include <immintrin.h>
+
+#include "binary_matmul.h"
+#include "layout.h"
+
+namespace bitmill::detail {
+namespace {
+
+constexpr int kTiles = 4;  // tiles side by side
+
+struct Row {  // named, not an array: g++ keeps an indexed array of accumulators in memory
+  __m512i c0, c1, c2, c3;
+};
+
+template <Operand operand>
+__m512i count(__m512i sum, __m512i a, __m512i nonzero, __m512i weight) {
+  __m512i bits;
+  if constexpr (operand == Operand::sign) {
+    bits = _mm512_xor_si512(a, weight);
+  } else if constexpr (operand == Operand::ternary) {
+    bits = _mm512_ternarylogic_epi64(a, weight, nonzero, 0x28);  // (a ^ weight) & nonzero
+  } else {
+    bits = _mm512_and_si512(a, weight);
+  }
+  sum = _mm512_add_epi32(sum, _mm512_popcnt_epi32(bits));
+  asm volatile("" : "+v"(sum));  // keeps xor, popcount and add of one output together; otherwise g++ runs out of registers
+  return sum;
+}
+
+template <Operand operand>
+void step(Row& row, int32_t a, int32_t nonzero, __m512i w0, __m512i w1, __m512i w2, __m512i w3) {
+  const __m512i bits = _mm512_set1_epi32(a);
+  const __m512i present = operand == Operand::ternary ? _mm512_set1_epi32(nonzero) : bits;
+  row.c0 = count<operand>(row.c0, bits, present, w0);
+  row.c1 = count<operand>(row.c1, bits, present, w1);
+  row.c2 = count<operand>(row.c2, bits, present, w2);
+  row.c3 = count<operand>(row.c3, bits, present, w3);
+}
+
+// What every block of one call shares.
+struct Task {
+  const BinaryMatmulParams& p;
+  int64_t words, groups, group_words;
+  int64_t end;  // the first tile that belongs to somebody else
+  const int32_t* present;  // [m, groups]: k, pc(nonzero) or pc(a) over the columns of the group
+};
+
+float* partial(float* sums, int row, int tile) { return sums + (row * kTiles + tile) * kTileRows; }
+
+__m512 load_scale(const Task& task, int64_t column, int64_t group, __mmask16 lanes) {
+  if (task.groups == 1) return _mm512_maskz_loadu_ps(lanes, task.p.scale + column);
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(task.groups)));
+  const float* first = task.p.scale + column * task.groups + group;
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, first, 4);
+}
+
+void store_as(Dtype dtype, void* out, int64_t at, __mmask16 lanes, __m512 value) {
+  if (dtype == Dtype::f32) {
+    _mm512_mask_storeu_ps(static_cast<float*>(out) + at, lanes, value);
+  } else if (dtype == Dtype::f16) {
+    _mm256_mask_storeu_epi16(static_cast<Float16*>(out) + at, lanes,
+                             _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  } else {  // vcvtneps2bf16 flushes subnormals, so round by hand
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    const __m512i halves = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0));
+    _mm256_mask_storeu_epi16(static_cast<BFloat16*>(out) + at, lanes, _mm512_cvtepi32_epi16(halves));
+  }
+}
+
+template <Operand operand>
+__m512i to_dot(__m512i counts, __m512i present) {
+  const __m512i twice = _mm512_add_epi32(counts, counts);
+  return operand == Operand::bool_ ? _mm512_sub_epi32(twice, present) : _mm512_sub_epi32(present, twice);
+}
+
+// Integer sums of one row and one tile to dot products, or to the float result. `sums` carries a float from group to
+// group.
+template <Operand operand>
+void finish(const Task& task, int64_t row, int64_t tile, int64_t group, __m512i counts, float* sums) {
+  const BinaryMatmulParams& p = task.p;
+  const int64_t column = tile * kTileRows, left = p.n - column;
+  const __mmask16 lanes = left >= kTileRows ? __mmask16{0xFFFF} : static_cast<__mmask16>((1u << left) - 1);
+  const __m512i present = _mm512_set1_epi32(task.present[row * task.groups + group]);
+  const __m512i dot = to_dot<operand>(counts, present);
+  if (p.dot) return _mm512_mask_storeu_epi32(p.dot + row * p.n + column, lanes, dot);
+  __m512 scale = load_scale(task, column, group, lanes);
+  if (p.row_scale) scale = _mm512_mul_ps(scale, _mm512_set1_ps(p.row_scale[row]));
+  __m512 value = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot));
+  if (group > 0) value = _mm512_add_ps(_mm512_loadu_ps(sums), value);
+  if (group + 1 < task.groups) return _mm512_storeu_ps(sums, value);
+  if (p.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, p.bias + column));
+  store_as(p.out_dtype, p.out, row * p.n + column, lanes, value);
+}
+
+// Four tiles of one row: the common cases (whole tiles, one group, integers or float32) without masks.
+template <Operand operand>
+inline void finish_row(const Task& task, int64_t row, int64_t tile, int64_t group, const Row& counts, float* sums) {
+  const BinaryMatmulParams& p = task.p;
+  const bool whole = tile + kTiles <= task.end && (tile + kTiles) * kTileRows <= p.n && task.groups == 1;
+  const int64_t column = tile * kTileRows;
+  if (whole && (p.dot || p.out_dtype == Dtype::f32)) {
+    const __m512i present = _mm512_set1_epi32(task.present[row]);
+    const __m512i dot0 = to_dot<operand>(counts.c0, present), dot1 = to_dot<operand>(counts.c1, present);
+    const __m512i dot2 = to_dot<operand>(counts.c2, present), dot3 = to_dot<operand>(counts.c3, present);
+    if (p.dot) {
+      int32_t* out = p.dot + row * p.n + column;
+      _mm512_storeu_si512(out, dot0);
+      _mm512_storeu_si512(out + kTileRows, dot1);
+      _mm512_storeu_si512(out + 2 * kTileRows, dot2);
+      _mm512_storeu_si512(out + 3 * kTileRows, dot3);
+      return;
+    }
+    const auto write = [&](int64_t at, __m512i dot) {
+      __m512 scale = _mm512_loadu_ps(p.scale + at);
+      if (p.row_scale) scale = _mm512_mul_ps(scale, _mm512_set1_ps(p.row_scale[row]));
+      __m512 value = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot));
+      if (p.bias) value = _mm512_add_ps(value, _mm512_loadu_ps(p.bias + at));
+      _mm512_storeu_ps(static_cast<float*>(p.out) + row * p.n + at, value);
+    };
+    write(column, dot0);
+    write(column + kTileRows, dot1);
+    write(column + 2 * kTileRows, dot2);
+    write(column + 3 * kTileRows, dot3);
+    return;
+  }
+  finish<operand>(task, row, tile, group, counts.c0, sums);
+  if (tile + 1 < task.end) finish<operand>(task, row, tile + 1, group, counts.c1, sums + kTileRows);
+  if (tile + 2 < task.end) finish<operand>(task, row, tile + 2, group, counts.c2, sums + 2 * kTileRows);
+  if (tile + 3 < task.end) finish<operand>(task, row, tile + 3, group, counts.c3, sums + 3 * kTileRows);
+}
+
+template <Operand operand, int rows>
+void block(const Task& task, int64_t row, int64_t tile) {
+  const BinaryMatmulParams& p = task.p;
+  const int64_t last = task.end - 1;
+  const auto tile_at = [&](int64_t t) { return p.weight + (t < last ? t : last) * task.words * kTileRows; };
+  const int32_t *w0 = tile_at(tile), *w1 = tile_at(tile + 1), *w2 = tile_at(tile + 2), *w3 = tile_at(tile + 3);
+  const int32_t* a0 = p.a + row * task.words;
+  const int32_t* z0 = operand == Operand::ternary ? p.a_nonzero + row * task.words : a0;
+  const int64_t next = task.words;
+  float sums[4 * kTiles * kTileRows];
+  for (int64_t group = 0; group < task.groups; ++group) {
+    const __m512i zero = _mm512_setzero_si512();
+    Row r0{zero, zero, zero, zero}, r1 = r0, r2 = r0, r3 = r0;
+    const int64_t begin = group * task.group_words;
+    const int64_t end = begin + task.group_words < task.words ? begin + task.group_words : task.words;
+    for (int64_t w = begin; w < end; ++w) {
+      const __m512i v0 = _mm512_loadu_si512(w0 + w * kTileRows), v1 = _mm512_loadu_si512(w1 + w * kTileRows);
+      const __m512i v2 = _mm512_loadu_si512(w2 + w * kTileRows), v3 = _mm512_loadu_si512(w3 + w * kTileRows);
+      step<operand>(r0, a0[w], z0[w], v0, v1, v2, v3);
+      if constexpr (rows > 1) {
+        step<operand>(r1, a0[w + next], z0[w + next], v0, v1, v2, v3);
+        step<operand>(r2, a0[w + 2 * next], z0[w + 2 * next], v0, v1, v2, v3);
+        step<operand>(r3, a0[w + 3 * next], z0[w + 3 * next], v0, v1, v2, v3);
+      }
+    }
+    finish_row<operand>(task, row, tile, group, r0, sums);
+    if constexpr (rows > 1) {
+      finish_row<operand>(task, row + 1, tile, group, r1, partial(sums, 1, 0));
+      finish_row<operand>(task, row + 2, tile, group, r2, partial(sums, 2, 0));
+      finish_row<operand>(task, row + 3, tile, group, r3, partial(sums, 3, 0));
+    }
+  }
+}
+
+template <int rows>
+void block(const Task& task, int64_t row, int64_t tile) {
+  Operand operand = task.p.operand;
+  if (operand == Operand::ternary) {  // rows without a zero are plain signs
+    int64_t present = 0;
+    for (int64_t i = row * task.groups; i < (row + rows) * task.groups; ++i) present += task.present[i];
+    if (present == rows * task.p.k) operand = Operand::sign;
+  }
+  switch (operand) {
+    case Operand::sign:
+      return block<Operand::sign, rows>(task, row, tile);
+    case Operand::ternary:
+      return block<Operand::ternary, rows>(task, row, tile);
+    case Operand::bool_:
+      return block<Operand::bool_, rows>(task, row, tile);
+  }
+}
+
+}  // namespace
+
+void binary_matmul_tiles_avx512(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
+  if (p.weight_nonzero || p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
+  const int64_t words = word_count(p.k);
+  const int64_t group_words = p.group_size > 0 && !p.dot ? p.group_size / 32 : words;
+  const int64_t groups = ceil_div(words, group_words);
+  int32_t* present = new int32_t[p.m * groups];
+  for (int64_t row = 0; row < p.m; ++row) {
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t from = group * group_words, to = from + group_words < words ? from + group_words : words;
+      int64_t count = (32 * to < p.k ? 32 * to : p.k) - 32 * from;
+      if (p.operand != Operand::sign) {
+        const int32_t* bits = (p.operand == Operand::ternary ? p.a_nonzero : p.a) + row * words;
+        count = 0;
+        for (int64_t w = from; w < to; ++w) count += _mm_popcnt_u32(static_cast<uint32_t>(bits[w]));
+      }
+      present[row * groups + group] = static_cast<int32_t>(count);
+    }
+  }
+  const Task task{p, words, groups, group_words, end, present};
+  for (int64_t tile = begin; tile < end; tile += kTiles) {
+    int64_t row = 0;
+    for (; row + 4 <= p.m; row += 4) block<4>(task, row, tile);
+    for (; row < p.m; ++row) block<1>(task, row, tile);
+  }
+  delete[] present;
+}
+
+}  // namespace bitmill::detail

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which instruction set runs. Chosen once by CPUID; tests and experts may force another one that this machine has.
+#pragma once
+
+namespace bitmill {
+
+enum class InstructionSet {
+  generic,  // plain C++20
+  avx512,   // AVX-512 F, BW, DQ, VL and VPOPCNTDQ (Ice Lake, Zen 4 and later)
+};
+
+inline constexpr InstructionSet kInstructionSets[] = {InstructionSet::generic, InstructionSet::avx512};
+
+const char* name(InstructionSet set);
+bool available(InstructionSet set);
+InstructionSet best();
+InstructionSet selected();
+bool select(InstructionSet set);  // false, and no change, if this machine does not have it
+
+}  // namespace bitmill

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// Threads belong to the host: a kernel is handed a parallel_for and splits its own work.
+#pragma once
+
+#include <cstdint>
+
+namespace bitmill {
+
+using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context);
+
+static inline void serial_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
+  if (begin < end) body(context, begin, end);
+}
+
+// Runs body(begin, end) over parts of [0, count). `cost` is the work of one item in nanoseconds, roughly: a part is
+// never smaller than about 20 microseconds, the price of waking a thread.
+template <class Body>
+void split(ParallelFor parallel_for, int64_t count, double cost, const Body& body) {
+  constexpr double kSmallestPart = 20000.0;
+  const double items = cost > 0 ? kSmallestPart / cost : static_cast<double>(count);
+  const int64_t grain = items >= static_cast<double>(count) ? count : static_cast<int64_t>(items) + 1;
+  const auto call = [](void* context, int64_t begin, int64_t end) {
+    (*static_cast<const Body*>(context))(begin, end);
+  };
+  (count <= grain ? serial_for : parallel_for)(0, count, grain, call, const_cast<Body*>(&body));
+}
+
+}  // namespace bitmill

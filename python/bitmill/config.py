@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three configurations that `quantize_` and `from_linear` take: frozen, validated, and plain data in a file."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from .binarize import method_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What all configurations share. `to_dict` and `from_dict` are exact inverses."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"config": type(self).__name__, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Config:
+        """Raises ValueError for an unknown configuration, an unknown field, or a value out of range."""
+        classes = {c.__name__: c for c in (BinaryConfig, SalientConfig, FP4Config)}
+        if not isinstance(values, dict) or values.get("config") not in classes:
+            raise ValueError(f"config: expected a dict with \"config\" one of {sorted(classes)}, got {_shorten(values)}")
+        cls = classes[values["config"]]
+        fields = {key: value for key, value in values.items() if key != "config"}
+        unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"{cls.__name__}: unknown field {unknown[0]!r}; a newer bitmill may have written it")
+        return cls(**fields)
+
+    def _require(self, field: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"{type(self).__name__}: {field} must be {expected}, got {_shorten(getattr(self, field))}")
+
+    def _require_one_of(self, field: str, allowed: tuple[Any, ...]) -> None:
+        value = getattr(self, field)
+        same_type = any(type(value) is type(a) and value == a for a in allowed)
+        self._require(field, same_type, "one of " + ", ".join(repr(a) for a in allowed))
+
+    def _require_group_size(self) -> None:
+        size = getattr(self, "group_size")  # noqa: B009  (only the subclasses have it)
+        valid = size is None or (type(size) is int and size > 0 and size % 32 == 0)
+        self._require("group_size", valid, "None or a positive multiple of 32")
+
+
+@dataclasses.dataclass(frozen=True)
+class BinaryConfig(Config):
+    """1-bit weights, with 1-bit activations or float ones.
+
+    Attributes:
+        method: the binarizer, one of `bitmill.binarize.method_names()`: "bibert", "bit", "bivit", "xnor", "sign", ...
+        act_bits: 1 (bits x bits), 32 (activations stay floats), or 2 and 4 for methods with multi-bit activations.
+        signed: for methods with an elastic activation (BiT): levels {-1, +1} (True) or {0, 1} (False; after ReLU or
+            softmax).
+        zero: what sign(0) of an activation is: "torch" 0, as in the published code; "plus" +1, which packs to one
+            plane instead of two.
+        group_size: columns that share a weight scale, a multiple of 32; None for the method's own granularity.
+        embeddings: let `quantize_` swap nn.Embedding too.
+    """
+
+    method: str = "bibert"
+    act_bits: int = 1
+    signed: bool = True
+    zero: str = "torch"
+    group_size: int | None = None
+    embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        self._require_one_of("method", method_names())
+        self._require_one_of("act_bits", (1, 2, 4, 32))
+        self._require_one_of("signed", (True, False))
+        self._require_one_of("zero", ("torch", "plus"))
+        self._require_one_of("embeddings", (True, False))
+        self._require_group_size()
+        from .binarize import method as find_method
+
+        rule = find_method(self.method)
+        if self.act_bits in (2, 4) or not self.signed:
+            elastic = rule.activation.scale == "learned"
+            self._require("act_bits", self.act_bits not in (2, 4) or elastic, f"1 or 32 for method {self.method!r}")
+            self._require("signed", self.signed or elastic, f"True for method {self.method!r}")
+        grouped = self.group_size is None or (rule.weight.centre != "global" and rule.weight.scale in ("row", "row_centred"))
+        self._require("group_size", grouped, f"None for method {self.method!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SalientConfig(Config):
+    """PB-LLM's partial binarization: a salient fraction keeps more bits, the rest is alpha sgn(w - mu) + mu.
+
+    Attributes:
+        fraction: share of the weights that stays salient, in [0, 1].
+        bits: 8 (uint8 codes, per-row asymmetric min/max) or 16 (float16).
+        metric: how salience is measured; "magnitude" |w|.
+        scale: "unbiased" divides by the number of binarised weights, "official" by the group width, as the published
+            code does.
+        centre: subtract the mean mu of the binarised weights (True) or not (False, mu = 0).
+        group_size: columns that share alpha and mu, a multiple of 32; None for the whole row.
+    """
+
+    fraction: float = 0.1
+    bits: int = 8
+    metric: str = "magnitude"
+    scale: str = "unbiased"
+    centre: bool = True
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.fraction, (int, float)) and not isinstance(self.fraction, bool)
+        self._require("fraction", number and 0 <= self.fraction <= 1, "a number in [0, 1]")
+        self._require_one_of("bits", (8, 16))
+        self._require_one_of("metric", ("magnitude",))
+        self._require_one_of("scale", ("unbiased", "official"))
+        self._require_one_of("centre", (True, False))
+        self._require_group_size()
+
+
+@dataclasses.dataclass(frozen=True)
+class FP4Config(Config):
+    """4-bit floating-point weights.
+
+    Attributes:
+        format: "e2m1", "e1m2" or "e3m0" with one float scale an output channel, or "mxfp4": E2M1 with one E8M0 scale
+            for 32 columns.
+        scale_rule: for "mxfp4", how a block's scale follows from its largest magnitude: "floor" (the OCP text),
+            "rceil", "ceil" or "even".
+    """
+
+    format: str = "e2m1"
+    scale_rule: str = "floor"
+
+    FORMATS: ClassVar[tuple[str, ...]] = ("e2m1", "e1m2", "e3m0", "mxfp4")
+    SCALE_RULES: ClassVar[tuple[str, ...]] = ("floor", "rceil", "ceil", "even")
+
+    def __post_init__(self) -> None:
+        self._require_one_of("format", self.FORMATS)
+        self._require_one_of("scale_rule", self.SCALE_RULES)
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all layers share: the training form is an nn.Linear with a latent weight, the packed form owns buffers only.
+
+A packed layer can be built empty from its `arguments()` and its config, so a checkpoint is data: the class's name,
+its config, its arguments and its tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+
+L = TypeVar("L", bound="LatentLinear")
+
+
+def as_float32(t: Tensor | None) -> Tensor | None:
+    """The ops take scales and biases in float32; a layer moved by .half() or .bfloat16() holds them rounded."""
+    return t if t is None or t.dtype == torch.float32 else t.float()
+
+
+class LatentLinear(nn.Linear):
+    """Training form: nn.Linear whose weight [out_features, in_features] is latent and is quantised in forward."""
+
+    config_class: ClassVar[type[Config]]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: Config | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        config = config if config is not None else self.config_class()
+        if not isinstance(config, self.config_class):
+            expected = self.config_class.__name__
+            raise ValueError(f"{type(self).__name__}: config must be a {expected}, got {type(config).__name__}")
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.config: Any = config
+        self.create_state(self.weight.device, self.weight.dtype)
+
+    def create_state(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Create the parameters and buffers that the method adds to weight and bias."""
+
+    @classmethod
+    def from_linear(cls: type[L], linear: nn.Linear, config: Config | None = None) -> L:
+        """A layer on the same Parameters: nothing is copied, tied weights stay tied.
+
+        Raises:
+            ValueError: if `linear` is not exactly an nn.Linear, whose forward this layer replaces.
+        """
+        if type(linear) is not nn.Linear:
+            raise ValueError(
+                f"{cls.__name__}: linear must be a torch.nn.Linear, got {type(linear).__name__}, whose forward may differ"
+            )
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.create_state(linear.weight.device, linear.weight.dtype)
+        return layer.train(linear.training)
+
+    def to_linear(self, weight: Tensor) -> nn.Linear:
+        """An nn.Linear with this weight and this layer's bias."""
+        return linear_from(weight, self.bias, self.weight.dtype, self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.config}"
+
+
+class PackedModule(nn.Module):
+    """Packed form: buffers only, ready to save. Subclasses add `forward` and `dequantize`."""
+
+    config: Any
+    kernel: ClassVar[str]  # the op that forward calls
+
+    def arguments(self) -> dict[str, int | bool]:
+        """Keyword arguments besides `config` that rebuild this layer's empty buffers."""
+        raise TypeError(f"{type(self).__name__} does not say how it is built")
+
+    def weight_shape(self) -> tuple[int, int]:
+        """(n, k) of the weight that is packed."""
+        raise TypeError(f"{type(self).__name__} does not say the shape of its weight")
+
+    def validate(self) -> None:
+        """Raise ValueError if the buffers contradict each other (a file from a stranger may be hostile)."""
+
+    def extra_repr(self) -> str:
+        facts = ", ".join(f"{key}={value}" for key, value in self.arguments().items())
+        return f"{facts}, {self.config}"
+
+
+def linear_from(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, training: bool) -> nn.Linear:
+    """An nn.Linear that owns copies of weight and bias."""
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().to(dtype).clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(dtype).clone())
+    return linear.train(training)
+
+
+def require_width(layer: str, x: Tensor, k: int) -> None:
+    """One clear error for the commonest mistake; the op checks the rest."""
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"{layer}: the last dimension of x must be in_features = {k}, got shape {list(x.shape)}")

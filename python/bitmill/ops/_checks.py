@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ops ask of their arguments, for the fake and default kernels; cpp/bindings/checks.h asks the same.
+
+Every failure is a ValueError: argument, expected, got, and the remedy where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+TILE_ROWS = 16
+MAX_COLUMNS = 1 << 24
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PACK_REMEDY = "; pack the weight with bitmill.ops.tile_pack"
+
+
+def ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def tile_shape(n: int, k: int, bits: int = 1) -> list[int]:
+    """Shape of n x k values of `bits` bits as weight tiles."""
+    return [ceil_div(n, TILE_ROWS), ceil_div(k, 32 // bits), TILE_ROWS]
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_tensor(
+    op: str, name: str, t: Tensor | None, dtype: torch.dtype, shape: Sequence[int], like: Tensor, remedy: str = ""
+) -> None:
+    """A tensor of this dtype and shape on the device of `like`, or None."""
+    if t is None:
+        return
+    require(t.device == like.device, f"{op}: {name} must be on {like.device}, got {t.device}; move the layer or its input")
+    require(t.dtype == dtype, f"{op}: {name} must be {_short(dtype)}, got {_short(t.dtype)}")
+    require(
+        list(t.shape) == list(shape), f"{op}: {name} must have shape {list(shape)}, got {list(t.shape)}{remedy}"
+    )
+
+
+def check_rows(op: str, x: Tensor, name: str = "x") -> int:
+    """Floating-point rows; answers k."""
+    require(x.dim() >= 1, f"{op}: {name} must have at least one dimension, got a scalar")
+    require(x.dtype in FLOATS, f"{op}: {name} must be float32, bfloat16 or float16, got {_short(x.dtype)}")
+    k = x.shape[-1]
+    require(k <= MAX_COLUMNS, f"{op}: {name} must have at most {MAX_COLUMNS} columns, got {k}")
+    return k
+
+
+def check_one_of(op: str, name: str, value: str, allowed: Sequence[str]) -> None:
+    choices = ", ".join(f'"{a}"' for a in allowed[:-1]) + f' or "{allowed[-1]}"'
+    require(value in allowed, f'{op}: {name} must be {choices}, got "{value}"')
+
+
+def group_count(op: str, k: int, group_size: int) -> int:
+    """Groups of columns that share a scale; group_size 0 means one group."""
+    require(
+        group_size >= 0 and group_size % 32 == 0,
+        f"{op}: group_size must be 0 or a positive multiple of 32, got {group_size}",
+    )
+    return ceil_div(k, group_size) if group_size else 1
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

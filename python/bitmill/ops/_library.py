@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an op is declared, and how the compiled kernels are found.
+
+A schema is defined here in Python, with its default kernel in plain torch, so every op exists and works without a
+compiled library. `load` then adds the compiled CPU kernels; if it cannot, it keeps the reason and warns once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SCHEMAS: dict[str, str] = {}
+_failure: dict[str, str | None] = {"_ops_cpu": "not loaded yet"}
+
+
+def define(name: str, schema: str) -> None:
+    """Declare `torch.ops.bitmill.<name>` with a schema such as "(Tensor x, int k) -> Tensor"."""
+    _SCHEMAS[name] = schema
+    torch.library.define(f"bitmill::{name}", schema)
+
+
+def default(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the kernel that serves every device without a compiled one. It runs outside autocast."""
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(kernel)
+        def outside_autocast(*args: Any, **kwargs: Any) -> Any:
+            device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+            with torch.autocast(device, enabled=False):
+                return kernel(*args, **kwargs)
+
+        torch.library.impl(f"bitmill::{name}", "CompositeExplicitAutograd", outside_autocast)
+        return kernel
+
+    return register
+
+
+def op_names() -> list[str]:
+    """Names of all ops, in the order of their definition."""
+    return list(_SCHEMAS)
+
+
+def has_compiled_kernel(name: str, key: str = "CPU") -> bool:
+    """Whether the op has a compiled kernel for a dispatch key."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"bitmill::{name}", key)
+
+
+def load() -> None:
+    """Load the compiled CPU kernels, if they were built."""
+    spec = importlib.util.find_spec("bitmill._ops_cpu")
+    try:
+        if spec is None or spec.origin is None:
+            raise ImportError("bitmill was installed without its compiled library _ops_cpu")
+        torch.ops.load_library(spec.origin)
+        _failure["_ops_cpu"] = None
+    except Exception as error:  # whatever the loader says, the default kernels still work
+        _failure["_ops_cpu"] = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            "bitmill: the compiled CPU kernels are not in use, so packed layers run slowly in plain torch; "
+            "`bitmill info` says why",
+            stacklevel=2,
+        )
+
+
+def failure(library: str) -> str | None:
+    """Why a library is not loaded, or None if it is."""
+    return _failure[library]

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with a 1-bit weight: bits x bits to exact integers, bits x bits to floats, floats x bits to floats.
+
+binary_matmul:        dot[.., o] = sum_k a[.., k] w[o, k], exact int32; a in {-1, 0, +1} or {0, 1}, w in {-1, 0, +1}.
+binary_linear:        a = levels(x + shift);  y = fl(fl(scale * dot) + bias), two roundings in float32 on every
+                      backend, then one to x's dtype; groups of columns are added first to last; with row_scale the
+                      scale is fl(scale * mean |x|) of the row (XNOR-Net).
+binary_weight_linear: y = sum_g scale[o, g] sum_{k in g} x[.., k] w[o, k] + bias, float32 accumulation.
+Weights are tiles of bits (bitpack.py), with a second plane of nonzero bits where a weight can be 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _library as library
+from ._checks import MAX_COLUMNS, PACK_REMEDY, ceil_div, check_one_of, check_rows, check_tensor, group_count, require
+from ._checks import tile_shape as _tile_shape
+from .bitpack import LEVELS, _unpack_bits, binarized, mean_by_halves, tile_unpack
+
+SURROGATES = ("identity", "clip", "clip_open", "polynomial", "unit")
+
+library.define(
+    "binary_matmul",
+    "(Tensor a, Tensor weight, int n, int k, Tensor? a_nonzero=None, Tensor? weight_nonzero=None,"
+    ' str levels="sign") -> Tensor',
+)
+library.define(
+    "binary_linear",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? weight_nonzero=None, Tensor? shift=None,"
+    ' str levels="sign", float threshold=0.0, bool row_scale=False, int group_size=0,'
+    ' str surrogate="clip", float window=1.0) -> Tensor',
+)
+library.define(
+    "binary_weight_linear",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? weight_nonzero=None, int group_size=0)"
+    " -> Tensor",
+)
+
+
+def unpack_signs(weight: Tensor, weight_nonzero: Tensor | None, n: int, k: int) -> Tensor:
+    """Weight tiles to float32 [n, k] of -1, 0, +1."""
+    signs = tile_unpack(weight, n, k, 1).float() * 2 - 1
+    return signs if weight_nonzero is None else signs * tile_unpack(weight_nonzero, n, k, 1)
+
+
+def _scaled_signs(weight: Tensor, weight_nonzero: Tensor | None, scale: Tensor, k: int, group_size: int) -> Tensor:
+    n = scale.shape[0]
+    columns = scale.repeat_interleave(group_size, 1)[:, :k] if group_size else scale
+    return unpack_signs(weight, weight_nonzero, n, k) * columns
+
+
+def _group_dots(a: Tensor, signs: Tensor, group_size: int) -> list[Tensor]:
+    """Integers as float32, one [..., n] a group of columns; exact, because every partial sum is below 2^24."""
+    k = signs.shape[1]
+    width = group_size or max(k, 1)
+    return [a[..., i : i + width] @ signs[:, i : i + width].T for i in range(0, k, width)]
+
+
+@library.default("binary_matmul")
+def _binary_matmul_reference(
+    a: Tensor,
+    weight: Tensor,
+    n: int,
+    k: int,
+    a_nonzero: Tensor | None = None,
+    weight_nonzero: Tensor | None = None,
+    levels: str = "sign",
+) -> Tensor:
+    _check_binary_matmul(a, weight, n, k, a_nonzero, weight_nonzero, levels)
+    values = _unpack_bits(a, k).float()
+    if levels != "bool":
+        values = values * 2 - 1
+    if a_nonzero is not None:
+        values = values * _unpack_bits(a_nonzero, k)
+    return (values @ unpack_signs(weight, weight_nonzero, n, k).T).to(torch.int32)
+
+
+@library.default("binary_linear")
+def _binary_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    weight_nonzero: Tensor | None = None,
+    shift: Tensor | None = None,
+    levels: str = "sign",
+    threshold: float = 0.0,
+    row_scale: bool = False,
+    group_size: int = 0,
+    surrogate: str = "clip",
+    window: float = 1.0,
+) -> Tensor:
+    _check_binary_linear(x, weight, scale, bias, weight_nonzero, shift, levels, group_size, surrogate, window)
+    n, k = scale.shape[0], x.shape[-1]
+    level = binarized(x, shift, levels, threshold)
+    out = x.new_zeros((*x.shape[:-1], n), dtype=torch.float32)
+    dots = _group_dots(level, unpack_signs(weight, weight_nonzero, n, k), group_size)
+    rows = None
+    if row_scale:
+        rows = mean_by_halves((x.float() if shift is None else x.float() + shift).abs()).unsqueeze(-1)
+    for group, dot in enumerate(dots):
+        factor = scale[:, group] if rows is None else scale[:, group] * rows
+        out = factor * dot if group == 0 else out + factor * dot
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+@library.default("binary_weight_linear")
+def _binary_weight_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    weight_nonzero: Tensor | None = None,
+    group_size: int = 0,
+) -> Tensor:
+    _check_binary_weight_linear(x, weight, scale, bias, weight_nonzero, group_size)
+    n, k = scale.shape[0], x.shape[-1]
+    out = x.new_zeros((*x.shape[:-1], n), dtype=torch.float32)
+    signs = unpack_signs(weight, weight_nonzero, n, k)
+    for group, total in enumerate(_group_dots(x.float(), signs, group_size)):
+        out = out + scale[:, group] * total
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+def _check_binary_matmul(a, weight, n, k, a_nonzero, weight_nonzero, levels) -> None:
+    op = "binary_matmul"
+    check_one_of(op, "levels", levels, LEVELS)
+    require(n >= 0 and 0 <= k <= MAX_COLUMNS, f"{op}: n and k must not be negative, got n = {n}, k = {k}")
+    require(
+        a_nonzero is None or levels == "sign", f'{op}: a_nonzero goes with levels="sign" only, got "{levels}"'
+    )
+    require(a.dim() >= 1, f"{op}: a must have at least one dimension, got a scalar")
+    check_tensor(op, "a", a, torch.int32, [*a.shape[:-1], ceil_div(k, 32)], a)
+    check_tensor(op, "a_nonzero", a_nonzero, torch.int32, a.shape, a)
+    check_tensor(op, "weight", weight, torch.int32, _tile_shape(n, k), a, PACK_REMEDY)
+    check_tensor(op, "weight_nonzero", weight_nonzero, torch.int32, _tile_shape(n, k), a)
+
+
+def _check_weight(op, x, weight, scale, bias, weight_nonzero, group_size) -> None:
+    k = check_rows(op, x)
+    groups = group_count(op, k, group_size)
+    n = scale.shape[0] if scale.dim() else 0
+    check_tensor(op, "scale", scale, torch.float32, [n, groups], x)
+    check_tensor(op, "weight", weight, torch.int32, _tile_shape(n, k), x, PACK_REMEDY)
+    check_tensor(op, "weight_nonzero", weight_nonzero, torch.int32, _tile_shape(n, k), x)
+    check_tensor(op, "bias", bias, torch.float32, [n], x)
+
+
+def _check_binary_linear(
+    x, weight, scale, bias, weight_nonzero, shift, levels, group_size, surrogate, window
+) -> None:
+    op = "binary_linear"
+    check_one_of(op, "levels", levels, LEVELS)
+    check_one_of(op, "surrogate", surrogate, SURROGATES)
+    require(window > 0, f"{op}: window must be positive, got {window}")
+    _check_weight(op, x, weight, scale, bias, weight_nonzero, group_size)
+    check_tensor(op, "shift", shift, torch.float32, [x.shape[-1]], x)
+
+
+def _check_binary_weight_linear(x, weight, scale, bias, weight_nonzero, group_size) -> None:
+    _check_weight("binary_weight_linear", x, weight, scale, bias, weight_nonzero, group_size)
+
+
+@torch.library.register_fake("bitmill::binary_matmul")
+def _(a, weight, n, k, a_nonzero=None, weight_nonzero=None, levels="sign"):
+    _check_binary_matmul(a, weight, n, k, a_nonzero, weight_nonzero, levels)
+    return a.new_empty((*a.shape[:-1], n), dtype=torch.int32)
+
+
+@torch.library.register_fake("bitmill::binary_linear")
+def _(
+    x,
+    weight,
+    scale,
+    bias=None,
+    weight_nonzero=None,
+    shift=None,
+    levels="sign",
+    threshold=0.0,
+    row_scale=False,
+    group_size=0,
+    surrogate="clip",
+    window=1.0,
+):
+    _check_binary_linear(x, weight, scale, bias, weight_nonzero, shift, levels, group_size, surrogate, window)
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+@torch.library.register_fake("bitmill::binary_weight_linear")
+def _(x, weight, scale, bias=None, weight_nonzero=None, group_size=0):
+    _check_binary_weight_linear(x, weight, scale, bias, weight_nonzero, group_size)
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+def surrogate_slope(u: Tensor, surrogate: str) -> Tensor:
+    """Slope of the straight-through surrogate at u = z / window: what stands in for the derivative of the level.
+
+    "identity" 1; "clip" [|u| <= 1]; "clip_open" [|u| < 1], and 1 at NaN; "polynomial" (2 - 2 |u|)+ (Bi-Real net);
+    "unit" [0 <= u <= 1] (elastic {0, 1}).
+    """
+    if surrogate == "identity":
+        return torch.ones_like(u)
+    if surrogate == "clip":
+        return (u.abs() <= 1).to(u.dtype)
+    if surrogate == "clip_open":
+        return (~(u.abs() >= 1)).to(u.dtype)
+    if surrogate == "polynomial":
+        return (2 - 2 * u.abs()).clamp_min(0)
+    return ((u >= 0) & (u <= 1)).to(u.dtype)
+
+
+def _setup_binary_linear(ctx, inputs, output) -> None:
+    x, weight, scale, bias, weight_nonzero, shift, *settings = inputs
+    ctx.save_for_backward(x, weight, scale, weight_nonzero, shift)
+    ctx.has_bias = bias is not None
+    ctx.settings = settings
+
+
+def _backward_binary_linear(ctx, grad):
+    x, weight, scale, weight_nonzero, shift = ctx.saved_tensors
+    levels, threshold, row_scale, group_size, surrogate, window = ctx.settings
+    need_x, _, need_scale, need_bias, _, need_shift = ctx.needs_input_grad[:6]
+    g = grad.float()
+    z = x.float() if shift is None else x.float() + shift
+    if row_scale:
+        rows = z.abs().mean(-1, keepdim=True)
+        g_rows = g * rows
+    else:
+        g_rows = g
+    grad_x = grad_scale = grad_bias = grad_shift = None
+    if need_x or need_shift:
+        signs = _scaled_signs(weight, weight_nonzero, scale, x.shape[-1], group_size)
+        grad_z = (g_rows @ signs) * surrogate_slope(z / window, surrogate) / window
+        grad_x = grad_z.to(x.dtype)
+        grad_shift = grad_z.flatten(0, -2).sum(0) if need_shift else None
+    if need_scale:
+        level = binarized(x, shift, levels, threshold)
+        dots = _group_dots(level, unpack_signs(weight, weight_nonzero, scale.shape[0], x.shape[-1]), group_size)
+        grad_scale = torch.stack([(g_rows * dot).flatten(0, -2).sum(0) for dot in dots], 1)
+    if need_bias:
+        grad_bias = g.flatten(0, -2).sum(0)
+    return grad_x, None, grad_scale, grad_bias, None, grad_shift, None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "bitmill::binary_linear", _backward_binary_linear, setup_context=_setup_binary_linear
+)
+
+
+def _setup_binary_weight_linear(ctx, inputs, output) -> None:
+    x, weight, scale, _, weight_nonzero, ctx.group_size = inputs
+    ctx.save_for_backward(x, weight, scale, weight_nonzero)
+
+
+def _backward_binary_weight_linear(ctx, grad):
+    x, weight, scale, weight_nonzero = ctx.saved_tensors
+    need_x, _, need_scale, need_bias = ctx.needs_input_grad[:4]
+    g = grad.float()
+    grad_x = grad_scale = grad_bias = None
+    if need_x:
+        grad_x = (g @ _scaled_signs(weight, weight_nonzero, scale, x.shape[-1], ctx.group_size)).to(x.dtype)
+    if need_scale:
+        totals = _group_dots(x.float(), unpack_signs(weight, weight_nonzero, *_size(x, scale)), ctx.group_size)
+        grad_scale = torch.stack([(g * total).flatten(0, -2).sum(0) for total in totals], 1)
+    if need_bias:
+        grad_bias = g.flatten(0, -2).sum(0)
+    return grad_x, None, grad_scale, grad_bias, None, None
+
+
+def _size(x: Tensor, scale: Tensor) -> tuple[int, int]:
+    return scale.shape[0], x.shape[-1]
+
+
+torch.library.register_autograd(
+    "bitmill::binary_weight_linear", _backward_binary_weight_linear, setup_context=_setup_binary_weight_linear
+)
+
+
+def binary_matmul(
+    a: Tensor,
+    weight: Tensor,
+    n: int,
+    k: int,
+    a_nonzero: Tensor | None = None,
+    weight_nonzero: Tensor | None = None,
+    levels: str = "sign",
+) -> Tensor:
+    """Exact integer products of packed rows with packed weights.
+
+    Args:
+        a: int32 [..., ceil(k / 32)], from `bitpack`.
+        weight: int32 tiles of n x k bits, from `tile_pack(bits=1)`.
+        n, k: the true sizes.
+        a_nonzero: like `a`; makes the activations ternary (levels "sign" only).
+        weight_nonzero: tiles; makes the weights ternary.
+        levels: "sign" or "plus" for {-1, +1} activations, "bool" for {0, 1}.
+    Returns:
+        int32 [..., n].
+    Raises:
+        ValueError: for wrong shapes, dtypes or levels.
+    """
+    return torch.ops.bitmill.binary_matmul.default(a, weight, n, k, a_nonzero, weight_nonzero, levels)
+
+
+def binary_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    weight_nonzero: Tensor | None = None,
+    shift: Tensor | None = None,
+    levels: str = "sign",
+    threshold: float = 0.0,
+    row_scale: bool = False,
+    group_size: int = 0,
+    surrogate: str = "clip",
+    window: float = 1.0,
+) -> Tensor:
+    """A linear layer with 1-bit activations and weights, packing of x included; the formula is in the module docstring.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., k].
+        weight, weight_nonzero: tiles of n x k bits.
+        scale: float32 [n, groups]; groups = 1 for group_size 0, else ceil(k / group_size).
+        bias: float32 [n] or None.
+        shift: float32 [k] or None; levels, threshold: as in `bitpack`.
+        row_scale: multiply by mean |x + shift| of the row.
+        surrogate, window: the backward only: the level's derivative is surrogate_slope(z / window) / window.
+    Returns:
+        [..., n] of x's dtype. Gradients flow to x, scale, bias and shift.
+    Raises:
+        ValueError: for wrong shapes, dtypes, devices or names.
+    """
+    return torch.ops.bitmill.binary_linear.default(
+        x, weight, scale, bias, weight_nonzero, shift, levels, threshold, row_scale, group_size, surrogate, window
+    )
+
+
+def binary_weight_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    weight_nonzero: Tensor | None = None,
+    group_size: int = 0,
+) -> Tensor:
+    """A linear layer with 1-bit weights and float activations. Arguments, result and errors as `binary_linear`."""
+    return torch.ops.bitmill.binary_weight_linear.default(x, weight, scale, bias, weight_nonzero, group_size)
