@@ -118,8 +118,9 @@ Tensor binary_matmul_cpu(Tensor a, Tensor weight, int64_t n, int64_t k, std::opt
 }
 
 Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias,
-                         std::optional<Tensor> weight_nonzero, std::optional<Tensor> shift, std::string levels,
-                         double threshold, bool row_scale, int64_t group_size, std::string, double) {
+                         std::optional<Tensor> weight_nonzero, std::optional<Tensor> shift,
+                         std::optional<Tensor> alpha, std::string levels, bool row_scale, int64_t group_size,
+                         std::string /* the surrogate of the backward */) {
   const char* op = "binary_linear";
   const Levels kind = levels_of(op, levels);
   const Rows rows = rows_of(op, x);
@@ -129,6 +130,8 @@ Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Te
   const Tensor tiles = checked(op, "weight", weight, ScalarType::Int, tile_sizes(n, k), kPackRemedy);
   const auto tiles_nonzero = checked(op, "weight_nonzero", weight_nonzero, ScalarType::Int, tile_sizes(n, k));
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
+  const auto step = checked(op, "alpha", alpha, ScalarType::Float, {});
+  const double threshold = (step ? *data<float>(*step) : 1.0f) / 2;
   const Packed packed = pack_rows(op, rows, shift, kind, threshold, row_scale);
   const Tensor out = new_tensor(rows.x, with_last(rows.leading, n), x.scalar_type());
   BinaryMatmulParams p;

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -20,9 +21,17 @@ std::vector<std::string> available_sets() {
   return names;
 }
 
+// Function to the sets, beyond the generic one, that it has kernels for.
+std::map<std::string, std::vector<std::string>> kernels() {
+  std::map<std::string, std::vector<std::string>> sets;
+  for (const auto& row : bitmill::kKernels) sets[row.function].emplace_back(bitmill::name(row.set));
+  return sets;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &available_sets, "Instruction sets that this machine and this build have.");
+  m.def("kernels", &kernels, "Functions with kernels for instruction sets beyond the generic one.");
   m.def("compiler", [] { return std::string(__VERSION__); }, "The compiler that built this library.");
 }

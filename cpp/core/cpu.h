@@ -17,4 +17,12 @@ InstructionSet best();
 InstructionSet selected();
 bool select(InstructionSet set);  // false, and no change, if this machine does not have it
 
+// Which functions have a kernel of their own for a set beyond the generic one. Everything else runs generic code.
+struct KernelRow {
+  InstructionSet set;
+  const char* function;
+};
+inline constexpr KernelRow kKernels[] = {{InstructionSet::avx512, "bitpack"},
+                                         {InstructionSet::avx512, "binary_matmul"}};
+
 }  // namespace bitmill

@@ -24,6 +24,8 @@ from bitmill.demo.model import BOS, Stories, load_stories
 from bitmill.demo.text import count_tokens, encode_pieces, perplexity, read_text, split_stories
 from bitmill.demo.tokenizer import Tokenizer
 
+# fp32 perplexity is 3.80 on this prefix, 3.82 on 71,000 tokens and 4.85 on the whole text: the stories that open
+# freely and are hard to tell apart lie in its later parts.
 DEFAULT_TOKENS = 28_000
 _WIDTH = 120
 _SENTENCE_MIN, _SENTENCE_MAX = 8, 40
@@ -224,8 +226,8 @@ def plot(result: dict[str, Any], path: str | PathLike[str]) -> None:
         offset = (7, 5) if index % 2 == 0 else (7, -12)
         axes.annotate(row["name"], point, xytext=offset, textcoords="offset points")
     axes.set_yscale("log")
-    axes.set_xlim(left=0)
-    axes.margins(x=0.15, y=0.1)
+    axes.set_xlim(0, 1.15 * max(row["file_bytes"] for row in result["rows"]) / 1000)
+    axes.margins(y=0.1)
     axes.set_xlabel("file size (KB, 1 KB = 1000 bytes)")
     axes.set_ylabel("perplexity (log scale, lower is better)")
     axes.set_title(f"stories260K on {result['text']['tokens']:,} tokens of TinyStories")

@@ -2,9 +2,9 @@
 """The evaluation text, its cut into stories, and the perplexity of a model on it.
 
 The file has no end-of-text mark: stories and paragraphs are both followed by a blank line. A paragraph with a
-typical opening ("Once upon a time", "Once there", "There was", "Long ago", ...) starts a new story. No character
-is dropped: each story keeps the blank line at its end, the only end mark the text has, so that it is predicted
-too; a story longer than the context continues in a further piece. Each piece starts with BOS.
+typical opening ("Once upon a time", "There was", ...) starts a new story; stories that open otherwise stay with the
+one before. No character is dropped: each story keeps the blank line at its end, the only end mark the text has, so
+that it is predicted too; a story longer than the context continues in a further piece. Each piece starts with BOS.
 """
 
 from __future__ import annotations

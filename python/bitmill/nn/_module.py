@@ -75,7 +75,7 @@ class PackedModule(nn.Module):
     """Packed form: buffers only, ready to save. Subclasses add `forward` and `dequantize`."""
 
     config: Any
-    kernel: ClassVar[str]  # the op that forward calls
+    kernel: str  # the op that forward calls
 
     def arguments(self) -> dict[str, int | bool]:
         """Keyword arguments besides `config` that rebuild this layer's empty buffers."""
@@ -107,3 +107,9 @@ def require_width(layer: str, x: Tensor, k: int) -> None:
     """One clear error for the commonest mistake; the op checks the rest."""
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"{layer}: the last dimension of x must be in_features = {k}, got shape {list(x.shape)}")
+
+
+def require_finite(layer: str, weight: Tensor) -> None:
+    """NaN and infinity have no packed form."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{layer}: weight must be finite to be packed, got NaN or infinity; repair the weight first")

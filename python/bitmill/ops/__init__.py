@@ -4,6 +4,19 @@
 from . import _library, _machine
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
+from .fp4 import (
+    code_values,
+    e8m0_cast,
+    e8m0_uncast,
+    fp4_cast,
+    fp4_fake_quant,
+    fp4_uncast,
+    mxfp4_dequantize,
+    mxfp4_fake_quant,
+    mxfp4_quantize,
+)
+from .fp4_linear import fp4_linear, fp4_weight
+from .salient_scatter import salient_linear, salient_weight
 
 _library.load()
 
@@ -13,6 +26,19 @@ __all__ = [
     "binary_weight_linear",
     "bitpack",
     "bitunpack",
+    "code_values",
+    "e8m0_cast",
+    "e8m0_uncast",
+    "fp4_cast",
+    "fp4_fake_quant",
+    "fp4_linear",
+    "fp4_uncast",
+    "fp4_weight",
+    "mxfp4_dequantize",
+    "mxfp4_fake_quant",
+    "mxfp4_quantize",
+    "salient_linear",
+    "salient_weight",
     "tile_pack",
     "tile_unpack",
 ]

@@ -34,6 +34,19 @@ def instruction_set() -> str | None:
     return torch.ops.bitmill.instruction_set.default("")
 
 
+def kernel_of(op: str) -> str:
+    """What runs for an op on CPU tensors: "avx512", "generic", or "torch" for the default kernel."""
+    if not library.has_compiled_kernel(op):
+        return "torch"
+    function = {"binary_linear": "binary_matmul"}.get(op, op)
+    try:
+        from .. import _C
+    except ImportError:
+        return "compiled"
+    chosen = instruction_set()
+    return chosen if chosen in _C.kernels().get(function, ()) else "generic"
+
+
 @contextlib.contextmanager
 def use_instruction_set(name: str) -> Iterator[None]:
     """Run the compiled CPU kernels on another instruction set than the one chosen by CPUID, for this process.

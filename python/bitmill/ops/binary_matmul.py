@@ -2,9 +2,9 @@
 """Products with a 1-bit weight: bits x bits to exact integers, bits x bits to floats, floats x bits to floats.
 
 binary_matmul:        dot[.., o] = sum_k a[.., k] w[o, k], exact int32; a in {-1, 0, +1} or {0, 1}, w in {-1, 0, +1}.
-binary_linear:        a = levels(x + shift);  y = fl(fl(scale * dot) + bias), two roundings in float32 on every
-                      backend, then one to x's dtype; groups of columns are added first to last; with row_scale the
-                      scale is fl(scale * mean |x|) of the row (XNOR-Net).
+binary_linear:        a = levels(x + shift), "bool" above alpha / 2;  y = fl(fl(scale * dot) + bias), two roundings in
+                      float32 on every backend, then one to x's dtype; groups of columns are added first to last;
+                      with row_scale the scale is fl(scale * mean |x + shift|) of the row (XNOR-Net).
 binary_weight_linear: y = sum_g scale[o, g] sum_{k in g} x[.., k] w[o, k] + bias, float32 accumulation.
 Weights are tiles of bits (bitpack.py), with a second plane of nonzero bits where a weight can be 0.
 """
@@ -26,16 +26,15 @@ library.define(
     "(Tensor a, Tensor weight, int n, int k, Tensor? a_nonzero=None, Tensor? weight_nonzero=None,"
     ' str levels="sign") -> Tensor',
 )
+# No defaults where there is a gradient: torch drops trailing defaults before it calls the backward.
 library.define(
     "binary_linear",
-    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? weight_nonzero=None, Tensor? shift=None,"
-    ' str levels="sign", float threshold=0.0, bool row_scale=False, int group_size=0,'
-    ' str surrogate="clip", float window=1.0) -> Tensor',
+    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? weight_nonzero, Tensor? shift, Tensor? alpha,"
+    " str levels, bool row_scale, int group_size, str surrogate) -> Tensor",
 )
 library.define(
     "binary_weight_linear",
-    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? weight_nonzero=None, int group_size=0)"
-    " -> Tensor",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? weight_nonzero, int group_size) -> Tensor",
 )
 
 
@@ -56,6 +55,20 @@ def _group_dots(a: Tensor, signs: Tensor, group_size: int) -> list[Tensor]:
     k = signs.shape[1]
     width = group_size or max(k, 1)
     return [a[..., i : i + width] @ signs[:, i : i + width].T for i in range(0, k, width)]
+
+
+def canonical_linear(
+    level: Tensor, signs: Tensor, scale: Tensor, rows: Tensor | None, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """fl(fl(scale * dot) + bias) in float32 from levels [..., k] and signs [n, k]: the one definition of the result.
+
+    scale is [n, groups], rows [..., 1] or None multiplies it; groups are added first to last.
+    """
+    out = level.new_zeros((*level.shape[:-1], signs.shape[0]))
+    for group, dot in enumerate(_group_dots(level, signs, group_size)):
+        factor = scale[:, group] if rows is None else scale[:, group] * rows
+        out = factor * dot if group == 0 else out + factor * dot
+    return out if bias is None else out + bias
 
 
 @library.default("binary_matmul")
@@ -82,28 +95,22 @@ def _binary_linear_reference(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
-    bias: Tensor | None = None,
-    weight_nonzero: Tensor | None = None,
-    shift: Tensor | None = None,
-    levels: str = "sign",
-    threshold: float = 0.0,
-    row_scale: bool = False,
-    group_size: int = 0,
-    surrogate: str = "clip",
-    window: float = 1.0,
+    bias: Tensor | None,
+    weight_nonzero: Tensor | None,
+    shift: Tensor | None,
+    alpha: Tensor | None,
+    levels: str,
+    row_scale: bool,
+    group_size: int,
+    surrogate: str,
 ) -> Tensor:
-    _check_binary_linear(x, weight, scale, bias, weight_nonzero, shift, levels, group_size, surrogate, window)
-    n, k = scale.shape[0], x.shape[-1]
-    level = binarized(x, shift, levels, threshold)
-    out = x.new_zeros((*x.shape[:-1], n), dtype=torch.float32)
-    dots = _group_dots(level, unpack_signs(weight, weight_nonzero, n, k), group_size)
+    _check_binary_linear(x, weight, scale, bias, weight_nonzero, shift, alpha, levels, group_size, surrogate)
     rows = None
     if row_scale:
         rows = mean_by_halves((x.float() if shift is None else x.float() + shift).abs()).unsqueeze(-1)
-    for group, dot in enumerate(dots):
-        factor = scale[:, group] if rows is None else scale[:, group] * rows
-        out = factor * dot if group == 0 else out + factor * dot
-    return (out if bias is None else out + bias).to(x.dtype)
+    level = binarized(x, shift, levels, 0.5 if alpha is None else alpha / 2)
+    signs = unpack_signs(weight, weight_nonzero, scale.shape[0], x.shape[-1])
+    return canonical_linear(level, signs, scale, rows, bias, group_size).to(x.dtype)
 
 
 @library.default("binary_weight_linear")
@@ -111,9 +118,9 @@ def _binary_weight_linear_reference(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
-    bias: Tensor | None = None,
-    weight_nonzero: Tensor | None = None,
-    group_size: int = 0,
+    bias: Tensor | None,
+    weight_nonzero: Tensor | None,
+    group_size: int,
 ) -> Tensor:
     _check_binary_weight_linear(x, weight, scale, bias, weight_nonzero, group_size)
     n, k = scale.shape[0], x.shape[-1]
@@ -149,12 +156,12 @@ def _check_weight(op, x, weight, scale, bias, weight_nonzero, group_size) -> Non
 
 
 def _check_binary_linear(
-    x, weight, scale, bias, weight_nonzero, shift, levels, group_size, surrogate, window
+    x, weight, scale, bias, weight_nonzero, shift, alpha, levels, group_size, surrogate
 ) -> None:
     op = "binary_linear"
     check_one_of(op, "levels", levels, LEVELS)
     check_one_of(op, "surrogate", surrogate, SURROGATES)
-    require(window > 0, f"{op}: window must be positive, got {window}")
+    check_tensor(op, "alpha", alpha, torch.float32, [], x)
     _check_weight(op, x, weight, scale, bias, weight_nonzero, group_size)
     check_tensor(op, "shift", shift, torch.float32, [x.shape[-1]], x)
 
@@ -170,26 +177,13 @@ def _(a, weight, n, k, a_nonzero=None, weight_nonzero=None, levels="sign"):
 
 
 @torch.library.register_fake("bitmill::binary_linear")
-def _(
-    x,
-    weight,
-    scale,
-    bias=None,
-    weight_nonzero=None,
-    shift=None,
-    levels="sign",
-    threshold=0.0,
-    row_scale=False,
-    group_size=0,
-    surrogate="clip",
-    window=1.0,
-):
-    _check_binary_linear(x, weight, scale, bias, weight_nonzero, shift, levels, group_size, surrogate, window)
+def _(x, weight, scale, bias, weight_nonzero, shift, alpha, levels, row_scale, group_size, surrogate):
+    _check_binary_linear(x, weight, scale, bias, weight_nonzero, shift, alpha, levels, group_size, surrogate)
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
 
 @torch.library.register_fake("bitmill::binary_weight_linear")
-def _(x, weight, scale, bias=None, weight_nonzero=None, group_size=0):
+def _(x, weight, scale, bias, weight_nonzero, group_size):
     _check_binary_weight_linear(x, weight, scale, bias, weight_nonzero, group_size)
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
@@ -212,36 +206,33 @@ def surrogate_slope(u: Tensor, surrogate: str) -> Tensor:
 
 
 def _setup_binary_linear(ctx, inputs, output) -> None:
-    x, weight, scale, bias, weight_nonzero, shift, *settings = inputs
-    ctx.save_for_backward(x, weight, scale, weight_nonzero, shift)
-    ctx.has_bias = bias is not None
-    ctx.settings = settings
+    x, weight, scale, _, weight_nonzero, shift, alpha, *ctx.settings = inputs
+    ctx.save_for_backward(x, weight, scale, weight_nonzero, shift, alpha)
 
 
 def _backward_binary_linear(ctx, grad):
-    x, weight, scale, weight_nonzero, shift = ctx.saved_tensors
-    levels, threshold, row_scale, group_size, surrogate, window = ctx.settings
+    x, weight, scale, weight_nonzero, shift, alpha = ctx.saved_tensors
+    levels, row_scale, group_size, surrogate = ctx.settings
     need_x, _, need_scale, need_bias, _, need_shift = ctx.needs_input_grad[:6]
     g = grad.float()
     z = x.float() if shift is None else x.float() + shift
-    if row_scale:
-        rows = z.abs().mean(-1, keepdim=True)
-        g_rows = g * rows
-    else:
-        g_rows = g
+    g_rows = g * z.abs().mean(-1, keepdim=True) if row_scale else g
     grad_x = grad_scale = grad_bias = grad_shift = None
     if need_x or need_shift:
         signs = _scaled_signs(weight, weight_nonzero, scale, x.shape[-1], group_size)
-        grad_z = (g_rows @ signs) * surrogate_slope(z / window, surrogate) / window
+        u = z if alpha is None else z / alpha
+        grad_z = (g_rows @ signs) * surrogate_slope(u, surrogate)
+        if alpha is not None:
+            grad_z = grad_z / alpha
         grad_x = grad_z.to(x.dtype)
         grad_shift = grad_z.flatten(0, -2).sum(0) if need_shift else None
     if need_scale:
-        level = binarized(x, shift, levels, threshold)
+        level = binarized(x, shift, levels, 0.5 if alpha is None else alpha / 2)
         dots = _group_dots(level, unpack_signs(weight, weight_nonzero, scale.shape[0], x.shape[-1]), group_size)
         grad_scale = torch.stack([(g_rows * dot).flatten(0, -2).sum(0) for dot in dots], 1)
     if need_bias:
         grad_bias = g.flatten(0, -2).sum(0)
-    return grad_x, None, grad_scale, grad_bias, None, grad_shift, None, None, None, None, None, None
+    return grad_x, None, grad_scale, grad_bias, None, grad_shift, None, None, None, None, None
 
 
 torch.library.register_autograd(
@@ -311,12 +302,11 @@ def binary_linear(
     bias: Tensor | None = None,
     weight_nonzero: Tensor | None = None,
     shift: Tensor | None = None,
+    alpha: Tensor | None = None,
     levels: str = "sign",
-    threshold: float = 0.0,
     row_scale: bool = False,
     group_size: int = 0,
     surrogate: str = "clip",
-    window: float = 1.0,
 ) -> Tensor:
     """A linear layer with 1-bit activations and weights, packing of x included; the formula is in the module docstring.
 
@@ -325,16 +315,19 @@ def binary_linear(
         weight, weight_nonzero: tiles of n x k bits.
         scale: float32 [n, groups]; groups = 1 for group_size 0, else ceil(k / group_size).
         bias: float32 [n] or None.
-        shift: float32 [k] or None; levels, threshold: as in `bitpack`.
+        shift: float32 [k] or None.
+        alpha: float32 scalar tensor or None for 1: the step of the activation, already multiplied into `scale`. It sets
+            the threshold alpha / 2 of levels "bool" and the window of the surrogate.
+        levels: as in `bitpack`.
         row_scale: multiply by mean |x + shift| of the row.
-        surrogate, window: the backward only: the level's derivative is surrogate_slope(z / window) / window.
+        surrogate: the backward only: the level's derivative is surrogate_slope(z / alpha) / alpha.
     Returns:
         [..., n] of x's dtype. Gradients flow to x, scale, bias and shift.
     Raises:
         ValueError: for wrong shapes, dtypes, devices or names.
     """
     return torch.ops.bitmill.binary_linear.default(
-        x, weight, scale, bias, weight_nonzero, shift, levels, threshold, row_scale, group_size, surrogate, window
+        x, weight, scale, bias, weight_nonzero, shift, alpha, levels, row_scale, group_size, surrogate
     )
 
 

@@ -65,7 +65,7 @@ def mean_by_halves(magnitudes: Tensor) -> Tensor:
     return total[..., 0] / k
 
 
-def binarized(x: Tensor, shift: Tensor | None, levels: str, threshold: float) -> Tensor:
+def binarized(x: Tensor, shift: Tensor | None, levels: str, threshold: float | Tensor) -> Tensor:
     """The level of each element as float32: -1, 0 or +1 ("sign"), -1 or +1 ("plus"), 0 or 1 ("bool")."""
     z = x.float() if shift is None else x.float() + shift
     if levels == "sign":

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// CPU ops of the fp4 family: check, allocate, call. Schemas: python/bitmill/ops/fp4.py.
+#include "checks.h"
+#include "fp4.h"
+
+namespace bitmill {
+namespace {
+
+Fp4Format format_of(const char* op, const std::string& format) {
+  if (format == "e2m1") return kE2M1;
+  if (format == "e1m2") return kE1M2;
+  if (format == "e3m0") return kE3M0;
+  fail(op, ": format must be \"e2m1\", \"e1m2\" or \"e3m0\", got \"", format, "\"");
+}
+
+NanPolicy nan_policy_of(const char* op, const std::string& nan) {
+  if (nan == "max") return NanPolicy::max;
+  if (nan == "zero") return NanPolicy::zero;
+  if (nan == "error") return NanPolicy::error;
+  fail(op, ": nan must be \"max\", \"zero\" or \"error\", got \"", nan, "\"");
+}
+
+ScaleRule scale_rule_of(const char* op, const std::string& rule) {
+  if (rule == "floor") return ScaleRule::floor;
+  if (rule == "rceil") return ScaleRule::rceil;
+  if (rule == "ceil") return ScaleRule::ceil;
+  if (rule == "even") return ScaleRule::even;
+  fail(op, ": scale_rule must be \"floor\", \"rceil\", \"ceil\" or \"even\", got \"", rule, "\"");
+}
+
+Tensor fp4_cast_cpu(Tensor x, std::string format, std::string nan) {
+  const char* op = "fp4_cast";
+  Fp4CastParams p;
+  p.format = format_of(op, format);
+  p.nan = nan_policy_of(op, nan);
+  const Rows rows = rows_of(op, x);
+  const Tensor packed = new_tensor(rows.x, with_last(rows.leading, ceil_div(rows.k, 2)), ScalarType::Byte);
+  p.x = rows.x.const_data_ptr();
+  p.dtype = float_dtype(op, rows.x);
+  p.m = rows.m;
+  p.k = p.row_stride = rows.k;
+  p.packed = mutable_data<uint8_t>(packed);
+  p.parallel_for = torch_parallel_for;
+  const Status status = fp4_cast(p);
+  if (p.nan == NanPolicy::error && status == Status::bad_argument) {
+    fail(op, ": x must not have a NaN with nan=\"error\", got at least one; remove it, or pass nan=\"max\" or \"zero\"");
+  }
+  require(op, status);
+  return packed;
+}
+
+// The rows of bytes of a packed tensor for k codes each.
+Rows packed_rows(const char* op, const Tensor& packed, int64_t k) {
+  const Rows rows = rows_of(op, packed);
+  if (k < 0 || k > kMaxColumns || rows.k != ceil_div(k, 2)) {
+    fail(op, ": packed must have ceil(k / 2) bytes in its last dimension, got k = ", k, " and ", rows.k, " bytes");
+  }
+  checked(op, "packed", packed, ScalarType::Byte, sizes_of(packed));
+  return rows;
+}
+
+Tensor fp4_uncast_cpu(Tensor packed, int64_t k, std::string format) {
+  const char* op = "fp4_uncast";
+  const Fp4Format kind = format_of(op, format);
+  const Rows rows = packed_rows(op, packed, k);
+  const Tensor values = new_tensor(rows.x, with_last(rows.leading, k), ScalarType::Float);
+  require(op, fp4_uncast(data<uint8_t>(rows.x), rows.m, k, kind, mutable_data<float>(values), torch_parallel_for));
+  return values;
+}
+
+Tensor e8m0_cast_cpu(Tensor x, std::string rounding) {
+  const char* op = "e8m0_cast";
+  if (rounding != "down" && rounding != "up") {
+    fail(op, ": rounding must be \"down\" or \"up\", got \"", rounding, "\"");
+  }
+  const Dtype dtype = float_dtype(op, x);
+  const Tensor values = torch::stable::contiguous(x);
+  const Tensor codes = new_tensor(values, sizes_of(x), ScalarType::Byte);
+  require(op, e8m0_cast(values.const_data_ptr(), dtype, values.numel(), rounding == "up", mutable_data<uint8_t>(codes)));
+  return codes;
+}
+
+Tensor e8m0_uncast_cpu(Tensor codes) {
+  const Tensor bytes = checked("e8m0_uncast", "codes", codes, ScalarType::Byte, sizes_of(codes));
+  const Tensor values = new_tensor(bytes, sizes_of(codes), ScalarType::Float);
+  require("e8m0_uncast", e8m0_uncast(data<uint8_t>(bytes), bytes.numel(), mutable_data<float>(values)));
+  return values;
+}
+
+std::tuple<Tensor, Tensor> mxfp4_quantize_cpu(Tensor x, std::string scale_rule) {
+  const char* op = "mxfp4_quantize";
+  Mxfp4QuantizeParams p;
+  p.rule = scale_rule_of(op, scale_rule);
+  const Rows rows = rows_of(op, x);
+  const Tensor packed = new_tensor(rows.x, with_last(rows.leading, ceil_div(rows.k, 2)), ScalarType::Byte);
+  const Tensor scale = new_tensor(rows.x, with_last(rows.leading, ceil_div(rows.k, kMxBlock)), ScalarType::Byte);
+  p.x = rows.x.const_data_ptr();
+  p.dtype = float_dtype(op, rows.x);
+  p.m = rows.m;
+  p.k = p.row_stride = rows.k;
+  p.packed = mutable_data<uint8_t>(packed);
+  p.scale = mutable_data<uint8_t>(scale);
+  p.parallel_for = torch_parallel_for;
+  require(op, mxfp4_quantize(p));
+  return {packed, scale};
+}
+
+Tensor mxfp4_dequantize_cpu(Tensor packed, Tensor scale, int64_t k) {
+  const char* op = "mxfp4_dequantize";
+  const Rows rows = packed_rows(op, packed, k);
+  const Tensor bytes = checked(op, "scale", scale, ScalarType::Byte, with_last(rows.leading, ceil_div(k, kMxBlock)));
+  const Tensor values = new_tensor(rows.x, with_last(rows.leading, k), ScalarType::Float);
+  require(op, mxfp4_dequantize(data<uint8_t>(rows.x), data<uint8_t>(bytes), rows.m, k, mutable_data<float>(values),
+                               torch_parallel_for));
+  return values;
+}
+
+// A weight and what it owns: the contiguous tensors and the table that the pointers lead to.
+struct WeightArguments {
+  Tensor tiles, scale;
+  std::optional<Tensor> codebook;
+  Fp4Table table;
+
+  Fp4Weight weight(int64_t n, int64_t k, int64_t group_size) const {
+    Fp4Weight w;
+    w.tiles = data<int32_t>(tiles);
+    w.n = n;
+    w.k = k;
+    w.table = codebook ? data<float>(*codebook) : table.value;
+    const bool bytes = scale.scalar_type() == ScalarType::Byte;
+    w.scale = bytes ? nullptr : data<float>(scale);
+    w.scale_bytes = bytes ? data<uint8_t>(scale) : nullptr;
+    w.group_size = group_size;
+    return w;
+  }
+};
+
+WeightArguments weight_arguments(const char* op, const Tensor& weight, const Tensor& scale, int64_t n, int64_t k,
+                                 const std::string& format, int64_t group_size,
+                                 const std::optional<Tensor>& codebook) {
+  const Fp4Table table = fp4_table(format_of(op, format));
+  if (group_size < 0 || group_size % 8 != 0) {
+    fail(op, ": group_size must be 0 or a positive multiple of 8, got ", group_size);
+  }
+  const ScalarType dtype = scale.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::Byte) {
+    fail(op, ": scale must be float32, or uint8 for E8M0, got ", dtype_name(dtype));
+  }
+  const Tensor scales = checked(op, "scale", scale, dtype, {n, group_size > 0 ? ceil_div(k, group_size) : 1});
+  const Tensor tiles = checked(op, "weight", weight, ScalarType::Int, tile_sizes(n, k, 4),
+                               "; pack the weight with bitmill.ops.tile_pack");
+  return {tiles, scales, checked(op, "codebook", codebook, ScalarType::Float, {16}), table};
+}
+
+Tensor fp4_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias, std::string format,
+                      int64_t group_size, std::optional<Tensor> codebook) {
+  const char* op = "fp4_linear";
+  const Rows rows = rows_of(op, x);
+  const Dtype dtype = float_dtype(op, rows.x);
+  const int64_t k = rows.k, n = scale.dim() > 0 ? scale.size(0) : 0;
+  const WeightArguments arguments = weight_arguments(op, weight, scale, n, k, format, group_size, codebook);
+  const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
+  const Tensor out = new_tensor(rows.x, with_last(rows.leading, n), x.scalar_type());
+  Fp4MatmulParams p;
+  p.x = rows.x.const_data_ptr();
+  p.dtype = dtype;
+  p.m = rows.m;
+  p.weight = arguments.weight(n, k, group_size);
+  p.bias = data_or_null<float>(bias_row);
+  p.out = out.mutable_data_ptr();
+  p.parallel_for = torch_parallel_for;
+  require(op, fp4_matmul(p));
+  return out;
+}
+
+Tensor fp4_weight_cpu(Tensor weight, Tensor scale, int64_t n, int64_t k, std::string format, int64_t group_size,
+                      std::optional<Tensor> codebook) {
+  const char* op = "fp4_weight";
+  if (n < 0 || k < 0 || k > kMaxColumns) fail(op, ": n and k must not be negative, got n = ", n, ", k = ", k);
+  const WeightArguments arguments = weight_arguments(op, weight, scale, n, k, format, group_size, codebook);
+  const Tensor values = new_tensor(arguments.tiles, {n, k}, ScalarType::Float);
+  require(op, fp4_weight(arguments.weight(n, k, group_size), mutable_data<float>(values), torch_parallel_for));
+  return values;
+}
+
+}  // namespace
+}  // namespace bitmill
+
+STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) {
+  m.impl("fp4_cast", TORCH_BOX(&bitmill::fp4_cast_cpu));
+  m.impl("fp4_uncast", TORCH_BOX(&bitmill::fp4_uncast_cpu));
+  m.impl("e8m0_cast", TORCH_BOX(&bitmill::e8m0_cast_cpu));
+  m.impl("e8m0_uncast", TORCH_BOX(&bitmill::e8m0_uncast_cpu));
+  m.impl("mxfp4_quantize", TORCH_BOX(&bitmill::mxfp4_quantize_cpu));
+  m.impl("mxfp4_dequantize", TORCH_BOX(&bitmill::mxfp4_dequantize_cpu));
+  m.impl("fp4_linear", TORCH_BOX(&bitmill::fp4_linear_cpu));
+  m.impl("fp4_weight", TORCH_BOX(&bitmill::fp4_weight_cpu));
+}

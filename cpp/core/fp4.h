@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+// 4-bit floats: the formats as data, casts of floats to codes and back, E8M0 scales, MXFP4 blocks, and the product of
+// float activations with an FP4 weight (tiles with b = 4, layout.h).
+// A code is the sign in bit 3 and the index of the magnitude, ascending, in bits 2..0; code 8 is -0.
+// Packed rows: uint8 [m, ceil(k / 2)], element 0 in the low nibble, an odd k padded with code 0.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <limits>
+
+#include "floats.h"
+#include "parallel.h"
+#include "status.h"
+
+namespace bitmill {
+
+// The name says the bits: E exponent bits, M mantissa bits, no infinity, no NaN. The bias is 2^(E - 1) - 1.
+struct Fp4Format {
+  int exponent_bits, mantissa_bits, bias;
+};
+inline constexpr Fp4Format kE2M1{2, 1, 1};  // 0 0.5 1 1.5 2 3 4 6
+inline constexpr Fp4Format kE1M2{1, 2, 0};  // 0 0.5 1 1.5 2 2.5 3 3.5
+inline constexpr Fp4Format kE3M0{3, 0, 3};  // 0 0.25 0.5 1 2 4 8 16
+
+inline constexpr int64_t kMxBlock = 32;  // columns that share an E8M0 scale in MXFP4
+
+enum class NanPolicy {
+  max,   // code 7 for both signs, as cuda_fp4.h
+  zero,  // code 0
+  error  // the cast answers Status::bad_argument
+};
+
+// How the scale 2^E of an MXFP4 block follows from its largest magnitude.
+enum class ScaleRule {
+  floor,  // floor(log2 amax) - 2, the OCP text: magnitudes above 6 * 2^E saturate
+  rceil,  // the smallest power of two that is at least fl(amax * fl(1 / 6))
+  ceil,   // ceil(log2 amax) - 2
+  even    // floor after amax is rounded to one mantissa bit, half up
+};
+
+struct Fp4CastParams {
+  const void* x = nullptr;  // [m, k], rows `row_stride` elements apart
+  Dtype dtype = Dtype::f32;
+  int64_t m = 0, k = 0, row_stride = 0;
+  Fp4Format format = kE2M1;
+  NanPolicy nan = NanPolicy::max;
+  uint8_t* packed = nullptr;  // [m, ceil(k / 2)]
+  ParallelFor parallel_for = serial_for;
+};
+// Round to nearest, ties as fp4_steps says, saturating. Answers bad_argument for a NaN under NanPolicy::error.
+Status fp4_cast(const Fp4CastParams& params);
+Status fp4_uncast(const uint8_t* packed, int64_t m, int64_t k, Fp4Format format, float* values,
+                  ParallelFor parallel_for = serial_for);
+
+// log2 |x| rounded down or up, plus 127, in 0 ... 254; NaN is 255. The sign is ignored.
+Status e8m0_cast(const void* x, Dtype dtype, int64_t count, bool up, uint8_t* bytes);
+Status e8m0_uncast(const uint8_t* bytes, int64_t count, float* values);
+
+struct Mxfp4QuantizeParams {
+  const void* x = nullptr;  // [m, k], rows `row_stride` elements apart
+  Dtype dtype = Dtype::f32;
+  int64_t m = 0, k = 0, row_stride = 0;
+  ScaleRule rule = ScaleRule::floor;
+  uint8_t* packed = nullptr;  // [m, ceil(k / 2)], E2M1
+  uint8_t* scale = nullptr;   // [m, ceil(k / 32)], E8M0
+  ParallelFor parallel_for = serial_for;
+};
+// A block with a NaN or an infinity has scale 255 (NaN) and codes 0.
+Status mxfp4_quantize(const Mxfp4QuantizeParams& params);
+Status mxfp4_dequantize(const uint8_t* packed, const uint8_t* scale, int64_t m, int64_t k, float* values,
+                        ParallelFor parallel_for = serial_for);
+
+// w[o, j] = scale[o, j / group_size] * table[code[o, j]]; exactly one of `scale` and `scale_bytes` is given.
+struct Fp4Weight {
+  const int32_t* tiles = nullptr;  // [tile_count(n), word_count(k, 4), 16]
+  int64_t n = 0, k = 0;
+  const float* table = nullptr;          // [16], the value of each code
+  const float* scale = nullptr;          // [n, groups]
+  const uint8_t* scale_bytes = nullptr;  // [n, groups], E8M0
+  int64_t group_size = 0;                // columns a group, a multiple of 8; 0: one group
+};
+Status fp4_weight(const Fp4Weight& weight, float* values, ParallelFor parallel_for = serial_for);
+
+// y[i, o] = sum_g scale[o, g] sum_{j in g} table[code[o, j]] x[i, j] + bias[o], float sums, columns first to last.
+struct Fp4MatmulParams {
+  const void* x = nullptr;  // [m, k], contiguous
+  Dtype dtype = Dtype::f32;
+  int64_t m = 0;
+  Fp4Weight weight;
+  const float* bias = nullptr;  // [n] or null
+  void* out = nullptr;          // [m, n] of `dtype`
+  ParallelFor parallel_for = serial_for;
+};
+Status fp4_matmul(const Fp4MatmulParams& params);
+
+// A magnitude is an integer number of units: units of 2^(p - bias - M) in the binade of exponent field p, where field
+// 0 (subnormal) shares the binade of field 1.
+struct Fp4Magnitude {
+  int integer;
+  float unit;
+};
+static constexpr Fp4Magnitude fp4_magnitude(Fp4Format format, int index) {
+  const int field = index >> format.mantissa_bits, hidden = 1 << format.mantissa_bits;
+  const int exponent = (field > 0 ? field : 1) - format.bias - format.mantissa_bits;
+  return {(field > 0 ? hidden : 0) + (index & (hidden - 1)),
+          std::bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23)};
+}
+
+// first[i]: the smallest bits of a float magnitude that are cast to index i + 1 or above. The middle of two values
+// goes to the even one of the two integers in the lower value's binade. With a mantissa that is IEEE's rule; E3M0's
+// integers are 0, 1, 2 and then 1, 2 in each binade, so all its ties but the first go up (LLM-FP4, quantiser).
+struct Fp4Steps {
+  uint32_t first[7];
+};
+static constexpr Fp4Steps fp4_steps(Fp4Format format) {
+  Fp4Steps steps{};
+  for (int i = 0; i < 7; ++i) {
+    const Fp4Magnitude below = fp4_magnitude(format, i);
+    const float middle = below.unit * (static_cast<float>(below.integer) + 0.5f);
+    steps.first[i] = std::bit_cast<uint32_t>(middle) + (below.integer % 2 == 0 ? 1u : 0u);
+  }
+  return steps;
+}
+
+struct Fp4Table {
+  float value[16];
+};
+static constexpr Fp4Table fp4_table(Fp4Format format) {
+  Fp4Table table{};
+  for (int i = 0; i < 8; ++i) {
+    const Fp4Magnitude magnitude = fp4_magnitude(format, i);
+    table.value[i] = magnitude.unit * static_cast<float>(magnitude.integer);
+    table.value[i + 8] = -table.value[i];
+  }
+  return table;
+}
+
+// The code of any float but NaN.
+static inline uint32_t fp4_code(uint32_t bits, const Fp4Steps& steps) {
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  uint32_t index = 0;
+  for (const uint32_t first : steps.first) index += magnitude >= first ? 1u : 0u;
+  return ((bits >> 28) & 8u) | index;
+}
+
+// log2 of a finite magnitude plus 127, rounded, in 0 ... 255 (255: a magnitude above 2^127 rounded up).
+static inline uint32_t biased_log2(uint32_t magnitude, bool up) {
+  const uint32_t exponent = magnitude >> 23;
+  // 2^-127, byte 0, is the subnormal 0x400000, so what lies at or below it does not round up to byte 1.
+  const bool above = exponent == 0 ? magnitude > 0x400000u : (magnitude & 0x7FFFFFu) != 0;
+  return exponent + (up && above ? 1u : 0u);
+}
+
+static inline uint8_t e8m0_from_bits(uint32_t bits, bool up) {
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return 255;
+  const uint32_t byte = biased_log2(magnitude, up);
+  return static_cast<uint8_t>(byte < 254u ? byte : 254u);
+}
+
+static inline float e8m0_to_float(uint8_t byte) {
+  if (byte == 255) return std::numeric_limits<float>::quiet_NaN();
+  return std::bit_cast<float>(byte == 0 ? 0x400000u : static_cast<uint32_t>(byte) << 23);
+}
+
+// Scale byte of an MXFP4 block from the bits of its largest magnitude.
+static inline uint8_t mxfp4_scale(uint32_t amax, ScaleRule rule) {
+  if (rule == ScaleRule::even) amax += amax < 0x7F800000u ? 1u << 21 : 0u;
+  if (amax >= 0x7F800000u) return 255;
+  if (rule == ScaleRule::rceil) {
+    return e8m0_from_bits(std::bit_cast<uint32_t>(std::bit_cast<float>(amax) * (1.0f / 6.0f)), true);
+  }
+  const uint32_t byte = biased_log2(amax, rule == ScaleRule::ceil);
+  return static_cast<uint8_t>(byte > 2 ? byte - 2 : 0);
+}
+
+namespace detail {
+// Rows [begin, end). Answers whether there was a NaN.
+bool fp4_cast_rows_generic(const Fp4CastParams& params, int64_t begin, int64_t end);
+void mxfp4_quantize_rows_generic(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
+}  // namespace detail
+
+}  // namespace bitmill

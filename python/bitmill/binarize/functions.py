@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward and the straight-through gradient of every rule, once. All arithmetic is float32.
+
+The linear product is computed from the signs themselves, so it is the exact integer and the canonical epilogue of
+`bitmill.ops.binary_linear`: a training layer and its packed form agree bit for bit. Gradients use the scaled values.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.binary_matmul import canonical_linear, surrogate_slope
+from .rules import WeightRule
+
+ALPHA_FLOOR = 1e-5
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Levels of x; the gradient is multiplied by the surrogate's slope."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, levels: str, surrogate: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.surrogate = surrogate
+        if levels == "sign":
+            return torch.sign(x)
+        if levels == "plus":
+            return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return grad * surrogate_slope(x, ctx.surrogate), None, None
+
+
+def sign(x: Tensor, surrogate: str = "clip", zero: str = "torch") -> Tensor:
+    """sgn(x) with a straight-through gradient.
+
+    Args:
+        x: any floating-point tensor.
+        surrogate: window of the gradient; "clip" [|x| <= 1], "clip_open" [|x| < 1] (BiBERT's BinaryQuantizer).
+        zero: "torch": sgn(0) = sgn(NaN) = 0; "plus": +1 where x >= 0, else -1.
+    """
+    return _StraightThrough.apply(x, "sign" if zero == "torch" else "plus", surrogate)
+
+
+def boolean(x: Tensor, surrogate: str = "clip_open") -> Tensor:
+    """[x > 0] in {0, 1} with a straight-through gradient (BiBERT's ZMeanBinaryQuantizer)."""
+    return _StraightThrough.apply(x, "bool", surrogate)
+
+
+def _elastic_range(bits: int, signed: bool) -> tuple[int, int]:
+    if signed:
+        return (-1, 1) if bits == 1 else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+    return 0, (1 << bits) - 1
+
+
+class _Elastic(torch.autograd.Function):
+    """BiT's elastic quantiser: alpha times an integer code, with gradients to x and alpha."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, bits: int, signed: bool, zero: str) -> Tensor:
+        step = alpha.clamp_min(ALPHA_FLOOR)
+        low, high = _elastic_range(bits, signed)
+        shifted = bits > 1 and not signed  # the minimum of the whole tensor is subtracted and gets no gradient
+        minimum = x.min() if shifted else x.new_zeros(())
+        u = (x - minimum) / step
+        if signed and bits == 1:
+            code = torch.sign(x) if zero == "torch" else torch.where(x >= 0, 1.0, -1.0)
+            slope = code
+        else:
+            code = u.round().clamp(low, high)
+            slope = torch.where(u < low, float(low), torch.where(u > high, float(high), code - u))
+        ctx.save_for_backward((u >= low) & (u <= high), slope)
+        ctx.factor = 1 / math.sqrt(max(x.numel(), 1) * high)
+        return step * code + minimum if shifted else step * code
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inside, slope = ctx.saved_tensors
+        return grad * inside, (grad * slope).sum() * ctx.factor, None, None, None
+
+
+def elastic(x: Tensor, alpha: Tensor, bits: int = 1, signed: bool = True, zero: str = "torch") -> Tensor:
+    """BiT's elastic binarization and its multi-bit (LSQ) relatives.
+
+    Signed, 1 bit: alpha sgn(x). Otherwise alpha clamp(rint(x / alpha), low, high) with [-2^(b-1), 2^(b-1) - 1] or
+    [0, 2^b - 1]; unsigned with b > 1 subtracts the minimum of the whole tensor first and adds it back.
+
+    Args:
+        x: float32, any shape.
+        alpha: float32 scalar tensor, the step; bounded below by 1e-5.
+        bits: 1, 2 or 4.
+        signed: whether levels are symmetric around 0.
+        zero: sign of 0 for signed 1 bit, as in `sign`.
+    Source: Liu et al., BiT, NeurIPS 2022, section 3 (learned step: Esser et al., LSQ, ICLR 2020).
+    """
+    return _Elastic.apply(x, alpha, bits, signed, zero)
+
+
+def elastic_alpha(x: Tensor, bits: int = 1, signed: bool = True) -> Tensor:
+    """The step that BiT's first-use rule gives for this input: 2 or 4 mean |x| / sqrt(highest code)."""
+    high = max((1 << (bits - 1)) - 1, 1) if signed else (1 << bits) - 1
+    return (2 if signed else 4) * x.abs().mean() / math.sqrt(high)
+
+
+class _WeightSign(torch.autograd.Function):
+    """scale * sgn(centred), with the surrogate window on `centred`."""
+
+    @staticmethod
+    def forward(ctx: Any, centred: Tensor, scale: Tensor, surrogate: str, carries_scale: bool) -> Tensor:
+        signs = torch.sign(centred)
+        ctx.save_for_backward(centred, scale, signs)
+        ctx.surrogate, ctx.carries_scale = surrogate, carries_scale
+        return scale * signs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        centred, scale, signs = ctx.saved_tensors
+        grad_centred = grad * surrogate_slope(centred, ctx.surrogate)
+        if ctx.carries_scale:
+            grad_centred = grad_centred * scale
+        return grad_centred, grad * signs, None, None
+
+
+class BinarizedWeight(NamedTuple):
+    """value [n, k] = scale * signs, with the rule's gradient; signs [n, k] in {-1, 0, 1}; scale [n, groups]."""
+
+    value: Tensor
+    signs: Tensor
+    scale: Tensor
+
+
+def binarize_weight(
+    weight: Tensor, rule: WeightRule, group_size: int | None = None, learned_scale: Tensor | None = None
+) -> BinarizedWeight:
+    """Binarise a weight [n, k] by a rule; statistics of rows become statistics of groups of `group_size` columns."""
+    w = weight.float()
+    n, k = w.shape
+    centred = w - _centre(w, rule, group_size)
+    if learned_scale is not None:
+        scale = learned_scale.float()
+    else:
+        scale = weight_scale(w.detach(), rule, group_size)
+    columns = scale.repeat_interleave(group_size, 1)[:, :k] if group_size else scale
+    value = _WeightSign.apply(centred, columns.expand(n, k), rule.surrogate, rule.carries_scale)
+    return BinarizedWeight(value, torch.sign(centred.detach()), scale)
+
+
+def weight_scale(weight: Tensor, rule: WeightRule, group_size: int | None = None) -> Tensor:
+    """The scale of a rule, float32 [n, groups]; for "learned" where it starts."""
+    w = weight.float()
+    if rule.scale == "none":
+        return w.new_ones((w.shape[0], 1))
+    if rule.scale == "tensor":
+        return w.abs().mean().expand(w.shape[0], 1).contiguous()
+    if rule.scale == "row_centred":
+        w = w - _centre(w, rule, group_size)
+    return _group_means(w.abs(), group_size)
+
+
+def _centre(w: Tensor, rule: WeightRule, group_size: int | None) -> Tensor:
+    if rule.centre == "none":
+        return w.new_zeros(())
+    if rule.centre == "global":
+        return w.detach().mean()
+    means = _group_means(w, group_size)
+    return means.repeat_interleave(group_size, 1)[:, : w.shape[1]] if group_size else means
+
+
+def _group_means(w: Tensor, group_size: int | None) -> Tensor:
+    if not group_size:
+        return w.mean(-1, keepdim=True)
+    return torch.cat([part.mean(-1, keepdim=True) for part in w.split(group_size, 1)], 1)
+
+
+class _ExactLinear(torch.autograd.Function):
+    """canonical_linear of the levels and signs; gradients as F.linear(x_value, w_value, bias) has them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_value: Tensor,
+        w_value: Tensor,
+        bias: Tensor | None,
+        level: Tensor,
+        signs: Tensor,
+        scale: Tensor,
+        rows: Tensor | None,
+        group_size: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x_value, w_value)
+        return canonical_linear(level, signs, scale, rows, bias, group_size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_value, w_value = ctx.saved_tensors
+        need_x, need_w, need_bias = ctx.needs_input_grad[:3]
+        grad_x = grad @ w_value if need_x else None
+        flat = grad.flatten(0, -2)
+        grad_w = flat.T @ x_value.flatten(0, -2) if need_w else None
+        return grad_x, grad_w, flat.sum(0) if need_bias else None, None, None, None, None, None
+
+
+def exact_linear(
+    x_value: Tensor,
+    weight: BinarizedWeight,
+    bias: Tensor | None,
+    step: Tensor | None = None,
+    rows: Tensor | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """x_value @ weight.value.T + bias in float32, computed as integers and the canonical epilogue.
+
+    Args:
+        x_value: float32 [..., k]: the step (or the row's scale, or 1) times -1, 0, +1.
+        weight: from `binarize_weight`.
+        bias: float32 [n] or None.
+        step: scalar tensor that multiplies the scale of every output (BiT's alpha).
+        rows: float32 [..., 1] that multiplies the scale of every row (XNOR-Net's K).
+    """
+    scale = weight.scale.detach() if step is None else step.detach() * weight.scale.detach()
+    level = torch.sign(x_value.detach())
+    rows = None if rows is None else rows.detach()
+    return _ExactLinear.apply(x_value, weight.value, bias, level, weight.signs, scale, rows, group_size or 0)

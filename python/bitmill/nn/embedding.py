@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BinaryEmbedding: a lookup table with 1-bit entries and one scale a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..binarize import binarize_weight, method
+from ..config import BinaryConfig
+from ..ops import bitunpack, tile_pack
+from ..ops._checks import TILE_ROWS, tile_shape
+from ..ops.binary_matmul import unpack_signs
+from ._module import PackedModule, require_finite
+from .binary import check_padding
+
+
+class BinaryEmbedding(nn.Embedding):
+    """Training form: latent table [num_embeddings, embedding_dim]; the padding row gets no gradient.
+
+    Output dtype = the table's dtype.
+    """
+
+    config: BinaryConfig
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        config: BinaryConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self.config = config if config is not None else BinaryConfig()
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, config: BinaryConfig | None = None) -> BinaryEmbedding:
+        """A layer on the same Parameter: nothing is copied, a tied weight stays tied.
+
+        Raises:
+            ValueError: for a subclass of nn.Embedding, or one with max_norm, sparse or scale_grad_by_freq.
+        """
+        if type(embedding) is not nn.Embedding:
+            raise ValueError(
+                f"BinaryEmbedding: embedding must be a torch.nn.Embedding, got {type(embedding).__name__},"
+                " whose forward may differ"
+            )
+        for option in ("max_norm", "sparse", "scale_grad_by_freq"):
+            if getattr(embedding, option):
+                raise ValueError(f"BinaryEmbedding: {option} is not supported; build the nn.Embedding without it")
+        sizes = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
+        layer = cls(*sizes, config, device="meta")
+        layer.weight = embedding.weight
+        return layer.train(embedding.training)
+
+    def _table(self) -> Any:
+        return binarize_weight(self.weight, method(self.config.method).embedding, self.config.group_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self._table().value.to(self.weight.dtype), self.padding_idx)
+
+    @torch.no_grad()
+    def pack(self) -> PackedBinaryEmbedding:
+        """The packed form. Raises ValueError for a table with NaN or infinity."""
+        require_finite("BinaryEmbedding", self.weight)
+        table = self._table()
+        zeros = table.signs == 0
+        packed = PackedBinaryEmbedding(
+            self.num_embeddings, self.embedding_dim, self.padding_idx, self.config, bool(zeros.any()), device="meta"
+        )
+        packed.weight = tile_pack((table.signs > 0).to(torch.uint8), 1)
+        packed.weight_nonzero = tile_pack((~zeros).to(torch.uint8), 1) if packed.weight_zeros else None
+        packed.scale = table.scale.to(self.weight.dtype).clone()
+        return packed.train(self.training)
+
+    @torch.no_grad()
+    def dequantize(self) -> nn.Embedding:
+        """An nn.Embedding with the binarised table."""
+        return _embedding_from(self._table().value.to(self.weight.dtype), self.padding_idx, self.training)
+
+
+class PackedBinaryEmbedding(PackedModule):
+    """Packed form. Buffers: weight int32 tiles [ceil(rows/16), ceil(dim/32), 16]; weight_nonzero the same, where entries
+    are exactly 0; scale [rows, groups]. Output dtype = the scale's dtype."""
+
+    config: BinaryConfig
+    kernel = "bitunpack"
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        config: BinaryConfig | None = None,
+        weight_zeros: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config if config is not None else BinaryConfig()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx, self.weight_zeros = padding_idx, weight_zeros
+        group_size = self.config.group_size
+        groups = -(-embedding_dim // group_size) if group_size else 1
+
+        def words() -> Tensor:
+            return torch.zeros(tile_shape(num_embeddings, embedding_dim), dtype=torch.int32, device=device)
+
+        self.register_buffer("weight", words())
+        self.register_buffer("weight_nonzero", words() if weight_zeros else None)
+        self.register_buffer("scale", torch.zeros(num_embeddings, groups, device=device))
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "num_embeddings": self.num_embeddings,
+            "embedding_dim": self.embedding_dim,
+            "padding_idx": self.padding_idx,
+            "weight_zeros": self.weight_zeros,
+        }
+
+    def weight_shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: int [...] in [0, num_embeddings); answers [..., embedding_dim]. Raises IndexError for an id outside."""
+        scale = nn.functional.embedding(ids, self.scale)  # checks the ids, which plain indexing would let wrap around
+        tile, lane = ids // TILE_ROWS, ids % TILE_ROWS
+        nonzero = None if self.weight_nonzero is None else self.weight_nonzero[tile, :, lane]
+        signs = bitunpack(self.weight[tile, :, lane], nonzero, self.embedding_dim)
+        if self.config.group_size:
+            scale = scale.repeat_interleave(self.config.group_size, -1)[..., : self.embedding_dim]
+        return scale * signs.to(scale.dtype)
+
+    @torch.no_grad()
+    def dequantize(self) -> nn.Embedding:
+        """An nn.Embedding with the binarised table."""
+        signs = unpack_signs(self.weight, self.weight_nonzero, self.num_embeddings, self.embedding_dim)
+        scale, group_size = self.scale, self.config.group_size
+        if group_size:
+            scale = scale.repeat_interleave(group_size, 1)[:, : self.embedding_dim]
+        return _embedding_from(scale * signs.to(scale.dtype), self.padding_idx, self.training)
+
+    def validate(self) -> None:
+        check_padding("weight", self.weight, self.num_embeddings, self.embedding_dim)
+        check_padding("weight_nonzero", self.weight_nonzero, self.num_embeddings, self.embedding_dim)
+
+
+def _embedding_from(table: Tensor, padding_idx: int | None, training: bool) -> nn.Embedding:
+    embedding = nn.Embedding(*table.shape, padding_idx=padding_idx, device="meta")
+    embedding.weight = nn.Parameter(table.detach().clone())
+    return embedding.train(training)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SalientLinear: PB-LLM's partially binarised linear layer (arXiv 2310.00034), float activations.
+
+A fixed fraction of the weights is salient and keeps 8 or 16 bits; every other weight is mu + alpha sgn(w - mu), with
+sgn(0) = +1. Training form and packed form hold the same weight bit for bit; their outputs differ by summation order.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SalientConfig
+from ..ops import tile_pack
+from ..ops._checks import ceil_div, tile_shape
+from ..ops.salient_scatter import (
+    binary_statistics,
+    binary_value,
+    columns_of_groups,
+    high_bit_codes,
+    salient_mask,
+    salient_value,
+)
+from ._module import LatentLinear, PackedModule, as_float32, linear_from, require_finite, require_width
+from .binary import check_padding
+
+
+class QuantisedWeight(NamedTuple):
+    """A weight [n, k] in both forms at once; the mask says which one counts.
+
+    plus bool [n, k], alpha and mu float32 [n, groups]: the binarised form. codes [n, k], uint8 with scale and zero
+    float32 [n], or float16 without: the salient form.
+    """
+
+    plus: Tensor
+    alpha: Tensor
+    mu: Tensor | None
+    codes: Tensor
+    scale: Tensor | None
+    zero: Tensor | None
+
+    def salient(self) -> Tensor:
+        if self.scale is None or self.zero is None:
+            return self.codes.float()
+        return salient_value(self.codes, self.scale, self.zero)
+
+
+def quantise_weight(weight: Tensor, mask: Tensor, config: SalientConfig) -> QuantisedWeight:
+    """The config's rules applied to a detached weight."""
+    w, group_size = weight.detach().float(), config.group_size or 0
+    alpha, mu = binary_statistics(w, mask, group_size, config.scale, config.centre)
+    centred = w if mu is None else w - columns_of_groups(mu, w.shape[1], group_size)
+    if config.bits == 8:
+        return QuantisedWeight(centred >= 0, alpha, mu, *high_bit_codes(w))
+    return QuantisedWeight(centred >= 0, alpha, mu, w.to(torch.float16), None, None)
+
+
+class SalientLinear(LatentLinear):
+    """Training form: latent weight [out_features, in_features] and the mask of its salient entries.
+
+    The mask is measured once, on the weight that the layer is created with, and is a persistent buffer. Salient
+    weights are frozen: their gradient is exactly 0. Binarised weights get the straight-through identity; alpha and mu
+    follow the weight in every forward and carry no gradient. Output dtype = input dtype; the arithmetic is float32,
+    also under autocast.
+    """
+
+    config_class: ClassVar = SalientConfig
+    config: SalientConfig
+    mask: Tensor
+
+    def create_state(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.register_buffer("mask", salient_mask(self.weight, self.config.fraction))
+
+    def quantised_weight(self) -> Tensor:
+        """What the layer multiplies with, float32 [out_features, in_features], with its straight-through gradient."""
+        parts = quantise_weight(self.weight, self.mask, self.config)
+        binary = binary_value(parts.plus, parts.alpha, parts.mu, self.config.group_size or 0)
+        latent = self.weight.float()
+        # The difference is exactly 0: it brings the gradient of the latent weight and leaves the value alone.
+        return torch.where(self.mask, parts.salient(), binary + (latent - latent.detach()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_width("SalientLinear", x, self.in_features)
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.float(), self.quantised_weight(), as_float32(self.bias)).to(x.dtype)
+
+    @torch.no_grad()
+    def pack(self) -> PackedSalientLinear:
+        """The packed form, from the expressions that trained.
+
+        Raises:
+            ValueError: for a weight with NaN or infinity, or one that is too large for its scales or for float16.
+        """
+        require_finite("SalientLinear", self.weight)
+        mask, config = self.mask, self.config
+        parts = quantise_weight(self.weight, mask, config)
+        value = parts.codes[mask]
+        for number in (parts.alpha, parts.mu, parts.scale, value):
+            if number is not None and not torch.isfinite(number).all():
+                raise ValueError(
+                    f"SalientLinear: weight must be small enough for {config.bits}-bit salient weights and float32"
+                    f" scales, got magnitudes up to {self.weight.abs().max().item():.3g}; scale the weight down"
+                )
+        packed = PackedSalientLinear(
+            self.in_features, self.out_features, self.bias is not None, config, value.numel(), device="meta"
+        )
+        packed.weight = tile_pack((parts.plus & ~mask).to(torch.uint8), 1)
+        packed.mask = tile_pack(mask.to(torch.uint8), 1)
+        packed.value = value
+        packed.start = nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        packed.alpha, packed.mu = parts.alpha, parts.mu
+        packed.value_scale, packed.value_zero = parts.scale, parts.zero
+        packed.bias = None if self.bias is None else self.bias.detach().float().clone()
+        return packed.train(self.training)
+
+    @torch.no_grad()
+    def dequantize(self) -> nn.Linear:
+        """An nn.Linear with the partially binarised weight."""
+        return self.to_linear(self.quantised_weight())
+
+
+class PackedSalientLinear(PackedModule):
+    """Packed form: 1-bit weights and a 1-bit mask in tiles, the salient values beside them, one op a call.
+
+    Buffers: weight and mask int32 [ceil(n/16), ceil(k/32), 16]; value uint8 or float16 [entries]; start int32 [n + 1];
+    alpha and mu (None without `centre`) float32 [n, groups]; value_scale and value_zero (None for 16 bits) float32 [n];
+    bias [n].
+    """
+
+    config: SalientConfig
+    kernel = "salient_linear"
+    weight: Tensor
+    mask: Tensor
+    value: Tensor
+    start: Tensor
+    alpha: Tensor
+    mu: Tensor | None
+    value_scale: Tensor | None
+    value_zero: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: SalientConfig | None = None,
+        entries: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config if config is not None else SalientConfig()
+        self.in_features, self.out_features = in_features, out_features
+        groups = ceil_div(in_features, self.config.group_size) if self.config.group_size else 1
+        codes = self.config.bits == 8
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.register_buffer("weight", zeros(*tile_shape(out_features, in_features), dtype=torch.int32))
+        self.register_buffer("mask", zeros(*tile_shape(out_features, in_features), dtype=torch.int32))
+        self.register_buffer("value", zeros(entries, dtype=torch.uint8 if codes else torch.float16))
+        self.register_buffer("start", zeros(out_features + 1, dtype=torch.int32))
+        self.register_buffer("alpha", zeros(out_features, groups))
+        self.register_buffer("mu", zeros(out_features, groups) if self.config.centre else None)
+        self.register_buffer("value_scale", zeros(out_features) if codes else None)
+        self.register_buffer("value_zero", zeros(out_features) if codes else None)
+        self.register_buffer("bias", zeros(out_features) if bias else None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: SalientConfig | None = None) -> PackedSalientLinear:
+        """Partially binarise and pack an nn.Linear."""
+        return SalientLinear.from_linear(linear, config).pack()
+
+    def arguments(self) -> dict[str, int | bool]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "entries": self.value.numel(),
+        }
+
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _arrays(self) -> tuple[Tensor | None, ...]:
+        """The weight's arrays as the ops take them; a layer moved by .bfloat16() holds float16 values rounded."""
+        value = self.value if self.config.bits == 8 else self.value.to(torch.float16)
+        scales = (self.alpha, self.mu, self.value_scale, self.value_zero)
+        return self.weight, self.mask, value, self.start, *(as_float32(t) for t in scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_width("PackedSalientLinear", x, self.in_features)
+        return torch.ops.bitmill.salient_linear.default(
+            x, *self._arrays(), as_float32(self.bias), self.config.group_size or 0
+        )
+
+    @torch.no_grad()
+    def dequantize(self) -> nn.Linear:
+        """An nn.Linear (float32) with the partially binarised weight."""
+        dense = torch.ops.bitmill.salient_weight.default(
+            *self._arrays(), self.in_features, self.config.group_size or 0
+        )
+        return linear_from(dense, self.bias, torch.float32, self.training)
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        check_padding("weight", self.weight, self.out_features, self.in_features)
+        check_padding("mask", self.mask, self.out_features, self.in_features)
+        self(self.alpha.new_zeros(0, self.in_features, dtype=torch.float32))  # no rows: the checks are all that runs

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""4-bit floats: casts to packed codes and back, E8M0 scales, MXFP4 blocks, and fake quantisation for training.
+
+Magnitudes: e2m1 0 .5 1 1.5 2 3 4 6;  e1m2 0 .5 1 1.5 2 2.5 3 3.5;  e3m0 0 .25 .5 1 2 4 8 16. A code is the sign in bit
+3 and the index of the magnitude in bits 2..0. fp4_cast rounds to nearest and saturates; a tie goes to the even integer
+x / s, s = 2^(exponent - mantissa bits), which in e3m0 sends every tie but the first up (LLM-FP4's quantiser).
+Packed rows: uint8 [..., ceil(k / 2)], element 0 in the low nibble, an odd k padded with code 0.
+E8M0: byte e is 2^(e - 127), 255 is NaN.  MXFP4: value = 2^(byte - 127) e2m1, one byte for 32 columns, where the byte is
+  floor: floor(log2 amax) - 2 + 127 (the OCP text);  ceil: ceil(log2 amax) - 2 + 127;
+  even:  floor after amax is rounded to one mantissa bit;  rceil: the smallest power of two >= fl(amax fl(1 / 6)).
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from . import _library as library
+from ._checks import FLOATS, MAX_COLUMNS, ceil_div, check_one_of, check_rows, check_tensor, require
+
+FORMATS = {"e2m1": (2, 1, 1), "e1m2": (1, 2, 0), "e3m0": (3, 0, 3)}  # exponent bits, mantissa bits, bias
+NAN_POLICIES = ("max", "zero", "error")
+SCALE_RULES = ("floor", "rceil", "ceil", "even")
+MX_BLOCK = 32
+_INFINITY = 0x7F800000  # as the bits of a float32 magnitude; NaN lies above
+
+library.define("fp4_cast", '(Tensor x, str format="e2m1", str nan="max") -> Tensor')
+library.define("fp4_uncast", '(Tensor packed, int k, str format="e2m1") -> Tensor')
+library.define("e8m0_cast", '(Tensor x, str rounding="down") -> Tensor')
+library.define("e8m0_uncast", "(Tensor codes) -> Tensor")
+library.define("mxfp4_quantize", '(Tensor x, str scale_rule="floor") -> (Tensor packed, Tensor scale)')
+library.define("mxfp4_dequantize", "(Tensor packed, Tensor scale, int k) -> Tensor")
+
+
+def _magnitudes(format: str) -> list[tuple[int, float]]:
+    """Each magnitude as an integer number of units, the units of its binade."""
+    _, mantissa_bits, bias = FORMATS[format]
+    hidden = 1 << mantissa_bits
+    fields = [divmod(index, hidden) for index in range(8)]
+    return [(m + hidden * (e > 0), 2.0 ** (max(e, 1) - bias - mantissa_bits)) for e, m in fields]
+
+
+def code_values(format: str) -> tuple[float, ...]:
+    """The values of codes 0 ... 15."""
+    check_one_of("code_values", "format", format, tuple(FORMATS))
+    values = [integer * unit for integer, unit in _magnitudes(format)]
+    return (*values, *(-value for value in values))
+
+
+def _steps(format: str) -> list[int]:
+    """Bits of the smallest float32 magnitude that is cast to index 1, 2, ... 7; cpp/core/fp4.h gives the tie rule."""
+    middles = [(integer, (integer + 0.5) * unit) for integer, unit in _magnitudes(format)[:7]]
+    return [struct.unpack("I", struct.pack("f", value))[0] + (integer % 2 == 0) for integer, value in middles]
+
+
+def _codes(x: Tensor, format: str) -> Tensor:
+    """Codes of float32 values, as int32; NaN becomes 7."""
+    x = x.contiguous()
+    bits = x.view(torch.int32)
+    steps = torch.tensor(_steps(format), dtype=torch.int32, device=x.device)
+    index = torch.bucketize(bits & 0x7FFFFFFF, steps, right=True, out_int32=True)
+    return torch.where(x.isnan(), 7, index + 8 * (bits < 0).int())
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    return (padded[..., 0::2] | (padded[..., 1::2] << 4)).to(torch.uint8)
+
+
+def unpack_nibbles(packed: Tensor, k: int) -> Tensor:
+    """Packed rows to codes: uint8 [..., ceil(k / 2)] to uint8 [..., k]."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :k]
+
+
+def table(format: str, device: torch.device) -> Tensor:
+    return torch.tensor(code_values(format), dtype=torch.float32, device=device)
+
+
+def _biased_log2(magnitude: Tensor, up: bool) -> Tensor:
+    """log2, rounded, plus 127, from the bits of a magnitude. Byte 0, 2^-127, is the subnormal 0x400000."""
+    exponent = magnitude >> 23
+    above = torch.where(exponent == 0, magnitude > 0x400000, (magnitude & 0x7FFFFF) != 0)
+    return exponent + above.int() if up else exponent
+
+
+def _scale_bytes(amax: Tensor, scale_rule: str) -> Tensor:
+    """Bits of a block's largest magnitude to its E8M0 byte, as int32."""
+    if scale_rule == "even":
+        amax = torch.where(amax < _INFINITY, amax + (1 << 21), amax)
+    if scale_rule == "rceil":
+        sixth = torch.tensor(1 / 6, dtype=torch.float32, device=amax.device)
+        byte = _biased_log2((amax.view(torch.float32) * sixth).view(torch.int32), True)
+    else:
+        byte = (_biased_log2(amax, scale_rule == "ceil") - 2).clamp_min(0)
+    return torch.where(amax >= _INFINITY, 255, byte)
+
+
+@library.default("fp4_cast")
+def _fp4_cast_reference(x: Tensor, format: str = "e2m1", nan: str = "max") -> Tensor:
+    _check_fp4_cast(x, format, nan)
+    values = x.float()
+    require(
+        nan != "error" or not values.isnan().any(),
+        'fp4_cast: x must not have a NaN with nan="error", got at least one; remove it, or pass nan="max" or "zero"',
+    )
+    return _pack_nibbles(_codes(values.nan_to_num(0.0, torch.inf, -torch.inf) if nan == "zero" else values, format))
+
+
+@library.default("fp4_uncast")
+def _fp4_uncast_reference(packed: Tensor, k: int, format: str = "e2m1") -> Tensor:
+    _check_fp4_uncast(packed, k, format)
+    return table(format, packed.device)[unpack_nibbles(packed, k).int()]
+
+
+@library.default("e8m0_cast")
+def _e8m0_cast_reference(x: Tensor, rounding: str = "down") -> Tensor:
+    _check_e8m0_cast(x, rounding)
+    magnitude = x.float().contiguous().view(torch.int32) & 0x7FFFFFFF
+    byte = _biased_log2(magnitude, rounding == "up").clamp_max(254)
+    return torch.where(magnitude > _INFINITY, 255, byte).to(torch.uint8)
+
+
+@library.default("e8m0_uncast")
+def _e8m0_uncast_reference(codes: Tensor) -> Tensor:
+    _check_e8m0_uncast(codes)
+    byte = codes.int().contiguous()
+    normal = torch.where(byte == 0, 0x400000, byte << 23).view(torch.float32)
+    return torch.where(byte == 255, torch.nan, normal)
+
+
+@library.default("mxfp4_quantize")
+def _mxfp4_quantize_reference(x: Tensor, scale_rule: str = "floor") -> tuple[Tensor, Tensor]:
+    _check_mxfp4_quantize(x, scale_rule)
+    k = x.shape[-1]
+    padded = torch.nn.functional.pad(x.float(), (0, -k % MX_BLOCK)).contiguous()
+    blocks = padded.unflatten(-1, (ceil_div(k, MX_BLOCK), MX_BLOCK))
+    byte = _scale_bytes((blocks.view(torch.int32) & 0x7FFFFFFF).amax(-1), scale_rule)
+    inverse = ((254 - byte.clamp_max(253)) << 23).view(torch.float32)  # exact: a finite block has at most byte 253
+    codes = torch.where(byte.unsqueeze(-1) == 255, 0, _codes(blocks * inverse.unsqueeze(-1), "e2m1"))
+    return _pack_nibbles(codes.flatten(-2)[..., :k]), byte.to(torch.uint8)
+
+
+@library.default("mxfp4_dequantize")
+def _mxfp4_dequantize_reference(packed: Tensor, scale: Tensor, k: int) -> Tensor:
+    _check_mxfp4_dequantize(packed, scale, k)
+    return _fp4_uncast_reference(packed, k) * columns(_e8m0_uncast_reference(scale), k, MX_BLOCK)
+
+
+def columns(scale: Tensor, k: int, group_size: int) -> Tensor:
+    """Group scales [..., groups] to what multiplies [..., k]."""
+    return scale.repeat_interleave(group_size, -1)[..., :k] if group_size else scale
+
+
+def _check_fp4_cast(x, format, nan) -> None:
+    check_one_of("fp4_cast", "format", format, tuple(FORMATS))
+    check_one_of("fp4_cast", "nan", nan, NAN_POLICIES)
+    check_rows("fp4_cast", x)
+
+
+def _check_packed(op, packed, k) -> None:
+    require(packed.dim() >= 1, f"{op}: packed must have at least one dimension, got a scalar")
+    require(
+        0 <= k <= MAX_COLUMNS and packed.shape[-1] == ceil_div(k, 2),
+        f"{op}: packed must have ceil(k / 2) bytes in its last dimension, got k = {k} and {packed.shape[-1]} bytes",
+    )
+    check_tensor(op, "packed", packed, torch.uint8, packed.shape, packed)
+
+
+def _check_fp4_uncast(packed, k, format) -> None:
+    check_one_of("fp4_uncast", "format", format, tuple(FORMATS))
+    _check_packed("fp4_uncast", packed, k)
+
+
+def _check_e8m0_cast(x, rounding) -> None:
+    check_one_of("e8m0_cast", "rounding", rounding, ("down", "up"))
+    require(x.dtype in FLOATS, f"e8m0_cast: x must be float32, bfloat16 or float16, got {short_name(x.dtype)}")
+
+
+def _check_e8m0_uncast(codes) -> None:
+    check_tensor("e8m0_uncast", "codes", codes, torch.uint8, codes.shape, codes)
+
+
+def _check_mxfp4_quantize(x, scale_rule) -> None:
+    check_one_of("mxfp4_quantize", "scale_rule", scale_rule, SCALE_RULES)
+    check_rows("mxfp4_quantize", x)
+
+
+def _check_mxfp4_dequantize(packed, scale, k) -> None:
+    _check_packed("mxfp4_dequantize", packed, k)
+    shape = [*packed.shape[:-1], ceil_div(k, MX_BLOCK)]
+    check_tensor("mxfp4_dequantize", "scale", scale, torch.uint8, shape, packed)
+
+
+def short_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.library.register_fake("bitmill::fp4_cast")
+def _(x, format="e2m1", nan="max"):
+    _check_fp4_cast(x, format, nan)
+    return x.new_empty((*x.shape[:-1], ceil_div(x.shape[-1], 2)), dtype=torch.uint8)
+
+
+@torch.library.register_fake("bitmill::fp4_uncast")
+def _(packed, k, format="e2m1"):
+    _check_fp4_uncast(packed, k, format)
+    return packed.new_empty((*packed.shape[:-1], k), dtype=torch.float32)
+
+
+@torch.library.register_fake("bitmill::e8m0_cast")
+def _(x, rounding="down"):
+    _check_e8m0_cast(x, rounding)
+    return x.new_empty(x.shape, dtype=torch.uint8)
+
+
+@torch.library.register_fake("bitmill::e8m0_uncast")
+def _(codes):
+    _check_e8m0_uncast(codes)
+    return codes.new_empty(codes.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("bitmill::mxfp4_quantize")
+def _(x, scale_rule="floor"):
+    _check_mxfp4_quantize(x, scale_rule)
+    *leading, k = x.shape
+    packed = x.new_empty((*leading, ceil_div(k, 2)), dtype=torch.uint8)
+    return packed, x.new_empty((*leading, ceil_div(k, MX_BLOCK)), dtype=torch.uint8)
+
+
+@torch.library.register_fake("bitmill::mxfp4_dequantize")
+def _(packed, scale, k):
+    _check_mxfp4_dequantize(packed, scale, k)
+    return packed.new_empty((*packed.shape[:-1], k), dtype=torch.float32)
+
+
+class _FakeQuant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, format):
+        z = torch.atleast_1d(x.float() / scale)
+        values = fp4_uncast(fp4_cast(z, format), z.shape[-1], format)
+        # The division rounds: amax / (amax / largest) may come out a unit in the last place above `largest`.
+        largest = max(code_values(format)) * (1 + 2**-23)
+        ctx.save_for_backward((z.abs() <= largest).view(x.shape))
+        return (torch.where(z.isnan(), z, values).view(x.shape) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None
+
+
+class _Mxfp4FakeQuant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale_rule):
+        return mxfp4_dequantize(*mxfp4_quantize(x, scale_rule), x.shape[-1]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def fp4_cast(x: Tensor, format: str = "e2m1", nan: str = "max") -> Tensor:
+    """Cast to the nearest FP4 codes, saturating, two a byte; the module's docstring gives values and ties.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., k].
+        format: "e2m1", "e1m2" or "e3m0".
+        nan: what NaN becomes: "max" code 7 for both signs (as cuda_fp4.h), "zero" code 0, "error" a ValueError.
+    Returns:
+        uint8 [..., ceil(k / 2)].
+    Raises:
+        ValueError: for another dtype, a scalar, unknown names, or a NaN with nan="error".
+    """
+    return torch.ops.bitmill.fp4_cast.default(x, format, nan)
+
+
+def fp4_uncast(packed: Tensor, k: int, format: str = "e2m1") -> Tensor:
+    """Undo `fp4_cast`: the values float32 [..., k] of packed codes uint8 [..., ceil(k / 2)]."""
+    return torch.ops.bitmill.fp4_uncast.default(packed, k, format)
+
+
+def e8m0_cast(x: Tensor, rounding: str = "down") -> Tensor:
+    """log2 |x| rounded "down" or "up", plus 127, in 0 ... 254, as uint8 of x's shape; NaN is 255, infinity 254."""
+    return torch.ops.bitmill.e8m0_cast.default(x, rounding)
+
+
+def e8m0_uncast(codes: Tensor) -> Tensor:
+    """2^(code - 127) as float32; 255 is NaN."""
+    return torch.ops.bitmill.e8m0_uncast.default(codes)
+
+
+def mxfp4_quantize(x: Tensor, scale_rule: str = "floor") -> tuple[Tensor, Tensor]:
+    """Quantise to MXFP4 in blocks of 32 along the last dimension; a partial block counts as filled with zeros.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., k].
+        scale_rule: "floor", "rceil", "ceil" or "even" (see the module's docstring).
+    Returns:
+        packed: uint8 [..., ceil(k / 2)], E2M1 codes.
+        scale: uint8 [..., ceil(k / 32)], E8M0; 255 (NaN), with codes 0, for a block with a NaN or an infinity.
+    Raises:
+        ValueError: for another dtype, a scalar, or an unknown rule.
+    """
+    return torch.ops.bitmill.mxfp4_quantize.default(x, scale_rule)
+
+
+def mxfp4_dequantize(packed: Tensor, scale: Tensor, k: int) -> Tensor:
+    """Undo `mxfp4_quantize`: float32 [..., k]; a block whose scale is 255 is NaN."""
+    return torch.ops.bitmill.mxfp4_dequantize.default(packed, scale, k)
+
+
+def fp4_fake_quant(x: Tensor, format: str, scale: Tensor | float) -> Tensor:
+    """scale * cast(x / scale), of x's dtype and computed in float32; NaN stays NaN.
+
+    The gradient goes straight through where |x / scale| is at most the format's largest value, and is 0 elsewhere;
+    `scale`, which broadcasts against x, gets none.
+    """
+    return _FakeQuant.apply(x, scale, format)
+
+
+def mxfp4_fake_quant(x: Tensor, scale_rule: str = "floor") -> Tensor:
+    """x quantised to MXFP4 blocks and back, of x's dtype. The gradient goes straight through everywhere."""
+    return _Mxfp4FakeQuant.apply(x, scale_rule)

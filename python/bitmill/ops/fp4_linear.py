@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer with an FP4 weight and float activations, and the weight that it stands for.
+
+fp4_weight: w[o, j] = scale[o, j / group_size] table[code[o, j]], float32; table is the format's (fp4.py) or any codebook.
+fp4_linear: y = sum_g scale[o, g] sum_{j in g} table[code[o, j]] x[.., j] + bias, float32 accumulation.
+The weight is tiles of codes, tile_pack(codes, 4); a scale is float32 or E8M0 bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _library as library
+from ._checks import MAX_COLUMNS, PACK_REMEDY, ceil_div, check_one_of, check_rows, check_tensor, require
+from ._checks import tile_shape as _tile_shape
+from .bitpack import tile_unpack
+from .fp4 import FORMATS, columns, e8m0_uncast, short_name, table
+
+library.define(
+    "fp4_linear",
+    '(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, str format="e2m1", int group_size=0,'
+    " Tensor? codebook=None) -> Tensor",
+)
+library.define(
+    "fp4_weight",
+    '(Tensor weight, Tensor scale, int n, int k, str format="e2m1", int group_size=0, Tensor? codebook=None) -> Tensor',
+)
+
+
+@library.default("fp4_linear")
+def _fp4_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    format: str = "e2m1",
+    group_size: int = 0,
+    codebook: Tensor | None = None,
+) -> Tensor:
+    _check_fp4_linear(x, weight, scale, bias, format, group_size, codebook)
+    n, k = scale.shape[0], x.shape[-1]
+    out = x.float() @ _fp4_weight_reference(weight, scale, n, k, format, group_size, codebook).T
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+@library.default("fp4_weight")
+def _fp4_weight_reference(
+    weight: Tensor,
+    scale: Tensor,
+    n: int,
+    k: int,
+    format: str = "e2m1",
+    group_size: int = 0,
+    codebook: Tensor | None = None,
+) -> Tensor:
+    _check_fp4_weight("fp4_weight", weight, scale, n, k, format, group_size, codebook)
+    values = (table(format, weight.device) if codebook is None else codebook)[tile_unpack(weight, n, k, 4).int()]
+    factors = e8m0_uncast(scale) if scale.dtype == torch.uint8 else scale
+    return values * columns(factors, k, group_size)
+
+
+def _check_fp4_weight(op, weight, scale, n, k, format, group_size, codebook) -> None:
+    check_one_of(op, "format", format, tuple(FORMATS))
+    require(n >= 0 and 0 <= k <= MAX_COLUMNS, f"{op}: n and k must not be negative, got n = {n}, k = {k}")
+    valid = group_size >= 0 and group_size % 8 == 0
+    require(valid, f"{op}: group_size must be 0 or a positive multiple of 8, got {group_size}")
+    valid = scale.dtype in (torch.float32, torch.uint8)
+    require(valid, f"{op}: scale must be float32, or uint8 for E8M0, got {short_name(scale.dtype)}")
+    groups = ceil_div(k, group_size) if group_size else 1
+    check_tensor(op, "scale", scale, scale.dtype, [n, groups], weight)
+    check_tensor(op, "weight", weight, torch.int32, _tile_shape(n, k, 4), weight, PACK_REMEDY)
+    check_tensor(op, "codebook", codebook, torch.float32, [16], weight)
+
+
+def _check_fp4_linear(x, weight, scale, bias, format, group_size, codebook) -> None:
+    k, n = check_rows("fp4_linear", x), scale.shape[0] if scale.dim() else 0
+    check_tensor("fp4_linear", "weight", weight, weight.dtype, weight.shape, x)
+    _check_fp4_weight("fp4_linear", weight, scale, n, k, format, group_size, codebook)
+    check_tensor("fp4_linear", "bias", bias, torch.float32, [n], x)
+
+
+@torch.library.register_fake("bitmill::fp4_linear")
+def _(x, weight, scale, bias=None, format="e2m1", group_size=0, codebook=None):
+    _check_fp4_linear(x, weight, scale, bias, format, group_size, codebook)
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+@torch.library.register_fake("bitmill::fp4_weight")
+def _(weight, scale, n, k, format="e2m1", group_size=0, codebook=None):
+    _check_fp4_weight("fp4_weight", weight, scale, n, k, format, group_size, codebook)
+    return weight.new_empty((n, k), dtype=torch.float32)
+
+
+def _setup_fp4_linear(ctx, inputs, output) -> None:
+    x, weight, scale, _, ctx.format, ctx.group_size, codebook = inputs
+    ctx.save_for_backward(x, weight, scale, codebook)
+
+
+def _backward_fp4_linear(ctx, grad):
+    x, weight, scale, codebook = ctx.saved_tensors
+    need_x, _, need_scale, need_bias = ctx.needs_input_grad[:4]
+    settings = (scale.shape[0], x.shape[-1], ctx.format, ctx.group_size, codebook)
+    g = grad.float()
+    grad_x = grad_scale = grad_bias = None
+    if need_x:
+        grad_x = (g @ fp4_weight(weight, scale, *settings)).to(x.dtype)
+    if need_scale:
+        grad_scale = _scale_gradient(_rows(g).T @ _rows(x).float(), weight, scale, *settings)
+    if need_bias:
+        grad_bias = _rows(g).sum(0)
+    return grad_x, None, grad_scale, grad_bias, None, None, None
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
+
+
+def _scale_gradient(grad_weight, weight, scale, n, k, format, group_size, codebook) -> Tensor:
+    """Gradient of the dequantised weight [n, k] to that of the scale [n, groups]."""
+    products = grad_weight * fp4_weight(weight, torch.ones_like(scale), n, k, format, group_size, codebook)
+    if not group_size:
+        return products.sum(1, keepdim=True)
+    return torch.nn.functional.pad(products, (0, -k % group_size)).unflatten(1, scale.shape[1:] + (group_size,)).sum(2)
+
+
+torch.library.register_autograd("bitmill::fp4_linear", _backward_fp4_linear, setup_context=_setup_fp4_linear)
+
+
+def _setup_fp4_weight(ctx, inputs, output) -> None:
+    weight, scale, *ctx.settings, codebook = inputs
+    ctx.save_for_backward(weight, scale, codebook)
+
+
+def _backward_fp4_weight(ctx, grad):
+    weight, scale, codebook = ctx.saved_tensors
+    grad_scale = _scale_gradient(grad, weight, scale, *ctx.settings, codebook) if ctx.needs_input_grad[1] else None
+    return None, grad_scale, None, None, None, None, None
+
+
+torch.library.register_autograd("bitmill::fp4_weight", _backward_fp4_weight, setup_context=_setup_fp4_weight)
+
+
+def fp4_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    format: str = "e2m1",
+    group_size: int = 0,
+    codebook: Tensor | None = None,
+) -> Tensor:
+    """A linear layer with an FP4 weight; the formula is in the module docstring.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., k].
+        weight: int32 tiles of n x k codes, from `tile_pack(codes, 4)`.
+        scale: [n, groups], float32 or uint8 (E8M0); groups = 1 for group_size 0, else ceil(k / group_size).
+        bias: float32 [n] or None.
+        format: "e2m1", "e1m2" or "e3m0".
+        group_size: columns that share a scale, a multiple of 8, or 0 for all.
+        codebook: float32 [16], the value of each code, instead of the format's.
+    Returns:
+        [..., n] of x's dtype. Gradients flow to x, bias and a float scale.
+    Raises:
+        ValueError: for wrong shapes, dtypes, devices or names.
+    """
+    return torch.ops.bitmill.fp4_linear.default(x, weight, scale, bias, format, group_size, codebook)
+
+
+def fp4_weight(
+    weight: Tensor,
+    scale: Tensor,
+    n: int,
+    k: int,
+    format: str = "e2m1",
+    group_size: int = 0,
+    codebook: Tensor | None = None,
+) -> Tensor:
+    """The weight float32 [n, k] that `fp4_linear` multiplies with. Arguments and errors as there."""
+    return torch.ops.bitmill.fp4_weight.default(weight, scale, n, k, format, group_size, codebook)

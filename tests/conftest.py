@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = Path(__file__).parent / "golden"
+    parser.addoption("--golden", default=str(default), help="folder of golden vectors for test_golden.py")
+
+
+@pytest.fixture
+def golden_folder(request: pytest.FixtureRequest) -> Path:
+    return Path(request.config.getoption("--golden"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
