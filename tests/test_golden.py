@@ -225,8 +225,10 @@ def fp4_cast_e2m1(case: Case) -> None:
     assert_exact(_codes(ops.fp4_cast(x), x.numel())[numbers], case["out_f32_mldtypes"][numbers], "codes, ml_dtypes")
     assert_exact(_codes(ops.fp4_cast(x), x.numel())[numbers], case["out_f32_torchao"][numbers], "codes, torchao")
     values = ops.fp4_uncast(torch.arange(0, 256, 17, dtype=torch.uint8), 32)[::2]
-    assert_exact(values, case["out_values"], "values")
-    assert_exact(values.half().view(torch.int16), case["out_values_half_bits"], "float16 values")
+    if "out_values" in case:
+        assert_exact(values, case["out_values"], "values")
+    if "out_values_half_bits" in case:
+        assert_exact(values.half().view(torch.int16), case["out_values_half_bits"], "float16 values")
 
 
 def _codes(packed: Tensor, k: int | None = None) -> Tensor:

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -41,9 +42,8 @@ inline std::string to_string(const Sizes& sizes) {
 }
 
 inline Sizes sizes_of(const Tensor& t) {
-  Sizes sizes;
-  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
-  return sizes;
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
 }
 
 inline const char* dtype_name(ScalarType dtype) {
@@ -61,6 +61,13 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline bool same_sizes(const Tensor& t, const Sizes& sizes) {
+  const auto got = t.sizes();
+  return std::equal(got.begin(), got.end(), sizes.begin(), sizes.end());
+}
+
 // A CPU tensor of this dtype and these sizes, made contiguous.
 inline Tensor checked(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes,
                       const char* remedy = "") {
@@ -68,10 +75,10 @@ inline Tensor checked(const char* op, const char* name, const Tensor& t, ScalarT
   if (t.scalar_type() != dtype) {
     fail(op, ": ", name, " must be ", dtype_name(dtype), ", got ", dtype_name(t.scalar_type()));
   }
-  if (sizes_of(t) != sizes) {
+  if (!same_sizes(t, sizes)) {
     fail(op, ": ", name, " must have shape ", to_string(sizes), ", got ", to_string(sizes_of(t)), remedy);
   }
-  return torch::stable::contiguous(t);
+  return as_contiguous(t);
 }
 
 inline std::optional<Tensor> checked(const char* op, const char* name, const std::optional<Tensor>& t,
@@ -114,7 +121,7 @@ struct Rows {
 inline Rows rows_of(const char* op, const Tensor& x) {
   if (!x.is_cpu()) fail(op, ": x must be on the CPU like the packed weight, got another device");
   if (x.dim() < 1) fail(op, ": x must have at least one dimension, got a scalar");
-  Rows rows{torch::stable::contiguous(x), sizes_of(x)};
+  Rows rows{as_contiguous(x), sizes_of(x)};
   rows.k = rows.leading.back();
   rows.leading.pop_back();
   for (const int64_t size : rows.leading) rows.m *= size;

@@ -43,7 +43,9 @@ Tensor fp4_cast_cpu(Tensor x, std::string format, std::string nan) {
   p.parallel_for = torch_parallel_for;
   const Status status = fp4_cast(p);
   if (p.nan == NanPolicy::error && status == Status::bad_argument) {
-    fail(op, ": x must not have a NaN with nan=\"error\", got at least one; remove it, or pass nan=\"max\" or \"zero\"");
+    fail(op,
+         ": x must not have a NaN with nan=\"error\", got at least one; remove it, or pass nan=\"max\" or "
+         "\"zero\"");
   }
   require(op, status);
   return packed;
@@ -53,7 +55,8 @@ Tensor fp4_cast_cpu(Tensor x, std::string format, std::string nan) {
 Rows packed_rows(const char* op, const Tensor& packed, int64_t k) {
   const Rows rows = rows_of(op, packed);
   if (k < 0 || k > kMaxColumns || rows.k != ceil_div(k, 2)) {
-    fail(op, ": packed must have ceil(k / 2) bytes in its last dimension, got k = ", k, " and ", rows.k, " bytes");
+    fail(op, ": packed must have ceil(k / 2) bytes in its last dimension, got k = ", k, " and ", rows.k,
+         " bytes");
   }
   checked(op, "packed", packed, ScalarType::Byte, sizes_of(packed));
   return rows;
@@ -64,7 +67,8 @@ Tensor fp4_uncast_cpu(Tensor packed, int64_t k, std::string format) {
   const Fp4Format kind = format_of(op, format);
   const Rows rows = packed_rows(op, packed, k);
   const Tensor values = new_tensor(rows.x, with_last(rows.leading, k), ScalarType::Float);
-  require(op, fp4_uncast(data<uint8_t>(rows.x), rows.m, k, kind, mutable_data<float>(values), torch_parallel_for));
+  require(op, fp4_uncast(data<uint8_t>(rows.x), rows.m, k, kind, mutable_data<float>(values),
+                         torch_parallel_for));
   return values;
 }
 
@@ -74,9 +78,10 @@ Tensor e8m0_cast_cpu(Tensor x, std::string rounding) {
     fail(op, ": rounding must be \"down\" or \"up\", got \"", rounding, "\"");
   }
   const Dtype dtype = float_dtype(op, x);
-  const Tensor values = torch::stable::contiguous(x);
+  const Tensor values = as_contiguous(x);
   const Tensor codes = new_tensor(values, sizes_of(x), ScalarType::Byte);
-  require(op, e8m0_cast(values.const_data_ptr(), dtype, values.numel(), rounding == "up", mutable_data<uint8_t>(codes)));
+  require(op, e8m0_cast(values.const_data_ptr(), dtype, values.numel(), rounding == "up",
+                        mutable_data<uint8_t>(codes)));
   return codes;
 }
 
@@ -93,7 +98,8 @@ std::tuple<Tensor, Tensor> mxfp4_quantize_cpu(Tensor x, std::string scale_rule) 
   p.rule = scale_rule_of(op, scale_rule);
   const Rows rows = rows_of(op, x);
   const Tensor packed = new_tensor(rows.x, with_last(rows.leading, ceil_div(rows.k, 2)), ScalarType::Byte);
-  const Tensor scale = new_tensor(rows.x, with_last(rows.leading, ceil_div(rows.k, kMxBlock)), ScalarType::Byte);
+  const Tensor scale =
+      new_tensor(rows.x, with_last(rows.leading, ceil_div(rows.k, kMxBlock)), ScalarType::Byte);
   p.x = rows.x.const_data_ptr();
   p.dtype = float_dtype(op, rows.x);
   p.m = rows.m;
@@ -108,10 +114,11 @@ std::tuple<Tensor, Tensor> mxfp4_quantize_cpu(Tensor x, std::string scale_rule) 
 Tensor mxfp4_dequantize_cpu(Tensor packed, Tensor scale, int64_t k) {
   const char* op = "mxfp4_dequantize";
   const Rows rows = packed_rows(op, packed, k);
-  const Tensor bytes = checked(op, "scale", scale, ScalarType::Byte, with_last(rows.leading, ceil_div(k, kMxBlock)));
+  const Tensor bytes =
+      checked(op, "scale", scale, ScalarType::Byte, with_last(rows.leading, ceil_div(k, kMxBlock)));
   const Tensor values = new_tensor(rows.x, with_last(rows.leading, k), ScalarType::Float);
-  require(op, mxfp4_dequantize(data<uint8_t>(rows.x), data<uint8_t>(bytes), rows.m, k, mutable_data<float>(values),
-                               torch_parallel_for));
+  require(op, mxfp4_dequantize(data<uint8_t>(rows.x), data<uint8_t>(bytes), rows.m, k,
+                               mutable_data<float>(values), torch_parallel_for));
   return values;
 }
 
@@ -135,8 +142,8 @@ struct WeightArguments {
   }
 };
 
-WeightArguments weight_arguments(const char* op, const Tensor& weight, const Tensor& scale, int64_t n, int64_t k,
-                                 const std::string& format, int64_t group_size,
+WeightArguments weight_arguments(const char* op, const Tensor& weight, const Tensor& scale, int64_t n,
+                                 int64_t k, const std::string& format, int64_t group_size,
                                  const std::optional<Tensor>& codebook) {
   const Fp4Table table = fp4_table(format_of(op, format));
   if (group_size < 0 || group_size % 8 != 0) {
@@ -173,13 +180,14 @@ Tensor fp4_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tenso
   return out;
 }
 
-Tensor fp4_weight_cpu(Tensor weight, Tensor scale, int64_t n, int64_t k, std::string format, int64_t group_size,
-                      std::optional<Tensor> codebook) {
+Tensor fp4_weight_cpu(Tensor weight, Tensor scale, int64_t n, int64_t k, std::string format,
+                      int64_t group_size, std::optional<Tensor> codebook) {
   const char* op = "fp4_weight";
   if (n < 0 || k < 0 || k > kMaxColumns) fail(op, ": n and k must not be negative, got n = ", n, ", k = ", k);
   const WeightArguments arguments = weight_arguments(op, weight, scale, n, k, format, group_size, codebook);
   const Tensor values = new_tensor(arguments.tiles, {n, k}, ScalarType::Float);
-  require(op, fp4_weight(arguments.weight(n, k, group_size), mutable_data<float>(values), torch_parallel_for));
+  require(op,
+          fp4_weight(arguments.weight(n, k, group_size), mutable_data<float>(values), torch_parallel_for));
   return values;
 }
 

@@ -7,6 +7,7 @@
 // and a weight with zeros replaces z by z & its own nonzero bits.
 #include "binary_matmul.h"
 
+#include <algorithm>
 #include <bit>
 
 #include "cpu.h"
@@ -43,7 +44,7 @@ int32_t dot_words(const BinaryMatmulParams& p, const int32_t* a, const int32_t* 
 void binary_matmul_tiles_generic(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
   const int64_t words = word_count(p.k);
   const int64_t group_words = p.group_size > 0 ? p.group_size / 32 : words;
-  const int64_t groups = p.group_size > 0 ? ceil_div(p.k, p.group_size) : 1;
+  const int64_t groups = p.k == 0 ? 0 : p.group_size > 0 ? ceil_div(p.k, p.group_size) : 1;
   for (int64_t row = 0; row < p.m; ++row) {
     const int32_t* a = p.a + row * words;
     const int32_t* nonzero = p.operand == Operand::ternary ? p.a_nonzero + row * words : nullptr;
@@ -73,9 +74,10 @@ void binary_matmul_tiles_generic(const BinaryMatmulParams& p, int64_t begin, int
 
 Status binary_matmul(const BinaryMatmulParams& p) {
   if (p.m < 0 || p.n < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
-  if ((p.operand == Operand::ternary) != (p.a_nonzero != nullptr)) return Status::bad_argument;
   if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
-  if (!p.dot && (!p.out || !p.scale)) return Status::bad_argument;
+  if (p.m == 0 || p.n == 0) return Status::ok;  // an array without elements may be null, here and below
+  if (p.k > 0 && (p.operand == Operand::ternary) != (p.a_nonzero != nullptr)) return Status::bad_argument;
+  if (!p.dot && (!p.out || (p.k > 0 && !p.scale))) return Status::bad_argument;
   auto* tiles = detail::binary_matmul_tiles_generic;
   double nanoseconds_per_word = 1.0;
 #ifdef BITMILL_AVX512

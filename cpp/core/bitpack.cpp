@@ -62,7 +62,8 @@ void bitpack_rows_generic(const BitpackParams& p, int64_t begin, int64_t end) {
 
 Status bitpack(const BitpackParams& p) {
   if (p.m < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
-  if ((p.levels == Levels::sign) != (p.nonzero != nullptr)) return Status::bad_argument;
+  const bool has_words = p.m > 0 && p.k > 0;  // an array without elements may be null
+  if (has_words && (p.levels == Levels::sign) != (p.nonzero != nullptr)) return Status::bad_argument;
   auto* rows = detail::bitpack_rows_generic;
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512) rows = detail::bitpack_rows_avx512;

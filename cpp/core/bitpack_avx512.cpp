@@ -10,23 +10,37 @@
 namespace bitmill::detail {
 namespace {
 
+__m512 widen(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
+
+__m512 load(const float* x) { return _mm512_loadu_ps(x); }
+__m512 load(const BFloat16* x) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+__m512 load(const Float16* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+
 __m512 load(const float* x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
-
-__m512 load(const BFloat16* x, __mmask16 lanes) {
-  const __m256i halves = _mm256_maskz_loadu_epi16(lanes, x);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
+__m512 load(const BFloat16* x, __mmask16 lanes) { return widen(_mm256_maskz_loadu_epi16(lanes, x)); }
 __m512 load(const Float16* x, __mmask16 lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x)); }
 
-__mmask16 first(int64_t lanes) {
-  return lanes >= 16 ? __mmask16{0xFFFF} : static_cast<__mmask16>((1u << (lanes > 0 ? lanes : 0)) - 1);
+struct Bits {
+  __mmask16 sign, nonzero;
+};
+
+template <Levels levels>
+Bits compare(__m512 z, __m512 threshold) {
+  const __m512 zero = _mm512_setzero_ps();
+  if constexpr (levels == Levels::sign) {
+    return {_mm512_cmp_ps_mask(z, zero, _CMP_GT_OQ), _mm512_cmp_ps_mask(z, zero, _CMP_NEQ_OQ)};
+  } else if constexpr (levels == Levels::plus) {
+    return {_mm512_cmp_ps_mask(z, zero, _CMP_GE_OQ), 0};
+  } else {
+    return {_mm512_cmp_ps_mask(z, threshold, _CMP_GT_OQ), 0};
+  }
 }
+
+uint32_t join(__mmask16 low, __mmask16 high) { return _cvtmask32_u32(_mm512_kunpackw(high, low)); }
 
 template <Levels levels, class T>
 void pack_rows(const BitpackParams& p, const T* x, int64_t begin, int64_t end) {
   const int64_t words = word_count(p.k);
-  const __m512 zero = _mm512_setzero_ps();
   const __m512 threshold = _mm512_set1_ps(p.threshold);
   float* magnitudes = p.mean ? new float[std::bit_ceil(static_cast<uint64_t>(p.k)) + 32] : nullptr;
   for (int64_t row = begin; row < end; ++row) {
@@ -34,32 +48,41 @@ void pack_rows(const BitpackParams& p, const T* x, int64_t begin, int64_t end) {
     int32_t* sign_row = p.sign + row * words;
     int32_t* nonzero_row = levels == Levels::sign ? p.nonzero + row * words : nullptr;
     int64_t count = 0;
-    for (int64_t w = 0; w < words; ++w) {
-      uint32_t sign = 0, nonzero = 0;
-      for (int half = 0; half < 2; ++half) {
-        const int64_t column = 32 * w + 16 * half;
-        const __mmask16 lanes = first(p.k - column);
-        if (!lanes) break;
-        __m512 z = load(input + column, lanes);
-        if (p.shift) z = _mm512_add_ps(z, _mm512_maskz_loadu_ps(lanes, p.shift + column));
-        if (p.mean) _mm512_storeu_ps(magnitudes + column, _mm512_abs_ps(z));
-        __mmask16 bits;
-        if constexpr (levels == Levels::sign) {
-          bits = _mm512_mask_cmp_ps_mask(lanes, z, zero, _CMP_GT_OQ);
-          nonzero |= static_cast<uint32_t>(_mm512_mask_cmp_ps_mask(lanes, z, zero, _CMP_NEQ_OQ)) << (16 * half);
-        } else if constexpr (levels == Levels::plus) {
-          bits = _mm512_mask_cmp_ps_mask(lanes, z, zero, _CMP_GE_OQ);
-        } else {
-          bits = _mm512_mask_cmp_ps_mask(lanes, z, threshold, _CMP_GT_OQ);
-        }
-        sign |= static_cast<uint32_t>(bits) << (16 * half);
-      }
+    const auto put = [&](int64_t w, uint32_t sign, uint32_t nonzero) {
       sign_row[w] = static_cast<int32_t>(sign);
       if constexpr (levels == Levels::sign) nonzero_row[w] = static_cast<int32_t>(nonzero);
       count += _mm_popcnt_u32(levels == Levels::sign ? nonzero : sign);
+    };
+    int64_t w = 0;
+    for (; 32 * (w + 1) <= p.k; ++w) {
+      __m512 low = load(input + 32 * w), high = load(input + 32 * w + 16);
+      if (p.shift) {
+        low = _mm512_add_ps(low, _mm512_loadu_ps(p.shift + 32 * w));
+        high = _mm512_add_ps(high, _mm512_loadu_ps(p.shift + 32 * w + 16));
+      }
+      if (magnitudes) {
+        _mm512_storeu_ps(magnitudes + 32 * w, _mm512_abs_ps(low));
+        _mm512_storeu_ps(magnitudes + 32 * w + 16, _mm512_abs_ps(high));
+      }
+      const Bits a = compare<levels>(low, threshold), b = compare<levels>(high, threshold);
+      put(w, join(a.sign, b.sign), join(a.nonzero, b.nonzero));
+    }
+    if (w < words) {  // 1 to 31 columns are left; lanes past k are masked out of every result
+      uint32_t sign = 0, nonzero = 0;
+      for (int half = 0; half < 2 && 32 * w + 16 * half < p.k; ++half) {
+        const int64_t column = 32 * w + 16 * half, left = p.k - column;
+        const __mmask16 lanes = left >= 16 ? __mmask16{0xFFFF} : static_cast<__mmask16>((1u << left) - 1);
+        __m512 z = load(input + column, lanes);
+        if (p.shift) z = _mm512_add_ps(z, _mm512_maskz_loadu_ps(lanes, p.shift + column));
+        if (magnitudes) _mm512_storeu_ps(magnitudes + column, _mm512_abs_ps(z));
+        const Bits bits = compare<levels>(z, threshold);
+        sign |= static_cast<uint32_t>(bits.sign & lanes) << (16 * half);
+        nonzero |= static_cast<uint32_t>(bits.nonzero & lanes) << (16 * half);
+      }
+      put(w, sign, nonzero);
     }
     if (p.count) p.count[row] = static_cast<int32_t>(count);
-    if (p.mean) p.mean[row] = mean_by_halves(magnitudes, p.k);
+    if (magnitudes) p.mean[row] = mean_by_halves(magnitudes, p.k);
   }
   delete[] magnitudes;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The obvious form of every FP4 function. Casts compare the bits of magnitudes with seven steps, so a cast of a
-// half-precision input is the cast of the float that it is, and no rounding happens on the way.
+// The obvious form of every FP4 function. Casts compare the bits of magnitudes with seven steps, so a cast of
+// a half-precision input is the cast of the float that it is, and no rounding happens on the way.
 #include "fp4.h"
 
 #include <algorithm>
@@ -18,7 +18,9 @@ bool valid_size(int64_t m, int64_t k) { return m >= 0 && k >= 0 && k <= kMaxColu
 
 uint32_t magnitude_bits(float x) { return std::bit_cast<uint32_t>(x) & 0x7FFFFFFFu; }
 
-uint32_t nibble(const uint8_t* packed, int64_t column) { return (packed[column / 2] >> (4 * (column % 2))) & 15u; }
+uint32_t nibble(const uint8_t* packed, int64_t column) {
+  return (packed[column / 2] >> (4 * (column % 2))) & 15u;
+}
 
 float weight_scale(const Fp4Weight& w, int64_t groups, int64_t row, int64_t group) {
   const int64_t index = row * groups + group;
@@ -40,7 +42,9 @@ void decode_tile(const Fp4Weight& w, int64_t tile, int64_t begin, int64_t end, f
 Status check(const Fp4Weight& w) {
   if (w.n < 0 || !valid_size(0, w.k)) return Status::bad_size;
   if (w.group_size < 0 || w.group_size % values_per_word(4) != 0) return Status::bad_argument;
-  if (!w.table || (w.scale != nullptr) == (w.scale_bytes != nullptr)) return Status::bad_argument;
+  const bool empty = PanelShape{0, w.n, w.k, w.group_size}.groups() * w.n == 0;  // and may have no address
+  const int scales = (w.scale != nullptr) + (w.scale_bytes != nullptr);
+  if (!w.table || scales > 1 || (scales == 0 && !empty)) return Status::bad_argument;
   return Status::ok;
 }
 
@@ -128,7 +132,8 @@ Status fp4_uncast(const uint8_t* packed, int64_t m, int64_t k, Fp4Format format,
 Status e8m0_cast(const void* x, Dtype dtype, int64_t count, bool up, uint8_t* bytes) {
   if (count < 0) return Status::bad_size;
   with_dtype(dtype, x, [&](const auto* values) {
-    for (int64_t i = 0; i < count; ++i) bytes[i] = e8m0_from_bits(std::bit_cast<uint32_t>(to_float(values[i])), up);
+    for (int64_t i = 0; i < count; ++i)
+      bytes[i] = e8m0_from_bits(std::bit_cast<uint32_t>(to_float(values[i])), up);
   });
   return Status::ok;
 }

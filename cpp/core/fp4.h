@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// 4-bit floats: the formats as data, casts of floats to codes and back, E8M0 scales, MXFP4 blocks, and the product of
-// float activations with an FP4 weight (tiles with b = 4, layout.h).
-// A code is the sign in bit 3 and the index of the magnitude, ascending, in bits 2..0; code 8 is -0.
-// Packed rows: uint8 [m, ceil(k / 2)], element 0 in the low nibble, an odd k padded with code 0.
+// 4-bit floats: the formats as data, casts of floats to codes and back, E8M0 scales, MXFP4 blocks, and the
+// product of float activations with an FP4 weight (tiles with b = 4, layout.h). A code is the sign in bit 3
+// and the index of the magnitude, ascending, in bits 2..0; code 8 is -0. Packed rows: uint8 [m, ceil(k / 2)],
+// element 0 in the low nibble, an odd k padded with code 0.
 #pragma once
 
 #include <bit>
@@ -48,7 +48,8 @@ struct Fp4CastParams {
   uint8_t* packed = nullptr;  // [m, ceil(k / 2)]
   ParallelFor parallel_for = serial_for;
 };
-// Round to nearest, ties as fp4_steps says, saturating. Answers bad_argument for a NaN under NanPolicy::error.
+// Round to nearest, ties as fp4_steps says, saturating. Answers bad_argument for a NaN under
+// NanPolicy::error.
 Status fp4_cast(const Fp4CastParams& params);
 Status fp4_uncast(const uint8_t* packed, int64_t m, int64_t k, Fp4Format format, float* values,
                   ParallelFor parallel_for = serial_for);
@@ -71,7 +72,7 @@ Status mxfp4_quantize(const Mxfp4QuantizeParams& params);
 Status mxfp4_dequantize(const uint8_t* packed, const uint8_t* scale, int64_t m, int64_t k, float* values,
                         ParallelFor parallel_for = serial_for);
 
-// w[o, j] = scale[o, j / group_size] * table[code[o, j]]; exactly one of `scale` and `scale_bytes` is given.
+// w[o, j] = scale[o, j / group_size] * table[code[o, j]]; one of `scale` and `scale_bytes` is given.
 struct Fp4Weight {
   const int32_t* tiles = nullptr;  // [tile_count(n), word_count(k, 4), 16]
   int64_t n = 0, k = 0;
@@ -82,7 +83,8 @@ struct Fp4Weight {
 };
 Status fp4_weight(const Fp4Weight& weight, float* values, ParallelFor parallel_for = serial_for);
 
-// y[i, o] = sum_g scale[o, g] sum_{j in g} table[code[o, j]] x[i, j] + bias[o], float sums, columns first to last.
+// y[i, o] = sum_g scale[o, g] sum_{j in g} table[code[o, j]] x[i, j] + bias[o], float sums, columns first to
+// last.
 struct Fp4MatmulParams {
   const void* x = nullptr;  // [m, k], contiguous
   Dtype dtype = Dtype::f32;
@@ -94,8 +96,8 @@ struct Fp4MatmulParams {
 };
 Status fp4_matmul(const Fp4MatmulParams& params);
 
-// A magnitude is an integer number of units: units of 2^(p - bias - M) in the binade of exponent field p, where field
-// 0 (subnormal) shares the binade of field 1.
+// A magnitude is an integer number of units: units of 2^(p - bias - M) in the binade of exponent field p,
+// where field 0 (subnormal) shares the binade of field 1.
 struct Fp4Magnitude {
   int integer;
   float unit;
@@ -107,9 +109,10 @@ static constexpr Fp4Magnitude fp4_magnitude(Fp4Format format, int index) {
           std::bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23)};
 }
 
-// first[i]: the smallest bits of a float magnitude that are cast to index i + 1 or above. The middle of two values
-// goes to the even one of the two integers in the lower value's binade. With a mantissa that is IEEE's rule; E3M0's
-// integers are 0, 1, 2 and then 1, 2 in each binade, so all its ties but the first go up (LLM-FP4, quantiser).
+// first[i]: the smallest bits of a float magnitude that are cast to index i + 1 or above. The middle of two
+// values goes to the even one of the two integers in the lower value's binade. With a mantissa that is IEEE's
+// rule; E3M0's integers are 0, 1, 2 and then 1, 2 in each binade, so all its ties but the first go up
+// (LLM-FP4, quantiser).
 struct Fp4Steps {
   uint32_t first[7];
 };

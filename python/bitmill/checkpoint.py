@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,20 +19,33 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .config import Config
-from .convert import LATENT, PACKED, replace_modules
-from .nn import BinaryEmbedding
+from .config import BinaryConfig, Config, FP4Config, SalientConfig
+from .convert import LATENT, PACKED, replace_modules, require_bare
+from .nn import BinaryEmbedding, PackedBinaryEmbedding
 from .nn._module import LatentLinear, PackedModule
 
 FORMAT_VERSION = 1
 KEY = "bitmill"
+MAX_METADATA = 1 << 24  # characters; the description of a layer takes about 150
 KINDS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in LATENT + PACKED}
-SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim")
+CONFIGS: dict[str, type[Config]] = {"Binary": BinaryConfig, "Salient": SalientConfig, "FP4": FP4Config}
+TABLES: tuple[type[nn.Module], ...] = (nn.Embedding, BinaryEmbedding, PackedBinaryEmbedding)
+LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, *(cls for cls in LATENT + PACKED if cls not in TABLES))
+SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim", "padding_idx")
+FIELDS = {"format_version": int, "configs": list, "modules": dict, "shared": dict, "sha256": str}
+ENTRY = {"kind": str, "config": int, "arguments": dict}
+
+# Dtypes in the order in which safetensors sorts tensors (the reverse of this one).
+DTYPES = ("BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class _Plan(NamedTuple):
-    tensors: dict[str, Tensor]
-    metadata: dict[str, Any]
+class _Slot(NamedTuple):
+    """Where a module keeps a tensor."""
+
+    owner: nn.Module
+    key: str
+    tensor: Tensor
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -41,21 +54,31 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     A tensor that occurs under several names (tied weights) is stored once. The file appears whole or not at all.
 
     Raises:
-        ValueError: for state that is not a tensor, or lies on the meta device.
+        ValueError: for state that is not a plain tensor, or lies on the meta device.
         OSError: if the file cannot be written.
     """
-    plan = _plan(model)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in plan.tensors.items()}
-    metadata = {**plan.metadata, "sha256": _digest(plan.metadata, tensors)}
+    metadata, state = _plan(model)
+    tensors: dict[str, Tensor] = {}
+    pointers: set[int] = set()
+    for name, t in state.items():
+        t = t.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        if t.data_ptr() in pointers or t.untyped_storage().nbytes() != t.nbytes:
+            t = t.clone()  # safetensors refuses tensors that overlap
+        pointers.add(t.data_ptr())
+        tensors[name] = t
+    text = _canonical({**metadata, "sha256": _digest(metadata, tensors)})
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=target.name, suffix=".part", dir=target.parent)
-    os.close(handle)
+    temporary = target.with_name(f".bitmill-{secrets.token_hex(8)}.part")
+    temporary.touch(exist_ok=False)
     try:
-        safetensors.torch.save_file(tensors, temporary, {KEY: _canonical(metadata)})
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
+        mode = temporary.stat().st_mode  # safetensors makes its files private
+        safetensors.torch.save_file(tensors, temporary, {KEY: text})
+        temporary.chmod(mode)
+        temporary.replace(target)
+    except BaseException as error:
+        temporary.unlink()
+        if isinstance(error, safetensors.SafetensorError):
+            raise OSError(f"save: {target} cannot be written: {error}") from None
         raise
 
 
@@ -63,7 +86,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     """Load a file written by `save` into a fresh model of the same architecture, in place.
 
     The layers named in the file take the place of the model's nn.Linear, nn.Embedding or bitmill layers of the same
-    size; all other parameters and buffers are filled. The model may be on the meta device.
+    size; all other parameters and buffers are filled. Parameters stay the same objects, so an optimizer made before
+    still sees them. The model may be on the meta device, if its non-persistent buffers are not.
 
     Args:
         model: same architecture as the saved model, with or without quantised layers.
@@ -76,63 +100,87 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
         OSError: if the file cannot be read.
     """
     metadata, tensors = _read(Path(path))
-    shared = metadata["shared"]
-    tensors.update({name: tensors[kept] for name, kept in shared.items()})
-    present = dict(model.named_modules(remove_duplicate=False))
-    layers: dict[nn.Module, nn.Module] = {}
-    for name, entry in metadata["modules"].items():
-        if name not in present:
-            raise _error(path, f"it has a layer {name!r}, and the model has none of that name")
-        layers[present[name]] = _build(path, name, entry, metadata["configs"], present[name])
+    try:
+        return _load(model, metadata, tensors)
+    except ValueError as error:
+        raise _error(path, str(error)) from None
 
-    expected = _expected_state(present, layers)
-    _compare(path, expected, tensors)
-    for name in metadata["modules"]:
-        layer = layers[present[name]]
-        device = _device_of(present[name])
-        own = {key: tensors[f"{name}.{key}"].to(device) for key in layer.state_dict(keep_vars=True)}
-        layer.load_state_dict(own, assign=True)
-        layer.requires_grad_(not isinstance(layer, PackedModule)).train(present[name].training)
+
+def _load(model: nn.Module, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
+    """Prepare everything, then change the model."""
+    layers = _build_layers(model, metadata)
+    built = {id(layer): module for module, layer in layers.items()}
+    slots, source = _slots(model, layers), {**{name: name for name in tensors}, **metadata["shared"]}
+    _require_state_dict(model)
+    _compare(slots, {name: tensors[kept] for name, kept in source.items()})
+    _join_tied(slots, source, tensors)
+
+    ready: list[tuple[_Slot, Tensor]] = []
+    made: dict[tuple[str, bool, torch.device], Tensor] = {}
+    for name, slot in sorted(slots.items(), key=lambda item: not _is_writable(item[1].tensor)):
+        t, value, is_parameter = slot.tensor, tensors[source[name]], isinstance(slot.tensor, nn.Parameter)
+        device = _device_of(built.get(id(slot.owner), slot.owner)) if t.is_meta else t.device
+        key = source[name], is_parameter, device
+        if _is_writable(t):
+            made.setdefault(key, t)
+        elif key in made:
+            value = made[key]
+        else:
+            value = value.to(device, copy=True)  # the file is only mapped into memory
+            value = made[key] = nn.Parameter(value, t.requires_grad) if is_parameter else value
+        ready.append((slot, value))
+    for slot, value in ready:
+        if id(slot.owner) in built and not _is_writable(slot.tensor):
+            setattr(slot.owner, slot.key, value)
+    for layer in layers.values():
         if isinstance(layer, PackedModule):
             try:
                 layer.validate()
-            except ValueError as error:
-                raise _error(path, f"{name}: {error}") from None
+            except (ValueError, RuntimeError, IndexError) as error:
+                name = next(name for name, module in model.named_modules() if module is built[id(layer)])
+                raise ValueError(f"layer {name!r}: {error}") from None
 
+    with torch.no_grad():
+        for slot, value in ready:
+            if _is_writable(slot.tensor):
+                slot.tensor.copy_(value)
+            elif id(slot.owner) not in built:
+                setattr(slot.owner, slot.key, value)
     replace_modules(model, layers)
-    _fill(model, tensors, {f"{name}." for name in metadata["modules"]})
     return list(metadata["modules"])
 
 
 def file_size(model: nn.Module) -> int:
     """Bytes of the file that `save` would write, names and metadata included."""
-    plan = _plan(model)
-    header: dict[str, Any] = {"__metadata__": {KEY: _canonical({**plan.metadata, "sha256": "0" * 64})}}
+    metadata, state = _plan(model)
+    header: dict[str, Any] = {"__metadata__": {KEY: _canonical({**metadata, "sha256": "0" * 64})}}
     offset = 0
-    for name, t in sorted(plan.tensors.items()):
-        end = offset + t.numel() * t.element_size()
-        header[name] = {"dtype": _file_dtype(t.dtype), "shape": list(t.shape), "data_offsets": [offset, end]}
+    for name, t in sorted(state.items(), key=lambda item: (-DTYPES.index(_file_dtype(item[1])), item[0])):
+        end = offset + t.numel() * t.dtype.itemsize
+        header[name] = {"dtype": _file_dtype(t), "shape": list(t.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + -(-len(text) // 8) * 8 + offset
 
 
-def _plan(model: nn.Module) -> _Plan:
-    """What a file of this model holds, without the digest."""
+def _plan(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file of this model holds: the metadata without the digest, and the tensors."""
+    if type(model) in KINDS.values():
+        raise ValueError("save: the model itself is a bitmill layer; put it into a module, such as nn.Sequential")
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    for name, t in model.state_dict(keep_vars=True).items():
-        if not isinstance(t, Tensor):
-            raise ValueError(f"save: {name} must be a tensor, got {type(t).__name__}; remove the extra state")
+    first: dict[Any, str] = {}
+    _require_state_dict(model)
+    for name, (_, _, t) in _slots(model).items():
         if t.is_meta:
-            raise ValueError(f"save: {name} is on the meta device and has no values; load or initialise the model first")
-        place = (t.device, t.untyped_storage().data_ptr(), t.storage_offset(), t.dtype, tuple(t.shape), t.stride())
-        if t.numel() and place in first:
-            shared[name] = first[place]
-            continue
-        first[place] = name
-        tensors[name] = t
+            raise ValueError(f"save: {name} is on the meta device and has no values; load or initialise it first")
+        if _file_dtype(t) not in DTYPES or t.layout != torch.strided:
+            raise ValueError(f"save: {name} must be a dense tensor of a common dtype, got {t.dtype}, {t.layout}")
+        kept = first.setdefault(_identity(t), name)
+        if kept == name:
+            tensors[name] = t
+        else:
+            shared[name] = kept
     configs: list[dict[str, Any]] = []
     modules: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -141,16 +189,58 @@ def _plan(model: nn.Module) -> _Plan:
         config = module.config.to_dict()
         if config not in configs:
             configs.append(config)
-        modules[name] = {
-            "kind": type(module).__name__,
-            "config": configs.index(config),
-            "arguments": _arguments(module),
-        }
-    if "" in modules:
-        raise ValueError("save: the model itself is a bitmill layer; put it into a module, such as nn.Sequential")
-    return _Plan(
-        tensors, {"format_version": FORMAT_VERSION, "configs": configs, "modules": modules, "shared": shared}
-    )
+        kind = type(module).__name__
+        modules[name] = {"kind": kind, "config": configs.index(config), "arguments": _arguments(module)}
+    return {"format_version": FORMAT_VERSION, "configs": configs, "modules": modules, "shared": shared}, tensors
+
+
+def _slots(model: nn.Module, layers: dict[nn.Module, nn.Module] | None = None) -> dict[str, _Slot]:
+    """Every parameter and persistent buffer under each of its names, as if `layers` had replaced their keys."""
+    slots: dict[str, _Slot] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        owner = (layers or {}).get(module, module)
+        for key, t in (*owner._parameters.items(), *owner._buffers.items()):
+            name = f"{prefix}.{key}" if prefix else key
+            if t is None:
+                continue
+            if key in owner._non_persistent_buffers_set:
+                if t.is_meta:
+                    raise ValueError(f"{name} is non-persistent, so no file has it, and on the meta device; create it")
+                continue
+            if type(t) not in (Tensor, nn.Parameter):
+                raise ValueError(f"{name} must be a plain tensor, got {type(t).__name__}")
+            if name in slots or name == "__metadata__":
+                raise ValueError(f"{name} is not a usable name for a tensor, or two tensors have it; rename one")
+            slots[name] = _Slot(owner, key, t)
+    return slots
+
+
+def _require_state_dict(model: nn.Module) -> None:
+    """State that lives outside the parameters and buffers, or is renamed on the way, cannot be restored from a file."""
+    slots, state = _slots(model), model.state_dict(keep_vars=True)
+    for name in (*state, *slots):
+        if name not in slots or state.get(name) is not slots[name].tensor:
+            raise ValueError(f"{name} in the model's state_dict is not simply a parameter or buffer; remove its hook")
+
+
+def _identity(t: Tensor) -> Any:
+    """Equal for tensors that are the same memory."""
+    if t.is_meta or t.numel() == 0 or t.layout != torch.strided:
+        return id(t)
+    lazy = t.is_conj(), t.is_neg()
+    return t.device, t.untyped_storage().data_ptr(), t.storage_offset(), t.dtype, t.shape, t.stride(), lazy
+
+
+def _is_writable(t: Tensor) -> bool:
+    """Whether `copy_` into this tensor works; others are replaced."""
+    frozen = t.is_meta or (t.is_inference() and not torch.is_inference_mode_enabled())
+    return not frozen and not any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape, strict=True))
+
+
+def _file_dtype(t: Tensor) -> str:
+    name = str(t.dtype).removeprefix("torch.")
+    short = {"bool": "BOOL", "bfloat16": "BF16", "complex64": "C64"}
+    return short.get(name) or name[0].upper() + name.lstrip("uintfloat")
 
 
 def _arguments(module: nn.Module) -> dict[str, Any]:
@@ -164,6 +254,11 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
     return {**features, "bias": module.bias is not None}
 
 
+def _device_of(module: nn.Module) -> torch.device:
+    tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
+    return torch.device("cpu") if tensor is None or tensor.is_meta else tensor.device
+
+
 def _canonical(metadata: dict[str, Any]) -> str:
     return json.dumps(metadata, sort_keys=True, separators=(",", ":"))
 
@@ -173,129 +268,136 @@ def _digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         t = tensors[name]
         digest.update(f"\n{name} {t.dtype} {list(t.shape)}\n".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy() if t.numel() else b"")
+        if t.numel():
+            digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _error(path: str | os.PathLike[str], reason: str) -> ValueError:
-    return ValueError(f"load: {os.fspath(path)} cannot be loaded: {reason}")
+    line = " ".join(reason.splitlines())
+    line = line if len(line) <= 500 else line[:497] + "..."
+    return ValueError(f"load: {os.fspath(path)} cannot be loaded: {line}")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            texts = file.metadata() or {}
-            if KEY not in texts:
-                raise _error(path, "it was not written by bitmill; for a plain state_dict use safetensors.torch.load_file")
-            metadata = _parse(path, texts[KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    except safetensors.SafetensorError as error:
-        raise _error(path, f"it is not a whole safetensors file ({error})") from None
+            text = (file.metadata() or {}).get(KEY)
+            tensors = {} if text is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what a damaged header makes of safetensors and torch
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise _error(path, f"it is not a whole safetensors file ({reason})") from None
+    if text is None:
+        raise _error(path, "it was not written by bitmill; for a plain state_dict use safetensors.torch.load_file")
+    metadata = _parse(path, text)
     claimed = metadata.pop("sha256")
     if _digest(metadata, tensors) != claimed:
         raise _error(path, "its contents do not match its checksum, so it was altered or damaged; copy it again")
-    unknown = sorted(set(metadata["shared"].values()) - set(tensors))
-    if unknown or set(metadata["shared"]) & set(tensors):
+    shared = metadata["shared"]
+    if not set(shared.values()) <= set(tensors) or set(shared) & set(tensors):
         raise _error(path, "its list of shared tensors does not fit its tensors")
     return metadata, tensors
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
+    """The metadata, its structure checked: nothing in it is nested deeper than it should be."""
     try:
-        metadata = json.loads(text)
+        metadata = json.loads(text) if len(text) <= MAX_METADATA else None
     except (ValueError, RecursionError):
-        raise _error(path, "its bitmill metadata is not JSON") from None
-    version = metadata.get("format_version") if isinstance(metadata, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise _error(path, f"it has format version {version}, and this bitmill reads up to {FORMAT_VERSION}; upgrade it")
-    kinds = {"format_version": int, "configs": list, "modules": dict, "shared": dict, "sha256": str}
-    if version != FORMAT_VERSION or any(not isinstance(metadata.get(key), kind) for key, kind in kinds.items()):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise _error(path, "its bitmill metadata is not a JSON object of a sensible size")
+    version = metadata.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise _error(path, f"it has format version {version}, and this bitmill reads up to {FORMAT_VERSION}; update it")
+
+    def fits(value: Any, fields: dict[str, type]) -> bool:
+        return type(value) is dict and {key: type(v) for key, v in value.items()} == fields
+
+    def is_flat(value: Any) -> bool:
+        return type(value) is dict and not any(isinstance(v, (dict, list)) for v in value.values())
+
+    if not (
+        fits(metadata, FIELDS)
+        and version == FORMAT_VERSION
+        and all(isinstance(kept, str) for kept in metadata["shared"].values())
+        and all(is_flat(config) for config in metadata["configs"])
+        and all(fits(entry, ENTRY) and is_flat(entry["arguments"]) for entry in metadata["modules"].values())
+        and all(0 <= entry["config"] < len(metadata["configs"]) for entry in metadata["modules"].values())
+    ):
         raise _error(path, "its bitmill metadata has not the expected fields")
-    if not all(isinstance(kept, str) for kept in metadata["shared"].values()):
-        raise _error(path, "its list of shared tensors is not a list of names")
     return metadata
 
 
-def _build(path: Any, name: str, entry: Any, configs: list[Any], present: nn.Module) -> nn.Module:
-    """An empty layer on the meta device, of the size that the model has there."""
+def _build_layers(model: nn.Module, metadata: dict[str, Any]) -> dict[nn.Module, nn.Module]:
+    """The layers that the file describes, still without values, and the modules whose place they take."""
+    present = dict(model.named_modules(remove_duplicate=False))
+    entries: dict[nn.Module, Any] = {}
+    layers: dict[nn.Module, nn.Module] = {}
+    for name, entry in metadata["modules"].items():
+        if not name or name not in present:
+            raise ValueError(f"it has a layer {name!r}, and the model has none of that name")
+        module = present[name]
+        try:
+            if entries.setdefault(module, entry) != entry:
+                raise ValueError("it is one module under two names in the model, and two different ones in the file")
+            layers[module] = layers.get(module) or _build(entry, metadata["configs"], module)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from None
+    return layers
+
+
+def _build(entry: dict[str, Any], configs: list[Any], present: nn.Module) -> nn.Module:
+    """An empty layer of the size that the model has there, on the model's own Parameters where both have them."""
+    kind, arguments = entry["kind"], entry["arguments"]
+    if kind not in KINDS:
+        raise ValueError(f"its kind {kind!r} is unknown; a newer bitmill may have written the file")
+    if type(present) not in (TABLES if KINDS[kind] in TABLES else LINEARS):
+        raise ValueError(f"it is a {kind} in the file, which cannot take the place of a {type(present).__name__}")
+    require_bare(present)
+    config_class = next(cls for prefix, cls in CONFIGS.items() if kind.removeprefix("Packed").startswith(prefix))
+    config = config_class.from_dict(configs[entry["config"]])
+    for key, value in arguments.items():
+        got = getattr(present, key, None) if key in SIZES else value
+        types = (int, type(None)) if key in SIZES else (int,) if key == "entries" else (bool,)
+        if value != got or type(value) not in types:
+            raise ValueError(f"{key} is {value!r} in the file and {got!r} in the model, or not of a fitting type")
     try:
-        cls, arguments = KINDS[entry["kind"]], dict(entry["arguments"])
-        config = Config.from_dict(configs[entry["config"]])
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise _error(path, f"the description of layer {name!r} is not valid ({error})") from None
-    for size in SIZES:
-        if size in arguments and arguments[size] != getattr(present, size, None):
-            got = getattr(present, size, "none")
-            raise _error(path, f"{name}: {size} is {arguments[size]} in the file and {got} in the model")
-    if not any(size in arguments for size in SIZES) or not all(type(v) in (int, bool, type(None)) for v in arguments.values()):
-        raise _error(path, f"the description of layer {name!r} is not valid (its sizes are missing or not numbers)")
-    try:
-        return cls(**arguments, config=config, device="meta")
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise _error(path, f"the description of layer {name!r} is not valid ({str(error).splitlines()[0]})") from None
+        layer = KINDS[kind](**arguments, config=config, device="meta")
+    except Exception as error:  # an argument too many or too few, or a size that no tensor can have
+        raise ValueError(f"its arguments are not valid ({(str(error).splitlines() or ['too large'])[0]})") from None
+    if set(arguments) != set(_arguments(layer)):
+        raise ValueError(f"its arguments must be {sorted(_arguments(layer))}, got {sorted(arguments)}")
+    for key, t in layer.named_parameters():
+        own = getattr(present, key, None)
+        if isinstance(own, nn.Parameter) and own.shape == t.shape:
+            layer.register_parameter(key, own)
+        elif isinstance(present.weight, nn.Parameter):
+            t.requires_grad_(present.weight.requires_grad)
+    return layer.train(present.training)
 
 
-def _expected_state(present: dict[str, nn.Module], layers: dict[nn.Module, nn.Module]) -> dict[str, Tensor]:
-    """The state_dict that the model will have, with meta tensors for the layers that are built."""
-    expected: dict[str, Tensor] = {}
-    covered = tuple(f"{name}." for name, module in present.items() if module in layers)
-    for name, t in present[""].state_dict(keep_vars=True).items():
-        if not (covered and name.startswith(covered)):
-            expected[name] = t
-    for name, module in present.items():
-        if module in layers:
-            expected.update({f"{name}.{key}": t for key, t in layers[module].state_dict(keep_vars=True).items()})
-    return expected
-
-
-def _compare(path: Any, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+def _compare(slots: dict[str, _Slot], tensors: dict[str, Tensor]) -> None:
+    missing, extra = sorted(set(slots) - set(tensors)), sorted(set(tensors) - set(slots))
     if missing or extra:
-        parts = [f"{word} {', '.join(names[:3])}" + (" ..." if len(names) > 3 else "")
-                 for word, names in (("it lacks", missing), ("the model has no", extra)) if names]
-        raise _error(path, "; ".join(parts))
-    for name, t in expected.items():
+        both = (("it lacks", missing), ("the model has no", extra))
+        raise ValueError("; ".join(f"{word} {', '.join(map(repr, names[:3]))}" for word, names in both if names))
+    for name, (_, _, t) in slots.items():
         got = tensors[name]
         if got.shape != t.shape:
-            raise _error(path, f"{name} has shape {list(got.shape)} in the file and {list(t.shape)} in the model")
-        floats = t.is_floating_point() and got.is_floating_point()
-        if got.dtype != t.dtype and not (floats and t.is_meta):
-            raise _error(
-                path, f"{name} is {got.dtype} in the file and {t.dtype} in the model; convert the model with .to() first"
-            )
+            raise ValueError(f"{name} has shape {list(got.shape)} in the file and {list(t.shape)} in the model")
+        if got.dtype != t.dtype and not (t.is_meta and t.dtype in FLOATS and got.dtype in FLOATS):
+            remedy = "; convert the model with .to() first" if got.dtype in FLOATS and t.dtype in FLOATS else ""
+            raise ValueError(f"{name} is {got.dtype} in the file and {t.dtype} in the model{remedy}")
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
-    return torch.device("cpu") if tensor is None or tensor.is_meta else tensor.device
-
-
-@torch.no_grad()
-def _fill(model: nn.Module, tensors: dict[str, Tensor], loaded: set[str]) -> None:
-    """Copy into the tensors that exist; give meta tensors their values, once for each tensor that is shared."""
-    made: dict[int, Tensor] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        if f"{prefix}." in loaded:
-            continue
-        for registry in (module._parameters, module._buffers):
-            for name, t in registry.items():
-                value = tensors.get(f"{prefix}.{name}" if prefix else name)
-                if t is None or value is None:
-                    continue
-                if not t.is_meta:
-                    t.copy_(value)
-                    continue
-                if id(t) not in made:
-                    made[id(t)] = nn.Parameter(value, t.requires_grad) if isinstance(t, nn.Parameter) else value
-                registry[name] = made[id(t)]
-
-
-def _file_dtype(dtype: torch.dtype) -> str:
-    names = {torch.bfloat16: "BF16", torch.bool: "BOOL"}
-    return names.get(dtype) or f"{'F' if dtype.is_floating_point else 'U' if dtype == torch.uint8 else 'I'}{dtype.itemsize * 8}"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _join_tied(slots: dict[str, _Slot], source: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    """Let names that are one tensor in the model take their value from one tensor of the file."""
+    first: dict[Any, str] = {}
+    for name, slot in slots.items():
+        kept = first.setdefault(_identity(slot.tensor), source[name])
+        if kept != source[name] and not torch.equal(tensors[kept], tensors[source[name]]):
+            raise ValueError(f"{name} is tied to another tensor in the model, and has other values in the file")
+        source[name] = kept

@@ -6,7 +6,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from .binarize import method as find_method
 from .binarize import method_names
+
+MAX_GROUP = 1 << 24  # the widest layer that the ops take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,18 +19,20 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return {"config": type(self).__name__, **dataclasses.asdict(self)}
 
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> Config:
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
         """Raises ValueError for an unknown configuration, an unknown field, or a value out of range."""
-        classes = {c.__name__: c for c in (BinaryConfig, SalientConfig, FP4Config)}
-        if not isinstance(values, dict) or values.get("config") not in classes:
-            raise ValueError(f"config: expected a dict with \"config\" one of {sorted(classes)}, got {_shorten(values)}")
-        cls = classes[values["config"]]
+        classes = {c.__name__: c for c in (BinaryConfig, SalientConfig, FP4Config) if issubclass(c, cls)}
+        name = values.get("config") if isinstance(values, dict) else None
+        if not isinstance(name, str) or name not in classes:
+            known = " or ".join(repr(c) for c in classes)
+            raise ValueError(f'{cls.__name__}: expected a dict with "config" {known}, got {_shorten(values)}')
         fields = {key: value for key, value in values.items() if key != "config"}
-        unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"{cls.__name__}: unknown field {unknown[0]!r}; a newer bitmill may have written it")
-        return cls(**fields)
+        known_fields = {f.name for f in dataclasses.fields(classes[name])}
+        unknown = next((key for key in fields if key not in known_fields), None)
+        if unknown is not None:
+            raise ValueError(f"{name}: unknown field {_shorten(unknown)}; a newer bitmill may have written it")
+        return classes[name](**fields)
 
     def _require(self, field: str, condition: bool, expected: str) -> None:
         if not condition:
@@ -40,8 +45,8 @@ class Config:
 
     def _require_group_size(self) -> None:
         size = getattr(self, "group_size")  # noqa: B009  (only the subclasses have it)
-        valid = size is None or (type(size) is int and size > 0 and size % 32 == 0)
-        self._require("group_size", valid, "None or a positive multiple of 32")
+        valid = size is None or (type(size) is int and 0 < size <= MAX_GROUP and size % 32 == 0)
+        self._require("group_size", valid, "None or a positive multiple of 32 up to 2**24")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +78,13 @@ class BinaryConfig(Config):
         self._require_one_of("zero", ("torch", "plus"))
         self._require_one_of("embeddings", (True, False))
         self._require_group_size()
-        from .binarize import method as find_method
-
         rule = find_method(self.method)
         if self.act_bits in (2, 4) or not self.signed:
             elastic = rule.activation.scale == "learned"
             self._require("act_bits", self.act_bits not in (2, 4) or elastic, f"1 or 32 for method {self.method!r}")
             self._require("signed", self.signed or elastic, f"True for method {self.method!r}")
-        grouped = self.group_size is None or (rule.weight.centre != "global" and rule.weight.scale in ("row", "row_centred"))
-        self._require("group_size", grouped, f"None for method {self.method!r}")
+        grouped = rule.weight.centre != "global" and rule.weight.scale in ("row", "row_centred")
+        self._require("group_size", self.group_size is None or grouped, f"None for method {self.method!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,5 +141,8 @@ class FP4Config(Config):
 
 
 def _shorten(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # too deep, too many digits, or a repr that fails
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -21,9 +21,15 @@ from .nn import (
     PackedSalientLinear,
     SalientLinear,
 )
+from .nn._module import LatentLinear
 
 LATENT = (BinaryLinear, BinaryEmbedding, SalientLinear, FP4Linear)
 PACKED = (PackedBinaryLinear, PackedBinaryEmbedding, PackedSalientLinear, PackedFP4Linear)
+LAYERS: dict[type[Config], type[LatentLinear]] = {
+    BinaryConfig: BinaryLinear,
+    SalientConfig: SalientLinear,
+    FP4Config: FP4Linear,
+}
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -38,27 +44,29 @@ def quantize_(model: nn.Module, config: Config, filter_fn: Filter | None = None)
     Args:
         model: any module; a module that occurs under several names is swapped under all of them.
         config: BinaryConfig, SalientConfig or FP4Config.
-        filter_fn: called with (module, name) for every candidate; a false answer leaves it alone.
+        filter_fn: called with (module, name) for every name of every candidate; a false answer leaves the module
+            alone.
     Returns:
         The names that were swapped; empty if every candidate had been swapped before.
     Raises:
         ValueError: if nothing matches (the classes seen are named), or a layer cannot be swapped.
     """
-    layers = {BinaryConfig: BinaryLinear, SalientConfig: SalientLinear, FP4Config: FP4Linear}
-    layer = layers.get(type(config))
+    layer = LAYERS.get(type(config))
     if layer is None:
         raise ValueError(f"quantize_: config must be a BinaryConfig, SalientConfig or FP4Config, got {config!r}")
-    embeddings = isinstance(config, BinaryConfig) and config.embeddings
+    table_config = config if isinstance(config, BinaryConfig) and config.embeddings else None
 
-    def build(module: nn.Module, name: str) -> nn.Module | None:
-        is_linear, is_table = type(module) is nn.Linear, embeddings and type(module) is nn.Embedding
-        if not (is_linear or is_table) or (filter_fn is not None and not filter_fn(module, name)):
+    def build(module: nn.Module, names: list[str]) -> nn.Module | None:
+        is_linear, is_table = type(module) is nn.Linear, table_config is not None and type(module) is nn.Embedding
+        if not (is_linear or is_table) or (filter_fn is not None and not all(filter_fn(module, n) for n in names)):
             return None
-        if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
-            raise ValueError(f"quantize_: {name} has hooks, which a swap would drop; remove them first")
-        return layer.from_linear(module, config) if is_linear else BinaryEmbedding.from_embedding(module, config)
+        require_bare(module)
+        if isinstance(module, nn.Linear):
+            return layer.from_linear(module, config)
+        assert isinstance(module, nn.Embedding)
+        return BinaryEmbedding.from_embedding(module, table_config)
 
-    wanted = "nn.Linear or nn.Embedding" if embeddings else "nn.Linear"
+    wanted = "nn.Linear or nn.Embedding" if table_config else "nn.Linear"
     return _swap(model, build, done=LATENT + PACKED, function="quantize_", wanted=wanted)
 
 
@@ -70,13 +78,16 @@ def pack_(model: nn.Module) -> list[str]:
     Raises:
         ValueError: if the model has no bitmill layer, or a layer cannot be packed (its name comes first).
     """
-    return _swap(
-        model,
-        lambda module, name: module.pack() if isinstance(module, LATENT) else None,
-        done=PACKED,
-        function="pack_",
-        wanted="bitmill training layers (call quantize_ first)",
-    )
+
+    def build(module: nn.Module, names: list[str]) -> nn.Module | None:
+        if not isinstance(module, LATENT):
+            return None
+        require_bare(module)
+        _require_values(module)
+        return module.pack()
+
+    wanted = "bitmill training layers (call quantize_ first)"
+    return _swap(model, build, done=PACKED, function="pack_", wanted=wanted)
 
 
 def dequantize_(model: nn.Module) -> list[str]:
@@ -89,50 +100,74 @@ def dequantize_(model: nn.Module) -> list[str]:
     Raises:
         ValueError: if the model has no bitmill layer.
     """
-    return _swap(
-        model,
-        lambda module, name: module.dequantize() if isinstance(module, LATENT + PACKED) else None,
-        done=(),
-        function="dequantize_",
-        wanted="bitmill layers",
-    )
+
+    def build(module: nn.Module, names: list[str]) -> nn.Module | None:
+        if not isinstance(module, LATENT + PACKED):
+            return None
+        require_bare(module)
+        _require_values(module)
+        return module.dequantize()
+
+    return _swap(model, build, done=(), function="dequantize_", wanted="bitmill layers")
 
 
 def _swap(
     model: nn.Module,
-    build: Callable[[nn.Module, str], nn.Module | None],
+    build: Callable[[nn.Module, list[str]], nn.Module | None],
     done: tuple[type, ...],
     function: str,
     wanted: str,
 ) -> list[str]:
+    found = list(model.named_modules(remove_duplicate=False))
+    names_of: dict[nn.Module, list[str]] = {}
+    for name, module in found:
+        names_of.setdefault(module, []).append(name)
     replacements: dict[nn.Module, nn.Module] = {}
-    names: list[str] = []
-    seen: set[str] = set()
-    already_done = False
-    for name, module in model.named_modules(remove_duplicate=False):
-        seen.add(type(module).__name__)
-        already_done = already_done or isinstance(module, done)
-        if module not in replacements:
-            try:
-                replacement = build(module, name)
-            except ValueError as error:
-                raise ValueError(f"{function}: {name or 'the model'}: {error}") from None
-            if replacement is None:
-                continue
+    for module, names in names_of.items():
+        try:
+            replacement = build(module, names)
+        except ValueError as error:
+            raise ValueError(f"{function}: {names[0] or 'the model'}: {error}") from None
+        if replacement is not None:
             replacements[module] = replacement
-        if not name:
-            raise ValueError(f"{function}: the model itself is a {type(module).__name__}; use its own method instead")
-        names.append(name)
-    if not names and not already_done:
-        classes = ", ".join(sorted(seen))
+    if model in replacements:
+        raise ValueError(f"{function}: the model itself is a {type(model).__name__}; use its own method instead")
+    if not replacements and not any(isinstance(module, done) for module in names_of):
+        classes = ", ".join(sorted({type(module).__name__ for module in names_of}))
         raise ValueError(f"{function}: the model must contain {wanted} that the filter accepts, got only {classes}")
     replace_modules(model, replacements)
-    return names
+    return [name for name, module in found if module in replacements]
+
+
+def _require_values(module: nn.Module) -> None:
+    if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        raise ValueError("it is on the meta device and has no values; load or initialise the model first")
+
+
+def require_bare(module: nn.Module) -> None:
+    """Raise ValueError if a swap would drop something that a user attached to this layer."""
+    hooks = any(value for key, value in vars(module).items() if key.endswith("_hooks"))
+    if hooks or "forward" in vars(module):
+        raise ValueError("it has hooks or a forward of its own, which a swap would drop; remove them first")
+    parts = [*module._modules]
+    if type(module) in (nn.Linear, nn.Embedding):
+        parts += [key for key in (*module._parameters, *module._buffers) if key not in ("weight", "bias")]
+    if parts:
+        raise ValueError(f"it has {parts[0]!r} attached, which a swap would drop; remove it first")
 
 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Put each replacement where its key is, under every name that it has."""
+    """Put each replacement where its key is, under every name that it has. Cannot fail halfway."""
+    bypassing: set[nn.Module] = set()
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
+        for name, child in parent._modules.items():
             if child in replacements:
-                setattr(parent, name, replacements[child])
+                parent._modules[name] = replacements[child]
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    bypassing.add(parent)
+    # In eval mode these two of torch's own read linear1.weight and never call linear1, unless told not to.
+    for module in model.modules():
+        if module in bypassing:
+            module.activation_relu_or_gelu = 0  # type: ignore[assignment]
+        if isinstance(module, nn.TransformerEncoder) and any(layer in bypassing for layer in module.layers):
+            module.use_nested_tensor = False

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops._library import without_autocast
 from ..ops.binary_matmul import canonical_linear, surrogate_slope
 from .rules import WeightRule
 
@@ -68,7 +69,7 @@ class _Elastic(torch.autograd.Function):
         step = alpha.clamp_min(ALPHA_FLOOR)
         low, high = _elastic_range(bits, signed)
         shifted = bits > 1 and not signed  # the minimum of the whole tensor is subtracted and gets no gradient
-        minimum = x.min() if shifted else x.new_zeros(())
+        minimum = x.min() if shifted and x.numel() else x.new_zeros(())
         u = (x - minimum) / step
         if signed and bits == 1:
             code = torch.sign(x) if zero == "torch" else torch.where(x >= 0, 1.0, -1.0)
@@ -201,9 +202,10 @@ class _ExactLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_value, w_value = ctx.saved_tensors
         need_x, need_w, need_bias = ctx.needs_input_grad[:3]
-        grad_x = grad @ w_value if need_x else None
-        flat = grad.flatten(0, -2)
-        grad_w = flat.T @ x_value.flatten(0, -2) if need_w else None
+        flat, flat_x = (t.unsqueeze(0).flatten(0, -2) for t in (grad, x_value))
+        with without_autocast(grad):
+            grad_x = grad @ w_value if need_x else None
+            grad_w = flat.T @ flat_x if need_w else None
         return grad_x, grad_w, flat.sum(0) if need_bias else None, None, None, None, None, None
 
 

@@ -17,6 +17,7 @@ from ..binarize.functions import ALPHA_FLOOR
 from ..config import BinaryConfig
 from ..ops import tile_pack
 from ..ops._checks import TILE_ROWS, ceil_div, tile_shape
+from ..ops._library import without_autocast
 from ..ops.binary_matmul import unpack_signs
 from ..ops.bitpack import mean_by_halves
 from ._module import LatentLinear, PackedModule, as_float32, linear_from, require_finite, require_width
@@ -55,7 +56,7 @@ class BinaryLinear(LatentLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         require_width("BinaryLinear", x, self.in_features)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return self._forward(x.float()).to(x.dtype)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -80,6 +81,8 @@ class BinaryLinear(LatentLinear):
 
     def _step(self, x: Tensor) -> Tensor:
         """alpha; before the first training batch the value that the first-use rule gives for this input."""
+        if x.numel() == 0:  # an empty batch has no mean
+            return self.alpha.float()
         first = elastic_alpha(x.detach(), self.config.act_bits, self.config.signed)
         value = torch.where(self.alpha_ready, self.alpha.detach().float(), first)
         if not self.training:
@@ -203,13 +206,11 @@ class PackedBinaryLinear(PackedModule):
                 group_size,
                 self._surrogate,
             )
+        dtype = x.dtype
         if config.act_bits != 32:  # multi-bit activations are quantised in torch and enter as floats
-            dtype = x.dtype
             x = elastic(x.float() + as_float32(self.shift), as_float32(self.alpha), config.act_bits, config.signed)
-            x = x.to(dtype)
-        return torch.ops.bitmill.binary_weight_linear.default(
-            x, self.weight, scale, bias, self.weight_nonzero, group_size
-        )
+        y = torch.ops.bitmill.binary_weight_linear.default(x, self.weight, scale, bias, self.weight_nonzero, group_size)
+        return y.to(dtype)
 
     @torch.no_grad()
     def dequantize(self) -> nn.Linear:
@@ -231,7 +232,7 @@ def check_padding(name: str, tiles: Tensor | None, n: int, k: int) -> None:
     """Everything past n or k must be 0 in a plane of bits."""
     if tiles is None:
         return
-    rows = tiles.transpose(1, 2).reshape(-1, tiles.shape[1])
+    rows = tiles.transpose(1, 2).flatten(0, 1)
     past_columns = k % 32 and bool((rows[:, -1] >> (k % 32) & ((1 << (32 - k % 32)) - 1)).any())
     if past_columns or (n % TILE_ROWS and bool(rows[n:].any())):
         raise ValueError(f"{name}: bits past the last row or column must be 0, got 1; the plane is corrupt")

@@ -1,3 +1,176 @@
-# placeholder, overwritten by the FP4 helper
-class FP4Linear: ...
-class PackedFP4Linear: ...
+# SPDX-License-Identifier: Apache-2.0
+"""FP4Linear: a linear layer with 4-bit floating-point weights and float activations.
+
+Formats "e2m1", "e1m2" and "e3m0" have one float32 scale an output channel, amax / largest value; "mxfp4" has E2M1
+codes and one E8M0 scale for 32 columns. Training form and packed form hold the same weight bit for bit; their outputs
+differ by summation order.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import FP4Config
+from ..ops import (
+    code_values,
+    fp4_cast,
+    fp4_fake_quant,
+    fp4_linear,
+    fp4_weight,
+    mxfp4_fake_quant,
+    mxfp4_quantize,
+    tile_pack,
+)
+from ..ops._checks import ceil_div, tile_shape
+from ..ops._library import without_autocast
+from ..ops.fp4 import MX_BLOCK, unpack_nibbles
+from ._module import LatentLinear, PackedModule, as_float32, linear_from, require_finite, require_width
+from .binary import check_padding
+
+
+def row_scale(weight: Tensor, format: str) -> Tensor:
+    """The scale float32 [n, 1] that takes a row's largest magnitude to the format's; 1 for a row of zeros."""
+    magnitude = weight.detach().float().abs()
+    if weight.shape[1] == 0:
+        return magnitude.new_ones(weight.shape[0], 1)
+    scale = magnitude.amax(1, keepdim=True) / max(code_values(format))
+    return torch.where(scale == 0, 1.0, scale)
+
+
+class FP4Linear(LatentLinear):
+    """Training form: latent weight [out_features, in_features], straight-through gradient.
+
+    The scales follow the weight in every forward and carry no gradient. A NaN or an infinity in the weight makes its
+    row (its block, for "mxfp4") NaN. Output dtype = input dtype; the arithmetic is float32, also under autocast.
+    """
+
+    config_class: ClassVar = FP4Config
+    config: FP4Config
+
+    def quantised_weight(self) -> Tensor:
+        """What the layer multiplies with, float32 [out_features, in_features], with its straight-through gradient."""
+        weight, format = self.weight.float(), self.config.format
+        if format == "mxfp4":
+            return mxfp4_fake_quant(weight, self.config.scale_rule)
+        return fp4_fake_quant(weight, format, row_scale(weight, format))
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_width("FP4Linear", x, self.in_features)
+        with without_autocast(x):
+            return nn.functional.linear(x.float(), self.quantised_weight(), as_float32(self.bias)).to(x.dtype)
+
+    @torch.no_grad()
+    def pack(self) -> PackedFP4Linear:
+        """The packed form, from the expressions that trained.
+
+        Raises:
+            ValueError: for a weight with NaN or infinity, or one that is too large for its block scales.
+        """
+        require_finite("FP4Linear", self.weight)
+        weight, config = self.weight.float(), self.config
+        if config.format == "mxfp4":
+            codes, scale = mxfp4_quantize(weight, config.scale_rule)
+            if (scale == 255).any():  # "even" rounds the largest magnitudes of float32 up to infinity
+                raise ValueError(
+                    f"FP4Linear: weight must be below 2^127 for scale_rule {config.scale_rule!r}, got magnitudes up to"
+                    f" {weight.abs().max().item():.3g}; scale the weight down"
+                )
+        else:
+            scale = row_scale(weight, config.format)
+            codes = fp4_cast(weight / scale, config.format)
+        packed = PackedFP4Linear(self.in_features, self.out_features, self.bias is not None, config, device="meta")
+        packed.weight = tile_pack(unpack_nibbles(codes, self.in_features), 4)
+        packed.scale = scale
+        packed.bias = None if self.bias is None else self.bias.detach().float().clone()
+        return packed.train(self.training)
+
+    @torch.no_grad()
+    def dequantize(self) -> nn.Linear:
+        """An nn.Linear with the quantised weight."""
+        return self.to_linear(self.quantised_weight())
+
+
+class PackedFP4Linear(PackedModule):
+    """Packed form: 4-bit codes in tiles, one op a call.
+
+    Buffers: weight int32 [ceil(n/16), ceil(k/8), 16]; scale float32 [n, 1], or uint8 [n, ceil(k/32)] (E8M0) for
+    "mxfp4"; bias float32 [n].
+    """
+
+    config: FP4Config
+    kernel = "fp4_linear"
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: FP4Config | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config if config is not None else FP4Config()
+        self.in_features, self.out_features = in_features, out_features
+        blocks = self.config.format == "mxfp4"
+        self._format, self._group_size = ("e2m1", MX_BLOCK) if blocks else (self.config.format, 0)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        groups, dtype = (ceil_div(in_features, MX_BLOCK), torch.uint8) if blocks else (1, torch.float32)
+        self.register_buffer("weight", zeros(*tile_shape(out_features, in_features, 4), dtype=torch.int32))
+        self.register_buffer("scale", zeros(out_features, groups, dtype=dtype))
+        self.register_buffer("bias", zeros(out_features) if bias else None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: FP4Config | None = None) -> PackedFP4Linear:
+        """Cast and pack an nn.Linear."""
+        return FP4Linear.from_linear(linear, config).pack()
+
+    def arguments(self) -> dict[str, int | bool]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+        }
+
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _scale(self) -> Tensor:
+        return self.scale if self._group_size else self.scale.float()  # E8M0 bytes are not numbers
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_width("PackedFP4Linear", x, self.in_features)
+        return torch.ops.bitmill.fp4_linear.default(
+            x, self.weight, self._scale(), as_float32(self.bias), self._format, self._group_size
+        )
+
+    @torch.no_grad()
+    def dequantize(self) -> nn.Linear:
+        """An nn.Linear (float32) with the quantised weight."""
+        n, k = self.weight_shape()
+        dense = fp4_weight(self.weight, self._scale(), n, k, self._format, self._group_size)
+        return linear_from(dense, self.bias, torch.float32, self.training)
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        check_padding("weight", self.weight, self.out_features, 4 * self.in_features)
+        # No rows: the checks are all that runs.
+        fp4_linear(
+            torch.zeros(0, self.in_features, device=self.weight.device),
+            self.weight,
+            self._scale(),
+            as_float32(self.bias),
+            self._format,
+            self._group_size,
+        )
+        bad = (self.scale == 255) if self._group_size else ~torch.isfinite(self.scale)
+        if bad.any():
+            raise ValueError("scale: every scale must be finite, got NaN or infinity; the layer is corrupt")

@@ -20,6 +20,7 @@ from ..ops.salient_scatter import (
     binary_value,
     columns_of_groups,
     high_bit_codes,
+    rounded_to_float16,
     salient_mask,
     salient_value,
 )
@@ -30,8 +31,8 @@ from .binary import check_padding
 class QuantisedWeight(NamedTuple):
     """A weight [n, k] in both forms at once; the mask says which one counts.
 
-    plus bool [n, k], alpha and mu float32 [n, groups]: the binarised form. codes [n, k], uint8 with scale and zero
-    float32 [n], or float16 without: the salient form.
+    plus bool [n, k], alpha and mu float32 [n, groups]: the binarised form. codes [n, k]: the salient form, uint8 with
+    scale and zero float32 [n], or without them float32 that a float16 holds exactly.
     """
 
     plus: Tensor
@@ -43,7 +44,7 @@ class QuantisedWeight(NamedTuple):
 
     def salient(self) -> Tensor:
         if self.scale is None or self.zero is None:
-            return self.codes.float()
+            return self.codes
         return salient_value(self.codes, self.scale, self.zero)
 
 
@@ -54,7 +55,7 @@ def quantise_weight(weight: Tensor, mask: Tensor, config: SalientConfig) -> Quan
     centred = w if mu is None else w - columns_of_groups(mu, w.shape[1], group_size)
     if config.bits == 8:
         return QuantisedWeight(centred >= 0, alpha, mu, *high_bit_codes(w))
-    return QuantisedWeight(centred >= 0, alpha, mu, w.to(torch.float16), None, None)
+    return QuantisedWeight(centred >= 0, alpha, mu, rounded_to_float16(w), None, None)
 
 
 class SalientLinear(LatentLinear):
@@ -96,7 +97,7 @@ class SalientLinear(LatentLinear):
         require_finite("SalientLinear", self.weight)
         mask, config = self.mask, self.config
         parts = quantise_weight(self.weight, mask, config)
-        value = parts.codes[mask]
+        value = parts.codes[mask].to(torch.uint8 if config.bits == 8 else torch.float16)
         for number in (parts.alpha, parts.mu, parts.scale, value):
             if number is not None and not torch.isfinite(number).all():
                 raise ValueError(
@@ -159,15 +160,19 @@ class PackedSalientLinear(PackedModule):
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.register_buffer("weight", zeros(*tile_shape(out_features, in_features), dtype=torch.int32))
-        self.register_buffer("mask", zeros(*tile_shape(out_features, in_features), dtype=torch.int32))
-        self.register_buffer("value", zeros(entries, dtype=torch.uint8 if codes else torch.float16))
-        self.register_buffer("start", zeros(out_features + 1, dtype=torch.int32))
-        self.register_buffer("alpha", zeros(out_features, groups))
-        self.register_buffer("mu", zeros(out_features, groups) if self.config.centre else None)
-        self.register_buffer("value_scale", zeros(out_features) if codes else None)
-        self.register_buffer("value_zero", zeros(out_features) if codes else None)
-        self.register_buffer("bias", zeros(out_features) if bias else None)
+        buffers = {
+            "weight": zeros(*tile_shape(out_features, in_features), dtype=torch.int32),
+            "mask": zeros(*tile_shape(out_features, in_features), dtype=torch.int32),
+            "value": zeros(entries, dtype=torch.uint8 if codes else torch.float16),
+            "start": zeros(out_features + 1, dtype=torch.int32),
+            "alpha": zeros(out_features, groups),
+            "mu": zeros(out_features, groups) if self.config.centre else None,
+            "value_scale": zeros(out_features) if codes else None,
+            "value_zero": zeros(out_features) if codes else None,
+            "bias": zeros(out_features) if bias else None,
+        }
+        for name in sorted(buffers, key=lambda name: buffers[name] is None):  # torch.export miscounts an earlier None
+            self.register_buffer(name, buffers[name])
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: SalientConfig | None = None) -> PackedSalientLinear:

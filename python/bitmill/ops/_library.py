@@ -7,6 +7,7 @@ compiled library. `load` then adds the compiled CPU kernels; if it cannot, it ke
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import warnings
@@ -32,14 +33,19 @@ def default(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(kernel)
         def outside_autocast(*args: Any, **kwargs: Any) -> Any:
-            device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
-            with torch.autocast(device, enabled=False):
+            with without_autocast(next((a for a in args if isinstance(a, Tensor)), None)):
                 return kernel(*args, **kwargs)
 
         torch.library.impl(f"bitmill::{name}", "CompositeExplicitAutograd", outside_autocast)
         return kernel
 
     return register
+
+
+def without_autocast(t: Tensor | None) -> contextlib.AbstractContextManager[Any]:
+    """Turns autocast off on the device of `t` (None: the CPU), in forward and backward; a meta tensor has none."""
+    device = "cpu" if t is None else t.device.type
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def op_names() -> list[str]:
@@ -54,8 +60,8 @@ def has_compiled_kernel(name: str, key: str = "CPU") -> bool:
 
 def load() -> None:
     """Load the compiled CPU kernels, if they were built."""
-    spec = importlib.util.find_spec("bitmill._ops_cpu")
     try:
+        spec = importlib.util.find_spec("bitmill._ops_cpu")
         if spec is None or spec.origin is None:
             raise ImportError("bitmill was installed without its compiled library _ops_cpu")
         torch.ops.load_library(spec.origin)

@@ -57,8 +57,17 @@ def use_instruction_set(name: str) -> Iterator[None]:
     before = instruction_set()
     if before is None:
         raise ValueError(f"instruction_set: cannot select {name!r}, because the compiled kernels are not loaded")
-    torch.ops.bitmill.instruction_set.default(name)
+    _select(name)
     try:
         yield
     finally:
-        torch.ops.bitmill.instruction_set.default(before)
+        _select(before)
+
+
+def _select(name: str) -> None:
+    """For the ops, and for bitmill.arrays, whose library has its own copy of the kernels."""
+    torch.ops.bitmill.instruction_set.default(name)
+    with contextlib.suppress(ImportError):
+        from .. import _C
+
+        _C.instruction_set(name)

@@ -217,22 +217,29 @@ def _backward_binary_linear(ctx, grad):
     g = grad.float()
     z = x.float() if shift is None else x.float() + shift
     g_rows = g * z.abs().mean(-1, keepdim=True) if row_scale else g
-    grad_x = grad_scale = grad_bias = grad_shift = None
+    grad_x = grad_scale = grad_shift = None
     if need_x or need_shift:
         signs = _scaled_signs(weight, weight_nonzero, scale, x.shape[-1], group_size)
         u = z if alpha is None else z / alpha
-        grad_z = (g_rows @ signs) * surrogate_slope(u, surrogate)
+        with library.without_autocast(x):
+            grad_z = (g_rows @ signs) * surrogate_slope(u, surrogate)
         if alpha is not None:
             grad_z = grad_z / alpha
         grad_x = grad_z.to(x.dtype)
-        grad_shift = grad_z.flatten(0, -2).sum(0) if need_shift else None
+        grad_shift = grad_z.sum_to_size(shift.shape) if need_shift else None
     if need_scale:
         level = binarized(x, shift, levels, 0.5 if alpha is None else alpha / 2)
-        dots = _group_dots(level, unpack_signs(weight, weight_nonzero, scale.shape[0], x.shape[-1]), group_size)
-        grad_scale = torch.stack([(g_rows * dot).flatten(0, -2).sum(0) for dot in dots], 1)
-    if need_bias:
-        grad_bias = g.flatten(0, -2).sum(0)
+        grad_scale = _scale_gradient(g_rows, level, weight, weight_nonzero, scale, group_size)
+    grad_bias = g.sum_to_size(g.shape[-1:]) if need_bias else None
     return grad_x, None, grad_scale, grad_bias, None, grad_shift, None, None, None, None, None
+
+
+def _scale_gradient(g, x, weight, weight_nonzero, scale, group_size) -> Tensor:
+    signs = unpack_signs(weight, weight_nonzero, scale.shape[0], x.shape[-1])
+    with library.without_autocast(x):
+        totals = _group_dots(x, signs, group_size)
+    sums = [(g * total).sum_to_size(g.shape[-1:]) for total in totals]
+    return torch.stack(sums, 1) if sums else torch.zeros_like(scale)
 
 
 torch.library.register_autograd(
@@ -249,19 +256,15 @@ def _backward_binary_weight_linear(ctx, grad):
     x, weight, scale, weight_nonzero = ctx.saved_tensors
     need_x, _, need_scale, need_bias = ctx.needs_input_grad[:4]
     g = grad.float()
-    grad_x = grad_scale = grad_bias = None
+    grad_x = grad_scale = None
     if need_x:
-        grad_x = (g @ _scaled_signs(weight, weight_nonzero, scale, x.shape[-1], ctx.group_size)).to(x.dtype)
+        signs = _scaled_signs(weight, weight_nonzero, scale, x.shape[-1], ctx.group_size)
+        with library.without_autocast(x):
+            grad_x = (g @ signs).to(x.dtype)
     if need_scale:
-        totals = _group_dots(x.float(), unpack_signs(weight, weight_nonzero, *_size(x, scale)), ctx.group_size)
-        grad_scale = torch.stack([(g * total).flatten(0, -2).sum(0) for total in totals], 1)
-    if need_bias:
-        grad_bias = g.flatten(0, -2).sum(0)
+        grad_scale = _scale_gradient(g, x.float(), weight, weight_nonzero, scale, ctx.group_size)
+    grad_bias = g.sum_to_size(g.shape[-1:]) if need_bias else None
     return grad_x, None, grad_scale, grad_bias, None, None
-
-
-def _size(x: Tensor, scale: Tensor) -> tuple[int, int]:
-    return scale.shape[0], x.shape[-1]
 
 
 torch.library.register_autograd(
@@ -326,6 +329,7 @@ def binary_linear(
     Raises:
         ValueError: for wrong shapes, dtypes, devices or names.
     """
+    check_one_of("binary_linear", "surrogate", surrogate, SURROGATES)  # the compiled kernel has no use for it
     return torch.ops.bitmill.binary_linear.default(
         x, weight, scale, bias, weight_nonzero, shift, alpha, levels, row_scale, group_size, surrogate
     )

@@ -112,7 +112,7 @@ def _tile_pack_reference(codes: Tensor, bits: int) -> Tensor:
 @library.default("tile_unpack")
 def _tile_unpack_reference(tiles: Tensor, n: int, k: int, bits: int) -> Tensor:
     _check_tile_unpack(tiles, n, k, bits)
-    rows = tiles.transpose(1, 2).reshape(-1, tiles.shape[1])[:n]
+    rows = tiles.transpose(1, 2).flatten(0, 1)[:n]
     place = 1 << torch.arange(bits, device=tiles.device, dtype=torch.int32)
     planes = _unpack_bits(rows, tiles.shape[1] * 32).unflatten(-1, (tiles.shape[1] * (32 // bits), bits))
     return (planes * place).sum(-1)[:, :k].to(torch.uint8)
@@ -140,6 +140,7 @@ def _check_bits(op: str, bits: int) -> None:
 def _check_tile_pack(codes: Tensor, bits: int) -> None:
     _check_bits("tile_pack", bits)
     require(codes.dim() == 2, f"tile_pack: codes must have shape [n, k], got {list(codes.shape)}")
+    require(codes.shape[1] <= MAX_COLUMNS, f"tile_pack: codes must have at most {MAX_COLUMNS} columns")
     check_tensor("tile_pack", "codes", codes, torch.uint8, codes.shape, codes)
 
 

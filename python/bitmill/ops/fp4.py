@@ -13,6 +13,7 @@ E8M0: byte e is 2^(e - 127), 255 is NaN.  MXFP4: value = 2^(byte - 127) e2m1, on
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,13 +154,13 @@ def columns(scale: Tensor, k: int, group_size: int) -> Tensor:
     return scale.repeat_interleave(group_size, -1)[..., :k] if group_size else scale
 
 
-def _check_fp4_cast(x, format, nan) -> None:
+def _check_fp4_cast(x: Tensor, format: str, nan: str) -> None:
     check_one_of("fp4_cast", "format", format, tuple(FORMATS))
     check_one_of("fp4_cast", "nan", nan, NAN_POLICIES)
     check_rows("fp4_cast", x)
 
 
-def _check_packed(op, packed, k) -> None:
+def _check_packed(op: str, packed: Tensor, k: int) -> None:
     require(packed.dim() >= 1, f"{op}: packed must have at least one dimension, got a scalar")
     require(
         0 <= k <= MAX_COLUMNS and packed.shape[-1] == ceil_div(k, 2),
@@ -168,26 +169,26 @@ def _check_packed(op, packed, k) -> None:
     check_tensor(op, "packed", packed, torch.uint8, packed.shape, packed)
 
 
-def _check_fp4_uncast(packed, k, format) -> None:
+def _check_fp4_uncast(packed: Tensor, k: int, format: str) -> None:
     check_one_of("fp4_uncast", "format", format, tuple(FORMATS))
     _check_packed("fp4_uncast", packed, k)
 
 
-def _check_e8m0_cast(x, rounding) -> None:
+def _check_e8m0_cast(x: Tensor, rounding: str) -> None:
     check_one_of("e8m0_cast", "rounding", rounding, ("down", "up"))
     require(x.dtype in FLOATS, f"e8m0_cast: x must be float32, bfloat16 or float16, got {short_name(x.dtype)}")
 
 
-def _check_e8m0_uncast(codes) -> None:
+def _check_e8m0_uncast(codes: Tensor) -> None:
     check_tensor("e8m0_uncast", "codes", codes, torch.uint8, codes.shape, codes)
 
 
-def _check_mxfp4_quantize(x, scale_rule) -> None:
+def _check_mxfp4_quantize(x: Tensor, scale_rule: str) -> None:
     check_one_of("mxfp4_quantize", "scale_rule", scale_rule, SCALE_RULES)
     check_rows("mxfp4_quantize", x)
 
 
-def _check_mxfp4_dequantize(packed, scale, k) -> None:
+def _check_mxfp4_dequantize(packed: Tensor, scale: Tensor, k: int) -> None:
     _check_packed("mxfp4_dequantize", packed, k)
     shape = [*packed.shape[:-1], ceil_div(k, MX_BLOCK)]
     check_tensor("mxfp4_dequantize", "scale", scale, torch.uint8, shape, packed)
@@ -198,31 +199,31 @@ def short_name(dtype: torch.dtype) -> str:
 
 
 @torch.library.register_fake("bitmill::fp4_cast")
-def _(x, format="e2m1", nan="max"):
+def _(x: Tensor, format: str = "e2m1", nan: str = "max") -> Tensor:
     _check_fp4_cast(x, format, nan)
     return x.new_empty((*x.shape[:-1], ceil_div(x.shape[-1], 2)), dtype=torch.uint8)
 
 
 @torch.library.register_fake("bitmill::fp4_uncast")
-def _(packed, k, format="e2m1"):
+def _(packed: Tensor, k: int, format: str = "e2m1") -> Tensor:
     _check_fp4_uncast(packed, k, format)
     return packed.new_empty((*packed.shape[:-1], k), dtype=torch.float32)
 
 
 @torch.library.register_fake("bitmill::e8m0_cast")
-def _(x, rounding="down"):
+def _(x: Tensor, rounding: str = "down") -> Tensor:
     _check_e8m0_cast(x, rounding)
     return x.new_empty(x.shape, dtype=torch.uint8)
 
 
 @torch.library.register_fake("bitmill::e8m0_uncast")
-def _(codes):
+def _(codes: Tensor) -> Tensor:
     _check_e8m0_uncast(codes)
     return codes.new_empty(codes.shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("bitmill::mxfp4_quantize")
-def _(x, scale_rule="floor"):
+def _(x: Tensor, scale_rule: str = "floor") -> tuple[Tensor, Tensor]:
     _check_mxfp4_quantize(x, scale_rule)
     *leading, k = x.shape
     packed = x.new_empty((*leading, ceil_div(k, 2)), dtype=torch.uint8)
@@ -230,14 +231,14 @@ def _(x, scale_rule="floor"):
 
 
 @torch.library.register_fake("bitmill::mxfp4_dequantize")
-def _(packed, scale, k):
+def _(packed: Tensor, scale: Tensor, k: int) -> Tensor:
     _check_mxfp4_dequantize(packed, scale, k)
     return packed.new_empty((*packed.shape[:-1], k), dtype=torch.float32)
 
 
 class _FakeQuant(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, format):
+    def forward(ctx: Any, x: Tensor, scale: Tensor | float, format: str) -> Tensor:
         z = torch.atleast_1d(x.float() / scale)
         values = fp4_uncast(fp4_cast(z, format), z.shape[-1], format)
         # The division rounds: amax / (amax / largest) may come out a unit in the last place above `largest`.
@@ -246,18 +247,18 @@ class _FakeQuant(torch.autograd.Function):
         return (torch.where(z.isnan(), z, values).view(x.shape) * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
         return grad * inside, None, None
 
 
 class _Mxfp4FakeQuant(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale_rule):
+    def forward(ctx: Any, x: Tensor, scale_rule: str) -> Tensor:
         return mxfp4_dequantize(*mxfp4_quantize(x, scale_rule), x.shape[-1]).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer with an FP4 weight and float activations, and the weight that it stands for.
 
-fp4_weight: w[o, j] = scale[o, j / group_size] table[code[o, j]], float32; table is the format's (fp4.py) or any codebook.
+fp4_weight: w[o, j] = scale[o, j / group_size] table[code[o, j]], float32; table is the format's (fp4.py) or a codebook.
 fp4_linear: y = sum_g scale[o, g] sum_{j in g} table[code[o, j]] x[.., j] + bias, float32 accumulation.
 The weight is tiles of codes, tile_pack(codes, 4); a scale is float32 or E8M0 bytes.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +62,9 @@ def _fp4_weight_reference(
     return values * columns(factors, k, group_size)
 
 
-def _check_fp4_weight(op, weight, scale, n, k, format, group_size, codebook) -> None:
+def _check_fp4_weight(
+    op: str, weight: Tensor, scale: Tensor, n: int, k: int, format: str, group_size: int, codebook: Tensor | None
+) -> None:
     check_one_of(op, "format", format, tuple(FORMATS))
     require(n >= 0 and 0 <= k <= MAX_COLUMNS, f"{op}: n and k must not be negative, got n = {n}, k = {k}")
     valid = group_size >= 0 and group_size % 8 == 0
@@ -73,7 +77,9 @@ def _check_fp4_weight(op, weight, scale, n, k, format, group_size, codebook) -> 
     check_tensor(op, "codebook", codebook, torch.float32, [16], weight)
 
 
-def _check_fp4_linear(x, weight, scale, bias, format, group_size, codebook) -> None:
+def _check_fp4_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, format: str, group_size: int, codebook: Tensor | None
+) -> None:
     k, n = check_rows("fp4_linear", x), scale.shape[0] if scale.dim() else 0
     check_tensor("fp4_linear", "weight", weight, weight.dtype, weight.shape, x)
     _check_fp4_weight("fp4_linear", weight, scale, n, k, format, group_size, codebook)
@@ -81,34 +87,51 @@ def _check_fp4_linear(x, weight, scale, bias, format, group_size, codebook) -> N
 
 
 @torch.library.register_fake("bitmill::fp4_linear")
-def _(x, weight, scale, bias=None, format="e2m1", group_size=0, codebook=None):
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    format: str = "e2m1",
+    group_size: int = 0,
+    codebook: Tensor | None = None,
+) -> Tensor:
     _check_fp4_linear(x, weight, scale, bias, format, group_size, codebook)
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
 
 @torch.library.register_fake("bitmill::fp4_weight")
-def _(weight, scale, n, k, format="e2m1", group_size=0, codebook=None):
+def _(
+    weight: Tensor,
+    scale: Tensor,
+    n: int,
+    k: int,
+    format: str = "e2m1",
+    group_size: int = 0,
+    codebook: Tensor | None = None,
+) -> Tensor:
     _check_fp4_weight("fp4_weight", weight, scale, n, k, format, group_size, codebook)
     return weight.new_empty((n, k), dtype=torch.float32)
 
 
-def _setup_fp4_linear(ctx, inputs, output) -> None:
+def _setup_fp4_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, scale, _, ctx.format, ctx.group_size, codebook = inputs
     ctx.save_for_backward(x, weight, scale, codebook)
 
 
-def _backward_fp4_linear(ctx, grad):
+def _backward_fp4_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, codebook = ctx.saved_tensors
     need_x, _, need_scale, need_bias = ctx.needs_input_grad[:4]
     settings = (scale.shape[0], x.shape[-1], ctx.format, ctx.group_size, codebook)
     g = grad.float()
     grad_x = grad_scale = grad_bias = None
-    if need_x:
-        grad_x = (g @ fp4_weight(weight, scale, *settings)).to(x.dtype)
-    if need_scale:
-        grad_scale = _scale_gradient(_rows(g).T @ _rows(x).float(), weight, scale, *settings)
-    if need_bias:
-        grad_bias = _rows(g).sum(0)
+    with library.without_autocast(x):
+        if need_x:
+            grad_x = (g @ fp4_weight(weight, scale, *settings)).to(x.dtype)
+        if need_scale:
+            grad_scale = _scale_gradient(_rows(g).T @ _rows(x).float(), weight, scale, *settings)
+        if need_bias:
+            grad_bias = g.sum_to_size(g.shape[-1:])
     return grad_x, None, grad_scale, grad_bias, None, None, None
 
 
@@ -116,25 +139,37 @@ def _rows(t: Tensor) -> Tensor:
     return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
-def _scale_gradient(grad_weight, weight, scale, n, k, format, group_size, codebook) -> Tensor:
+def _scale_gradient(
+    grad_weight: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    n: int,
+    k: int,
+    format: str,
+    group_size: int,
+    codebook: Tensor | None,
+) -> Tensor:
     """Gradient of the dequantised weight [n, k] to that of the scale [n, groups]."""
     products = grad_weight * fp4_weight(weight, torch.ones_like(scale), n, k, format, group_size, codebook)
     if not group_size:
         return products.sum(1, keepdim=True)
-    return torch.nn.functional.pad(products, (0, -k % group_size)).unflatten(1, scale.shape[1:] + (group_size,)).sum(2)
+    padded = torch.nn.functional.pad(products, (0, -k % group_size))
+    return padded.unflatten(1, (scale.shape[1], group_size)).sum(2)
 
 
 torch.library.register_autograd("bitmill::fp4_linear", _backward_fp4_linear, setup_context=_setup_fp4_linear)
 
 
-def _setup_fp4_weight(ctx, inputs, output) -> None:
-    weight, scale, *ctx.settings, codebook = inputs
+def _setup_fp4_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, scale, ctx.n, ctx.k, ctx.format, ctx.group_size, codebook = inputs
     ctx.save_for_backward(weight, scale, codebook)
 
 
-def _backward_fp4_weight(ctx, grad):
+def _backward_fp4_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, scale, codebook = ctx.saved_tensors
-    grad_scale = _scale_gradient(grad, weight, scale, *ctx.settings, codebook) if ctx.needs_input_grad[1] else None
+    grad_scale = None
+    if ctx.needs_input_grad[1]:
+        grad_scale = _scale_gradient(grad, weight, scale, ctx.n, ctx.k, ctx.format, ctx.group_size, codebook)
     return None, grad_scale, None, None, None, None, None
 
 

@@ -186,7 +186,7 @@ def _backward_salient_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     if ctx.needs_input_grad[0]:
         dense = torch.ops.bitmill.salient_weight.default(*ctx.saved_tensors, ctx.k, ctx.group_size)
         grad_x = (g @ dense).to(ctx.dtype)
-    if ctx.needs_input_grad[9]:
+    if any(ctx.needs_input_grad[9:10]):  # shorter where trailing arguments are the defaults
         grad_bias = g.sum_to_size(g.shape[-1:])
     return grad_x, None, None, None, None, None, None, None, None, grad_bias, None
 
@@ -305,3 +305,14 @@ def high_bit_codes(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tenso
     zero = torch.round(-low / scale)
     codes = torch.clamp(torch.round(w / scale.unsqueeze(1)) + zero.unsqueeze(1), 0, levels)
     return codes.to(torch.uint8), scale, zero
+
+
+def rounded_to_float16(weight: Tensor) -> Tensor:
+    """float32 weight rounded to what a float16 can hold, ties to even; magnitudes from 65520 on stay finite.
+
+    Not weight.half().float(): torch.compile leaves such a pair of conversions out.
+    """
+    w = weight.float()
+    power = (w.view(torch.int32) & 0x7F800000).view(torch.float32)  # the largest power of two up to |w|, or 0
+    step = power.clamp_min(2.0**-14) * 2.0**-10
+    return torch.round(w / step) * step

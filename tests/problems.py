@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one list of shapes for tests and benchmarks; how to run a kernel, lay out an input and compare a result.
+
+A problem is m rows of activations [m, k] times a weight [n, k]. A kernel bug that a shape shows puts the shape here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from bitmill.ops import _machine
+
+T = TypeVar("T")
+
+
+class Problem(NamedTuple):
+    """m, n, k of one linear layer, and where it comes from."""
+
+    name: str
+    m: int
+    n: int
+    k: int
+
+
+# Widths around the word (32), the vector (16 lanes) and the page of real layers; heights around the tile (16 rows) and
+# the block of the kernels (4 rows x 4 tiles).
+WIDTHS = (1, 7, 31, 32, 33, 63, 64, 65, 100, 197, 768, 3072)
+HEIGHTS = (1, 2, 15, 16, 17, 100)
+
+# Few enough to combine with every option of an op.
+UGLY = (
+    Problem("one", 1, 1, 1),
+    Problem("below a word", 2, 15, 31),
+    Problem("exact", 4, 64, 64),
+    Problem("past a word", 5, 17, 33),
+    Problem("past a block", 7, 81, 197),
+    Problem("no rows", 0, 17, 33),
+    Problem("no columns", 3, 5, 0),
+    Problem("no outputs", 3, 0, 40),
+)
+
+
+def _transformer(model: str, tokens: int, hidden: int, inner: int) -> tuple[Problem, ...]:
+    return (
+        Problem(f"{model} projection", tokens, hidden, hidden),
+        Problem(f"{model} up", tokens, inner, hidden),
+        Problem(f"{model} down", tokens, hidden, inner),
+    )
+
+
+# One image of 224 x 224 (197 tokens; Swin-T from 56 x 56 patches down), one text of 128 tokens, or one new token.
+MODELS = (
+    *_transformer("BERT-base", 128, 768, 3072),
+    *_transformer("MiniLM-L6-H384", 128, 384, 1536),
+    *_transformer("DeiT-T", 197, 192, 768),
+    *_transformer("DeiT-S", 197, 384, 1536),
+    *_transformer("DeiT-B", 197, 768, 3072),
+    Problem("Swin-T stage 1 qkv", 3136, 288, 96),
+    Problem("Swin-T stage 2 up", 784, 768, 192),
+    Problem("Swin-T stage 3 down", 196, 384, 1536),
+    Problem("Swin-T stage 4 projection", 49, 768, 768),
+    Problem("Swin-T patch merging 1", 784, 192, 384),
+    *_transformer("SmolLM2-135M", 128, 576, 1536),
+    Problem("SmolLM2-135M key or value", 128, 192, 576),
+    *_transformer("SmolLM2-135M one token", 1, 576, 1536),
+    *_transformer("LLaMA-7B", 128, 4096, 11008),
+    *_transformer("LLaMA-7B one token", 1, 4096, 11008),
+)
+
+
+def on_every_machine(call: Callable[[], T]) -> list[tuple[str, T]]:
+    """What `call` answers on every instruction set that this machine has, with one and with two threads."""
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for instruction_set in _machine.instruction_sets():
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                with _machine.use_instruction_set(instruction_set):
+                    results.append((f"{instruction_set}, {count} threads", call()))
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def assert_same_bits(got: Tensor, want: Tensor, what: str = "") -> None:
+    """Equal shape, dtype and every bit, the sign of 0 too; any NaN equals any NaN."""
+    assert got.dtype == want.dtype, f"{what}: got {got.dtype}, expected {want.dtype}"
+    assert got.shape == want.shape, f"{what}: got shape {list(got.shape)}, expected {list(want.shape)}"
+    same = got == want
+    if got.dtype in _BITS:
+        bits = _BITS[got.dtype]
+        same = (got.contiguous().view(bits) == want.contiguous().view(bits)) | (got.isnan() & want.isnan())
+    assert bool(same.all()), f"{what}: {int((~same).sum())} of {want.numel()} differ"
+
+
+def _offset(x: Tensor) -> Tensor:
+    """The same values one element into a longer buffer: rows are not aligned to anything."""
+    buffer = x.new_empty(x.numel() + 3)
+    view = buffer[1 : 1 + x.numel()].view(x.shape)
+    return view.copy_(x)
+
+
+# The same values [m, k] in every memory layout that a caller may hand over.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.T.contiguous().T,
+    "every second column": lambda x: torch.stack((x, -x), -1).flatten(-2)[..., ::2],
+    "every second row": lambda x: torch.stack((x, -x), 1).flatten(0, 1)[::2],
+    "odd offset": _offset,
+    "lazily negated": lambda x: torch._neg_view(-x),
+    "sliced columns": lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
+}

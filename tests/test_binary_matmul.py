@@ -1,0 +1,496 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Binary products: every kernel against the default kernel bit for bit, and gradients against the straight-through
+formula written with plain autograd.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitmill import ops
+from bitmill.ops.binary_matmul import (
+    SURROGATES,
+    _binary_linear_reference,
+    _binary_matmul_reference,
+    _binary_weight_linear_reference,
+    surrogate_slope,
+)
+from bitmill.ops.bitpack import LEVELS
+from problems import HEIGHTS, LAYOUTS, MODELS, UGLY, WIDTHS, Problem, assert_same_bits, on_every_machine
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def values(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers, a tenth of them replaced by 0 and +-0.5, where a level changes."""
+    ties = torch.tensor([0.0, -0.0, 0.5, -0.5])[torch.randint(4, shape)]
+    return torch.where(torch.rand(shape) < 0.1, ties, torch.randn(shape)).to(dtype)
+
+
+def tiles(n: int, k: int, zeros: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Weight tiles, tiles of their nonzero bits or None, and the same weight as int8 [n, k]."""
+    signs = torch.randint(2, (n, k)) * 2 - 1
+    if zeros:
+        signs = signs * (torch.rand(n, k) < 0.8)
+    planes = [ops.tile_pack(plane.to(torch.uint8), 1) for plane in (signs > 0, signs != 0)]
+    return planes[0], planes[1] if zeros else None, signs.to(torch.int8)
+
+
+def linear_arguments(
+    m: int,
+    n: int,
+    k: int,
+    levels: str = "sign",
+    dtype: torch.dtype = torch.float32,
+    zeros: bool = False,
+    bias: bool = False,
+    shift: bool = False,
+    alpha: bool = False,
+    row_scale: bool = False,
+    group_size: int = 0,
+    surrogate: str = "clip",
+) -> tuple[Any, ...]:
+    """Arguments of binary_linear, in its order."""
+    weight, nonzero, _ = tiles(n, k, zeros)
+    groups = -(-k // group_size) if group_size else 1
+    return (
+        values(m, k, dtype=dtype),
+        weight,
+        torch.randn(n, groups),
+        torch.randn(n) if bias else None,
+        nonzero,
+        values(k) if shift else None,
+        torch.tensor(0.7) if alpha else None,
+        levels,
+        row_scale,
+        group_size,
+        surrogate,
+    )
+
+
+def assert_linear_alike(arguments: tuple[Any, ...], what: object = "") -> None:
+    want = _binary_linear_reference(*arguments)
+    for machine, got in on_every_machine(lambda: ops.binary_linear(*arguments)):
+        assert_same_bits(got, want, f"binary_linear on {machine}, {what}")
+
+
+def assert_dot_alike(m: int, n: int, k: int, levels: str, zeros: bool, a_zeros: bool) -> None:
+    x = values(m, k)
+    sign, nonzero, _, _ = ops.bitpack(x, levels=levels)
+    weight, weight_nonzero, signs = tiles(n, k, zeros)
+    arguments = (sign, weight, n, k, nonzero if a_zeros else None, weight_nonzero, levels)
+    want = _binary_matmul_reference(*arguments)
+    level = ops.bitunpack(sign, nonzero if a_zeros else None, k).int()
+    level = (level + 1) // 2 if levels == "bool" else level
+    assert torch.equal(want, level @ signs.T.int())
+    for machine, got in on_every_machine(lambda: ops.binary_matmul(*arguments)):
+        assert_same_bits(got, want, f"binary_matmul on {machine}, {m, n, k, levels, zeros, a_zeros}")
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+def test_binary_matmul_equals_default(k: int) -> None:
+    kinds = list(itertools.product(("sign", "ternary", "plus", "bool"), (False, True)))
+    for i, (m, n) in enumerate(itertools.product(HEIGHTS, HEIGHTS)):
+        for kind, zeros in kinds if m * n * k < 20_000 else kinds[i % 8 :: 3]:
+            assert_dot_alike(m, n, k, "sign" if kind == "ternary" else kind, zeros, kind == "ternary")
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+def test_binary_linear_equals_default(k: int) -> None:
+    """Every height and width with every level; the other options take turns, so that each meets each."""
+    turns = itertools.cycle(itertools.product(FLOATS, (0, 32, 64), *((False, True),) * 5))
+    for m, n, levels in itertools.product(HEIGHTS, HEIGHTS, LEVELS):
+        dtype, group_size, *flags = next(itertools.islice(turns, 36, None))
+        zeros, bias, shift, alpha, row_scale = flags
+        settings = (levels, dtype, zeros, bias, shift, alpha, row_scale, group_size)
+        assert_linear_alike(linear_arguments(m, n, k, *settings), (m, n, k, *settings))
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_binary_linear_equals_default_with_every_option(levels: str, dtype: torch.dtype) -> None:
+    for problem in UGLY:
+        for *flags, group_size in itertools.product(*((False, True),) * 5, (0, 32, 64)):
+            arguments = linear_arguments(*problem[1:], levels, dtype, *flags, group_size)
+            assert_linear_alike(arguments, (problem, levels, dtype, flags, group_size))
+
+
+@pytest.mark.parametrize("problem", MODELS, ids=lambda problem: problem.name)
+def test_binary_linear_equals_default_on_model_shapes(problem: Problem) -> None:
+    """At most 64 rows and 256 outputs of each layer, which still needs both threads."""
+    m, n, k = min(problem.m, 64), min(problem.n, 256), problem.k
+    arguments = linear_arguments(m, n, k, bias=True, alpha=True)
+    want = _binary_linear_reference(*arguments)
+    assert_same_bits(ops.binary_linear(*arguments), want, problem.name)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_binary_linear_in_parallel(levels: str) -> None:
+    assert_linear_alike(linear_arguments(130, 300, 768, levels, shift=True, row_scale=True, bias=True))
+
+
+def test_binary_linear_rows_with_and_without_zeros_in_one_block() -> None:
+    """Four rows are one block of the kernel, which treats rows without a zero as plain signs."""
+    for zero_rows in itertools.product((False, True), repeat=4):
+        for k in (32, 65):
+            x = torch.randn(4, k) * ~torch.tensor(zero_rows)[:, None]
+            arguments = linear_arguments(4, 70, k, group_size=32)
+            assert_linear_alike((x, *arguments[1:]), zero_rows)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_binary_linear_of_special_values(levels: str) -> None:
+    """NaN is level 0 ("sign") or the lower one; with row_scale it reaches the output through the row's mean."""
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-45, -1e-45, 3e38])
+    for row_scale, k in itertools.product((False, True), (8, 40)):
+        arguments = linear_arguments(5, 20, k, levels, row_scale=row_scale)
+        x = special.repeat(k)[: 5 * k].view(5, k)
+        assert_linear_alike((x, *arguments[1:]), row_scale)
+    nan = torch.full((1, 40), float("nan"))
+    assert torch.equal(ops.binary_linear(nan, *arguments[1:3]), torch.zeros(1, 20))
+    for scale in (float("inf"), float("nan"), 1e38, 1e-42, -1e-42):
+        scaled = (*arguments[:2], torch.full((20, 1), scale), *arguments[3:])
+        for dtype in FLOATS:
+            assert_linear_alike((scaled[0].to(dtype), *scaled[1:]), (scale, dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_binary_linear_of_any_memory_layout(layout: str) -> None:
+    for k, dtype in itertools.product((33, 197), FLOATS):
+        arguments = linear_arguments(6, 17, k, "sign", dtype, True, True, True, True, True, 32)
+        view = LAYOUTS[layout](arguments[0])
+        assert_linear_alike((view, *arguments[1:]), layout)
+        assert_same_bits(ops.binary_linear(view, *arguments[1:]), ops.binary_linear(*arguments), layout)
+        x, weight, scale, bias, nonzero = arguments[:5]
+        tables = (LAYOUTS[layout](scale), LAYOUTS[layout](bias[None])[0], nonzero.transpose(1, 2).contiguous().mT)
+        got = ops.binary_linear(x, torch.stack((weight, -weight), -1)[..., 0], *tables, *arguments[5:])
+        assert_same_bits(got, ops.binary_linear(*arguments), f"{layout} weight")
+        want = ops.binary_weight_linear(x, weight, scale, bias, nonzero, 32)
+        assert_same_bits(ops.binary_weight_linear(view, weight, *tables, 32), want, layout)
+
+
+def test_binary_matmul_of_strided_planes() -> None:
+    sign, nonzero, _, _ = ops.bitpack(values(6, 100))
+    weight, weight_nonzero, _ = tiles(20, 100, True)
+    want = ops.binary_matmul(sign, weight, 20, 100, nonzero, weight_nonzero)
+    wide = torch.stack((sign, nonzero), 0).permute(1, 2, 0).contiguous()
+    got = ops.binary_matmul(wide[..., 0], weight.mT.contiguous().mT, 20, 100, wide[..., 1], weight_nonzero)
+    assert_same_bits(got, want)
+    expanded = sign[:1].expand(6, -1)
+    assert_same_bits(ops.binary_matmul(expanded, weight, 20, 100), ops.binary_matmul(expanded.clone(), weight, 20, 100))
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0, 3)])
+@pytest.mark.parametrize("n", [0, 17])
+@pytest.mark.parametrize("k", [0, 40])
+def test_binary_linear_of_any_rank(leading: tuple[int, ...], n: int, k: int) -> None:
+    for levels, group_size in itertools.product(LEVELS, (0, 32)):
+        _, *rest = linear_arguments(1, n, k, levels, row_scale=True, bias=True, group_size=group_size)
+        x = values(*leading, k)
+        assert ops.binary_linear(x, *rest).shape == (*leading, n)
+        assert_linear_alike((x, *rest), (leading, n, k))
+        sign = ops.bitpack(x, levels="plus")[0]
+        arguments = (sign, rest[0], n, k)
+        assert_same_bits(ops.binary_matmul(*arguments), _binary_matmul_reference(*arguments))
+        floats = (x, *rest[:4], group_size)
+        assert_same_bits(ops.binary_weight_linear(*floats).float(), _binary_weight_linear_reference(*floats).float())
+
+
+def test_every_argument_of_every_op_matters() -> None:
+    """The binding counts arguments and does not check their types: each one, changed, changes the answer as it should."""
+    base = linear_arguments(5, 17, 70, "bool", torch.float32, True, True, True, True, True, 32)
+    names = ("bias", "weight_nonzero", "shift", "alpha", "levels", "row_scale")
+    others = {"levels": "sign", "row_scale": False}
+    for name, place in zip(names, (3, 4, 5, 6, 7, 8), strict=True):
+        changed = (*base[:place], others.get(name), *base[place + 1 :])
+        assert_linear_alike(changed, name)
+        assert not torch.equal(ops.binary_linear(*changed), ops.binary_linear(*base)), name
+    for surrogate in SURROGATES:
+        assert_linear_alike((*base[:10], surrogate), surrogate)
+    wide = (*base[:2], base[2][:, :2].contiguous(), *base[3:9], 64, base[10])
+    assert_linear_alike(wide, "group_size")
+
+
+def close(got: Tensor, want: Tensor, x: Tensor, scale: Tensor) -> None:
+    """Sums of k terms in another order: a bound from the size of the terms, then one rounding to the dtype."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    magnitude = x.double().abs().sum(-1, keepdim=True) * scale.double().abs().amax(-1)
+    bound = 1e-6 * magnitude + torch.finfo(got.dtype).eps * want.double().abs() + 1e-6
+    assert bool(((got.double() - want.double()).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_binary_weight_linear_equals_default(dtype: torch.dtype, zeros: bool) -> None:
+    for (m, n), k, group_size in itertools.product(((1, 17), (5, 16), (17, 33)), (0, *WIDTHS), (0, 32, 64)):
+        if group_size and not k:
+            continue
+        x, weight, scale, bias, nonzero, *_ = linear_arguments(m, n, k, "sign", dtype, zeros, k % 2, group_size=group_size)
+        arguments = (x, weight, scale, bias, nonzero, group_size)
+        want = _binary_weight_linear_reference(*arguments)
+        answers = on_every_machine(lambda: ops.binary_weight_linear(*arguments))  # noqa: B023
+        for _, got in answers:
+            close(got, want, x, scale)
+            assert_same_bits(got, answers[0][1], "the order of summation is the same everywhere")
+
+
+def straight_through(arguments: tuple[Any, ...], signs: Tensor) -> Tensor:
+    """binary_linear as plain autograd: level forward, the surrogate's slope backward."""
+    x, _, scale, bias, _, shift, alpha, levels, row_scale, group_size, surrogate = arguments
+    z = x.float() if shift is None else x.float() + shift
+    step = torch.ones(()) if alpha is None else alpha
+    level = {"sign": torch.sign(z), "plus": (z >= 0) * 2.0 - 1, "bool": (z > step / 2).float()}[levels].detach()
+    slope = (surrogate_slope(z / step, surrogate) / step).detach()
+    level = level + (z - z.detach()) * slope
+    if row_scale:
+        level = level * z.detach().abs().mean(-1, keepdim=True)
+    columns = scale.repeat_interleave(group_size, 1)[:, : x.shape[-1]] if group_size else scale
+    y = level @ (signs.float() * columns).T
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def leaves(arguments: tuple[Any, ...], places: tuple[int, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
+    fresh = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
+    wanted = [fresh[place].requires_grad_() for place in places if fresh[place] is not None]
+    return tuple(fresh), wanted
+
+
+def assert_gradients(got: Tensor, wants: Tensor, inputs: list[Tensor], same: list[Tensor]) -> None:
+    g = torch.randn_like(got)
+    tolerance = 1e-5 if got.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got, wants, rtol=tolerance, atol=tolerance)
+    for a, b in zip(torch.autograd.grad(got, inputs, g), torch.autograd.grad(wants, same, g), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * (1 + b.abs().max().item()))
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("levels", LEVELS)
+def test_binary_linear_gradients_are_straight_through(levels: str, surrogate: str) -> None:
+    for dtype, (*flags, group_size) in zip(
+        itertools.cycle(FLOATS), itertools.product(*((False, True),) * 5, (0, 32)), strict=False
+    ):
+        arguments = linear_arguments(5, 17, 70, levels, dtype, *flags, group_size, surrogate)
+        nonzero = arguments[4]
+        signs = ops.tile_unpack(arguments[1], 17, 70, 1).float() * 2 - 1
+        signs = signs if nonzero is None else signs * ops.tile_unpack(nonzero, 17, 70, 1)
+        ours, inputs = leaves(arguments, (0, 2, 3, 5))
+        plain, same = leaves(arguments, (0, 2, 3, 5))
+        assert_gradients(ops.binary_linear(*ours), straight_through(plain, signs), inputs, same)
+
+
+@pytest.mark.parametrize("place", [0, 2, 3, 5])
+@pytest.mark.parametrize("leading", [(), (2, 3), (0,), (2, 1, 1, 3)])
+def test_binary_linear_one_gradient_of_any_rank(place: int, leading: tuple[int, ...]) -> None:
+    _, *rest = linear_arguments(1, 17, 33, bias=True, shift=True)
+    signs = ops.tile_unpack(rest[0], 17, 33, 1).float() * 2 - 1
+    arguments = (values(*leading, 33), *rest)
+    ours, inputs = leaves(arguments, (place,))
+    plain, same = leaves(arguments, (place,))
+    if leading == (0,):
+        (gradient,) = torch.autograd.grad(ops.binary_linear(*ours).sum(), inputs)
+        assert_same_bits(gradient, torch.zeros_like(inputs[0]))
+    else:
+        assert_gradients(ops.binary_linear(*ours), straight_through(plain, signs), inputs, same)
+
+
+@pytest.mark.parametrize("n", [0, 3])
+@pytest.mark.parametrize("k", [0, 5])
+def test_binary_gradients_of_empty_weights(n: int, k: int) -> None:
+    arguments = linear_arguments(4, n, k, bias=True, shift=True)
+    ours, inputs = leaves(arguments, (0, 2, 3, 5))
+    for gradient, t in zip(torch.autograd.grad(ops.binary_linear(*ours).sum(), inputs), inputs, strict=True):
+        assert gradient.shape == t.shape and bool(gradient.isfinite().all())
+    ours, inputs = leaves((*arguments[:5], 0), (0, 2, 3))
+    for gradient, t in zip(torch.autograd.grad(ops.binary_weight_linear(*ours).sum(), inputs), inputs, strict=True):
+        assert gradient.shape == t.shape and bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3)])
+def test_binary_weight_linear_gradients(dtype: torch.dtype, leading: tuple[int, ...]) -> None:
+    for zeros, bias, group_size in itertools.product((False, True), (False, True), (0, 32)):
+        _, weight, scale, b, nonzero, *_ = linear_arguments(1, 17, 70, "sign", dtype, zeros, bias, group_size=group_size)
+        signs = ops.tile_unpack(weight, 17, 70, 1).float() * 2 - 1
+        signs = signs if nonzero is None else signs * ops.tile_unpack(nonzero, 17, 70, 1)
+        arguments = (values(*leading, 70, dtype=dtype), weight, scale, b, nonzero, group_size)
+        ours, inputs = leaves(arguments, (0, 2, 3))
+        (x, _, s, c, *_), same = leaves(arguments, (0, 2, 3))
+        columns = s.repeat_interleave(group_size, 1)[:, :70] if group_size else s
+        y = x.float() @ (signs * columns).T
+        y = (y if c is None else y + c).to(dtype)
+        assert_gradients(ops.binary_weight_linear(*ours), y, inputs, same)
+
+
+def test_binary_gradients_do_not_depend_on_autocast() -> None:
+    arguments = linear_arguments(5, 17, 70, bias=True, shift=True)
+    floats = (*arguments[:5], 0)
+    for op, inputs_of, places in (
+        (ops.binary_linear, arguments, (0, 2, 3, 5)),
+        (ops.binary_weight_linear, floats, (0, 2, 3)),
+    ):
+        answers = []
+        for enabled in (False, True):
+            ours, inputs = leaves(inputs_of, places)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                y = op(*ours)
+                answers.append((y, *torch.autograd.grad(y.sum(), inputs)))
+        for a, b in zip(*answers, strict=True):
+            assert_same_bits(a, b)
+
+
+def test_binary_linear_without_gradients() -> None:
+    arguments = linear_arguments(5, 17, 70, bias=True)
+    want = _binary_linear_reference(*arguments)
+    ours, _ = leaves(arguments, (0, 2, 3))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = ops.binary_linear(*ours)
+            assert not y.requires_grad
+            assert_same_bits(y, want)
+            assert not ops.binary_weight_linear(*ours[:5], 0).requires_grad
+    assert ops.binary_linear(*ours).requires_grad
+
+
+def changed(arguments: tuple[Any, ...], **changes: Any) -> tuple[Any, ...]:
+    names = ("x", "weight", "scale", "bias", "weight_nonzero", "shift", "alpha", "levels", "row_scale", "group_size")
+    return tuple(changes.get(name, a) for name, a in zip((*names, "surrogate"), arguments, strict=True))
+
+
+LINEAR = linear_arguments(3, 17, 40, zeros=True, bias=True, shift=True, alpha=True)
+WEIGHT_SHAPE = r"must have shape \[2, 2, 16\], got \[2, 3, 16\]"
+LINEAR_ERRORS: list[tuple[dict[str, Any], str]] = [
+    ({"x": torch.randn(())}, "x must have at least one dimension, got a scalar"),
+    ({"x": torch.randn(3, 40).double()}, "x must be float32, bfloat16 or float16, got float64"),
+    ({"x": torch.ones(3, 40, dtype=torch.int32)}, "x must be float32, bfloat16 or float16, got int32"),
+    ({"x": torch.randn(3, 65), "shift": torch.zeros(65)}, r"weight must have shape \[2, 3, 16\], got \[2, 2, 16\]; pack"),
+    ({"weight": torch.zeros(2, 3, 16).int()}, f"weight {WEIGHT_SHAPE}; pack the weight with bitmill.ops.tile_pack"),
+    ({"weight": torch.zeros(32, 2).int()}, r"weight must have shape \[2, 2, 16\], got \[32, 2\]"),
+    ({"weight": torch.zeros(2, 2, 16)}, "weight must be int32, got float32"),
+    ({"weight_nonzero": torch.zeros(2, 3, 16).int()}, f"weight_nonzero {WEIGHT_SHAPE}"),
+    ({"weight_nonzero": torch.zeros(2, 2, 16).long()}, "weight_nonzero must be int32, got int64"),
+    ({"scale": torch.ones(17)}, r"scale must have shape \[17, 1\], got \[17\]"),
+    ({"scale": torch.ones(17, 2)}, r"scale must have shape \[17, 1\], got \[17, 2\]"),
+    ({"scale": torch.tensor(1.0)}, r"scale must have shape \[0, 1\], got \[\]"),
+    ({"scale": torch.ones(17, 1).bfloat16()}, "scale must be float32, got bfloat16"),
+    ({"group_size": 32}, r"scale must have shape \[17, 2\], got \[17, 1\]"),
+    ({"group_size": 33}, "group_size must be 0 or a positive multiple of 32, got 33"),
+    ({"group_size": -32}, "group_size must be 0 or a positive multiple of 32, got -32"),
+    ({"bias": torch.ones(16)}, r"bias must have shape \[17\], got \[16\]"),
+    ({"bias": torch.ones(17).half()}, "bias must be float32, got float16"),
+    ({"shift": torch.ones(39)}, r"shift must have shape \[40\], got \[39\]"),
+    ({"shift": torch.ones(40).double()}, "shift must be float32, got float64"),
+    ({"alpha": torch.ones(1)}, r"alpha must have shape \[\], got \[1\]"),
+    ({"alpha": torch.ones(()).half()}, "alpha must be float32, got float16"),
+    ({"levels": "signs"}, 'levels must be "sign", "plus" or "bool", got "signs"'),
+    ({"surrogate": "ste"}, 'surrogate must be "identity", "clip", "clip_open", "polynomial" or "unit", got "ste"'),
+]
+
+
+def on_meta(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.to("meta") if isinstance(a, Tensor) else a for a in arguments)
+
+
+@pytest.mark.parametrize(("changes", "message"), LINEAR_ERRORS, ids=lambda p: p[:30] if isinstance(p, str) else "")
+def test_binary_linear_errors(changes: dict[str, Any], message: str) -> None:
+    arguments = changed(LINEAR, **changes)
+    for kernel, inputs in (
+        (ops.binary_linear, arguments),
+        (_binary_linear_reference, arguments),
+        (ops.binary_linear, on_meta(arguments)),
+    ):
+        with pytest.raises(ValueError, match=f"binary_linear: {message}"):
+            kernel(*inputs)
+    if changes.keys() & {"shift", "alpha", "levels", "surrogate"}:
+        return
+    floats = (*arguments[:5], arguments[9])
+    for kernel, inputs in (
+        (ops.binary_weight_linear, floats),
+        (_binary_weight_linear_reference, floats),
+        (ops.binary_weight_linear, on_meta(floats)),
+    ):
+        with pytest.raises(ValueError, match=f"binary_weight_linear: {message}"):
+            kernel(*inputs)
+
+
+PLANE, TILES = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(2, 2, 16, dtype=torch.int32)
+MATMUL_ERRORS: list[tuple[tuple[Any, ...], str]] = [
+    ((PLANE, TILES, 17, 65), r"a must have shape \[3, 3\], got \[3, 2\]"),
+    ((PLANE, TILES, 33, 40), r"weight must have shape \[3, 2, 16\], got \[2, 2, 16\]; pack the weight"),
+    ((PLANE, TILES, -1, 40), "n and k must not be negative, got n = -1, k = 40"),
+    ((PLANE, TILES, 17, -40), "n and k must not be negative, got n = 17, k = -40"),
+    ((PLANE[0, 0], TILES, 17, 40), "(a|x) must have at least one dimension, got a scalar"),
+    ((PLANE.long(), TILES, 17, 40), "a must be int32, got int64"),
+    ((PLANE, TILES.to(torch.uint8), 17, 40), "weight must be int32, got uint8"),
+    ((PLANE, TILES, 17, 40, PLANE[:2]), r"a_nonzero must have shape \[3, 2\], got \[2, 2\]"),
+    ((PLANE, TILES, 17, 40, PLANE.bool()), "a_nonzero must be int32, got bool"),
+    ((PLANE, TILES, 17, 40, None, TILES[:1]), r"weight_nonzero must have shape \[2, 2, 16\], got \[1, 2, 16\]"),
+    ((PLANE, TILES, 17, 40, None, None, "ternary"), 'levels must be "sign", "plus" or "bool", got "ternary"'),
+    ((PLANE, TILES, 17, 40, PLANE, None, "bool"), 'a_nonzero goes with levels="sign" only, got "bool"'),
+    ((PLANE, TILES, 17, 40, PLANE, None, "plus"), 'a_nonzero goes with levels="sign" only, got "plus"'),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MATMUL_ERRORS, ids=lambda p: p[:30] if isinstance(p, str) else "")
+def test_binary_matmul_errors(arguments: tuple[Any, ...], message: str) -> None:
+    for kernel, inputs in (
+        (ops.binary_matmul, arguments),
+        (_binary_matmul_reference, arguments),
+        (ops.binary_matmul, on_meta(arguments)),
+    ):
+        with pytest.raises(ValueError, match=f"binary_matmul: {message}"):
+            kernel(*inputs)
+
+
+def test_binary_ops_want_one_device() -> None:
+    for name in ("weight", "scale", "bias", "weight_nonzero", "shift", "alpha"):
+        place = ("x", "weight", "scale", "bias", "weight_nonzero", "shift", "alpha").index(name)
+        moved = changed(LINEAR, **{name: LINEAR[place].to("meta")})
+        with pytest.raises(ValueError, match=f"binary_linear: {name} must be on cpu, got meta"):
+            ops.binary_linear(*moved)
+    everything_but_x = (LINEAR[0], *on_meta(LINEAR[1:]))
+    with pytest.raises(ValueError, match="must be on cpu, got meta"):
+        ops.binary_linear(*everything_but_x)
+    only_x = (LINEAR[0].to("meta"), *LINEAR[1:])
+    with pytest.raises(ValueError, match=r"binary_linear: .* must be on meta, got cpu"):
+        ops.binary_linear(*only_x)
+    with pytest.raises(ValueError, match="binary_weight_linear: scale must be on meta, got cpu"):
+        ops.binary_weight_linear(*only_x[:5])
+    with pytest.raises(ValueError, match="binary_matmul: weight must be on cpu, got meta; move the layer or its input"):
+        ops.binary_matmul(PLANE, TILES.to("meta"), 17, 40)
+    with pytest.raises(ValueError, match="binary_matmul: weight must be on meta, got cpu"):
+        ops.binary_matmul(PLANE.to("meta"), TILES, 17, 40)
+
+
+def with_gradients(arguments: tuple[Any, ...], places: tuple[int, ...]) -> tuple[Any, ...]:
+    return leaves(arguments, places)[0]
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        ("binary_matmul", (PLANE, TILES, 17, 40)),
+        ("binary_matmul", (PLANE + 3, TILES, 17, 40, PLANE + 7, TILES + 1, "sign")),
+        ("binary_matmul", (PLANE.T.contiguous().T, TILES, 17, 40, None, None, "bool")),
+        ("binary_matmul", (PLANE[:0], TILES, 17, 40)),
+        ("binary_linear", linear_arguments(3, 17, 40)),
+        ("binary_linear", with_gradients(linear_arguments(3, 17, 40, bias=True, shift=True), (0, 2, 3, 5))),
+        (
+            "binary_linear",
+            with_gradients(linear_arguments(3, 17, 40, "bool", torch.float32, *(True,) * 5, 32, "unit"), (0, 2, 3, 5)),
+        ),
+        ("binary_linear", with_gradients(linear_arguments(3, 17, 40, "plus", torch.bfloat16, surrogate="identity"), (0,))),
+        ("binary_linear", (values(40, 3).T, *LINEAR[1:])),
+        ("binary_weight_linear", (*LINEAR[:5], 0)),
+        ("binary_weight_linear", with_gradients((*linear_arguments(3, 17, 40, bias=True)[:5], 0), (0, 2, 3))),
+        ("binary_weight_linear", with_gradients((*linear_arguments(2, 17, 40, group_size=32)[:5], 32), (0, 2))),
+        ("binary_weight_linear", (values(40, 3).T, *LINEAR[1:5], 0)),
+    ],
+)
+def test_binary_ops_opcheck(op: str, arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(getattr(torch.ops.bitmill, op).default, arguments)

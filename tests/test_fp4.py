@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The casts of the fp4 family: compiled kernels against default kernels bit for bit, and both against the definitions.
+Errors, opcheck and compilation of all fp4 ops are in test_fp4_linear.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitmill import ops
+from bitmill.ops import fp4
+
+FORMATS = ("e2m1", "e1m2", "e3m0")
+RULES = ("floor", "rceil", "ceil", "even")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+VALUES = {
+    "e2m1": (0, 0.5, 1, 1.5, 2, 3, 4, 6),
+    "e1m2": (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5),
+    "e3m0": (0, 0.25, 0.5, 1, 2, 4, 8, 16),
+}
+TIE_CODES = {"e2m1": (0, 2, 2, 4, 4, 6, 6), "e1m2": (0, 2, 2, 4, 4, 6, 6), "e3m0": (0, 2, 3, 4, 5, 6, 7)}
+KERNELS = {
+    "compiled": (ops.fp4_cast, ops.fp4_uncast, ops.e8m0_cast, ops.mxfp4_quantize, ops.mxfp4_dequantize),
+    "default": (
+        fp4._fp4_cast_reference,
+        fp4._fp4_uncast_reference,
+        fp4._e8m0_cast_reference,
+        fp4._mxfp4_quantize_reference,
+        fp4._mxfp4_dequantize_reference,
+    ),
+}
+
+
+def bits(values: Tensor) -> Tensor:
+    """Bits of floats, so that the sign of zero counts; one NaN for all."""
+    return torch.where(values.isnan(), torch.nan, values).contiguous().view(torch.int32)
+
+
+def codes_of(x: Tensor, format: str, cast: Callable[..., Tensor] = ops.fp4_cast) -> list[int]:
+    return fp4.unpack_nibbles(cast(x, format), x.shape[-1]).tolist()
+
+
+def every_half(dtype: torch.dtype) -> Tensor:
+    return torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+
+
+def hard_floats() -> Tensor:
+    """Both signs of +-64 ulp around every tie and value, special values, and random bits."""
+    points = [v for values in VALUES.values() for v in values]
+    points += [(a + b) / 2 for values in VALUES.values() for a, b in itertools.pairwise(values)]
+    near = torch.tensor(points).view(torch.int32)[:, None] + torch.arange(-64, 65, dtype=torch.int32)
+    special = torch.tensor([0.0, torch.inf, torch.nan, 1e-45, 1e-40, 3.4028235e38])
+    positive = torch.cat([near.clamp_min(0).flatten().view(torch.float32), special])
+    random = torch.randint(-(1 << 31), 1 << 31, (4096,)).to(torch.int32).view(torch.float32)
+    return torch.cat([positive, -positive, random])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_code_values(format: str) -> None:
+    values = ops.code_values(format)
+    assert values[:8] == VALUES[format] and values[8:] == tuple(-v for v in VALUES[format])
+    packed = torch.arange(16, dtype=torch.uint8) * 17
+    expected = torch.tensor(values).repeat_interleave(2)
+    for uncast in (ops.fp4_uncast, fp4._fp4_uncast_reference):
+        assert torch.equal(bits(uncast(packed, 32, format)), bits(expected))
+        assert uncast(packed, 31, format).shape == (31,)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_fp4_cast_rounds_ties(format: str, kernel: str) -> None:
+    cast, values = KERNELS[kernel][0], torch.tensor(VALUES[format])
+    ties = (values[:-1] + values[1:]) / 2
+    codes = torch.tensor(TIE_CODES[format])
+    assert codes_of(ties, format, cast) == codes.tolist()
+    assert codes_of(-ties, format, cast) == (codes + 8).tolist()
+    assert codes_of(ties.nextafter(torch.tensor(0.0)), format, cast) == list(range(7))
+    assert codes_of(ties.nextafter(torch.tensor(9e9)), format, cast) == list(range(1, 8))
+    assert codes_of(values, format, cast) == list(range(8))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_fp4_cast_special_values(format: str, kernel: str) -> None:
+    cast = KERNELS[kernel][0]
+    x = torch.tensor([torch.inf, -torch.inf, 1e30, -1e30, 0.0, -0.0, 1e-45, -1e-45])
+    assert codes_of(x, format, cast) == [7, 15, 7, 15, 0, 8, 0, 8]
+    nans = torch.tensor([0x7FC00000, -0x400000, 0x7F800001, 1 << 23], dtype=torch.int32).view(torch.float32)
+    assert cast(nans, format, "max").tolist() == [0x77, 0x07]
+    assert cast(nans, format, "zero").tolist() == [0x00, 0x00]
+    assert cast(torch.tensor([1.0, torch.inf]), format, "error").numel() == 1
+    with pytest.raises(ValueError, match=r'fp4_cast: x must not have a NaN with nan="error".*nan="max"'):
+        cast(nans, format, "error")
+
+
+def test_first_element_is_in_the_low_nibble() -> None:
+    assert ops.fp4_cast(torch.tensor([1.0, 6.0, -0.5])).tolist() == [0x72, 0x09]
+
+
+@pytest.mark.parametrize("nan", ["max", "zero"])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_fp4_cast_equals_default(dtype: torch.dtype, format: str, nan: str) -> None:
+    x = hard_floats() if dtype == torch.float32 else every_half(dtype)
+    assert torch.equal(ops.fp4_cast(x, format, nan), fp4._fp4_cast_reference(x, format, nan))
+    finite = x[x.isfinite()]
+    exact = ops.fp4_uncast(ops.fp4_cast(finite, format), finite.numel(), format)
+    grid = torch.tensor(ops.code_values(format), dtype=torch.float64)
+    distance = (finite.double().unsqueeze(1) - grid).abs().amin(1)
+    assert torch.equal((finite.double() - exact).abs(), distance)
+    finite = finite.unsqueeze(0)
+    assert torch.equal(ops.fp4_cast(finite, format, "error"), fp4._fp4_cast_reference(finite, format, "error"))
+
+
+@pytest.mark.parametrize("rounding", ["down", "up"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_e8m0_equals_default_and_log2(dtype: torch.dtype, rounding: str) -> None:
+    x = hard_floats() if dtype == torch.float32 else every_half(dtype)
+    codes = ops.e8m0_cast(x, rounding)
+    assert torch.equal(codes, fp4._e8m0_cast_reference(x, rounding))
+    number = x.isfinite() & (x != 0)
+    mantissa, exponent = x[number].double().abs().frexp()
+    log2 = exponent - 1 + ((mantissa != 0.5) if rounding == "up" else 0)
+    assert torch.equal(codes[number].int(), (log2 + 127).clamp(0, 254).int())
+    assert codes[x.isnan()].eq(255).all() and codes[x.isinf()].eq(254).all() and codes[x == 0].eq(0).all()
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(bits(ops.e8m0_uncast(every)), bits(fp4._e8m0_uncast_reference(every)))
+    assert torch.equal(ops.e8m0_uncast(every[:255]).double(), 2.0 ** (torch.arange(255.0, dtype=torch.float64) - 127))
+    assert ops.e8m0_cast(x[0], rounding).shape == () and ops.e8m0_uncast(every[3]).shape == ()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_mxfp4_equals_default(dtype: torch.dtype, rule: str) -> None:
+    x = hard_floats() if dtype == torch.float32 else every_half(dtype)
+    spread = torch.randn(64, 77) * 2.0 ** torch.randint(-140, 127, (64, 1))
+    for values in (x, x[torch.randperm(x.numel())], x[x.isfinite()], spread.to(dtype), x[:0], x[:64].view(2, 1, 32)):
+        packed, scale = ops.mxfp4_quantize(values, rule)
+        expected = fp4._mxfp4_quantize_reference(values, rule)
+        assert torch.equal(packed, expected[0]) and torch.equal(scale, expected[1])
+        dequantised = ops.mxfp4_dequantize(packed, scale, values.shape[-1])
+        assert torch.equal(bits(dequantised), bits(fp4._mxfp4_dequantize_reference(packed, scale, values.shape[-1])))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_mxfp4_scale_rules(kernel: str) -> None:
+    quantize, dequantize = KERNELS[kernel][3:]
+    amax = torch.tensor([4.0, 6.0, 6.5, 7.0, 3.0, 3.5, 0.0, torch.inf, torch.nan, 3.4e38])
+    expected = {
+        "floor": [127, 127, 127, 127, 126, 126, 0, 255, 255, 252],
+        "rceil": [127, 127, 128, 128, 126, 127, 0, 255, 255, 253],
+        "ceil": [127, 128, 128, 128, 127, 127, 0, 255, 255, 253],
+        "even": [127, 127, 127, 128, 126, 127, 0, 255, 255, 255],
+    }
+    for rule, bytes in expected.items():
+        packed, scale = quantize(torch.stack([amax / 8, -amax], 1), rule)
+        assert scale.flatten().tolist() == bytes
+        assert dequantize(packed, scale, 2)[scale.flatten() == 255].isnan().all()
+    assert dequantize(*quantize(torch.tensor([7.9, 6.5]), "floor"), 2).tolist() == [6.0, 6.0]  # it saturates
+
+
+@pytest.mark.parametrize("shape", [(0,), (7,), (0, 5), (3, 0), (4, 33), (2, 3, 64), (2, 1, 3, 31)], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_casts_of_any_shape_and_stride(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    plain = torch.randn(shape).mul(4).to(dtype)
+    inputs = [plain, plain.expand(2, *shape), torch.stack([plain, plain], -1)[..., 1]]
+    if plain.dim() > 1:
+        inputs.append(plain.transpose(0, 1).contiguous().transpose(0, 1))
+    for x in inputs:
+        packed = ops.fp4_cast(x, "e1m2")
+        assert packed.shape == (*x.shape[:-1], -(-x.shape[-1] // 2)) and packed.is_contiguous()
+        for kernel in (ops.fp4_cast, fp4._fp4_cast_reference):
+            assert torch.equal(kernel(x, "e1m2"), ops.fp4_cast(x.contiguous(), "e1m2"))
+        uncast = ops.fp4_uncast(packed, x.shape[-1], "e1m2")
+        assert uncast.shape == x.shape and torch.equal(uncast, fp4._fp4_uncast_reference(packed, x.shape[-1], "e1m2"))
+        for kernel in (ops.mxfp4_quantize, fp4._mxfp4_quantize_reference):
+            got, expected = kernel(x, "even"), ops.mxfp4_quantize(x.contiguous(), "even")
+            assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+        for kernel in (ops.e8m0_cast, fp4._e8m0_cast_reference):
+            assert torch.equal(kernel(x, "up"), ops.e8m0_cast(x.contiguous(), "up"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_fake_quant(format: str, dtype: torch.dtype) -> None:
+    x = (torch.randn(4, 33) * 3).to(dtype).requires_grad_()
+    scale = torch.tensor([[0.5], [0.3], [2.0], [1.0]])
+    largest = max(VALUES[format])
+    out = ops.fp4_fake_quant(x, format, scale)
+    z = x.detach().float() / scale
+    expected = ops.fp4_uncast(ops.fp4_cast(z, format), 33, format) * scale
+    assert torch.equal(bits(out.detach().float()), bits(expected.to(dtype).float()))
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert torch.equal(grad, (z.abs() <= largest).to(dtype)) and grad.dtype == dtype
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    assert ops.fp4_fake_quant(special, format, 0.5)[1:].tolist() == [largest / 2, -largest / 2]
+    assert ops.fp4_fake_quant(special, format, 0.5)[0].isnan()
+    assert ops.fp4_fake_quant(torch.tensor(1.0), format, 1.0).shape == ()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_fake_quant_lets_the_largest_weight_learn(format: str) -> None:
+    amax = torch.rand(10_000, 1).add(0.1).requires_grad_()  # amax / (amax / largest) may round above largest
+    ops.fp4_fake_quant(amax, format, amax.detach() / max(VALUES[format])).sum().backward()
+    assert amax.grad.eq(1).all()
+
+
+def test_mxfp4_fake_quant() -> None:
+    x = torch.randn(3, 50).requires_grad_()
+    out = ops.mxfp4_fake_quant(x, "rceil")
+    assert torch.equal(out, ops.mxfp4_dequantize(*ops.mxfp4_quantize(x.detach(), "rceil"), 50))
+    out.sum().backward()
+    assert x.grad.eq(1).all()

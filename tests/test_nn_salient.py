@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SalientLinear and its packed form, and the rules by which a weight becomes partially binary."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitmill.config import BinaryConfig, SalientConfig
+from bitmill.nn.salient import PackedSalientLinear, SalientLinear
+from bitmill.ops import tile_unpack
+from bitmill.ops.salient_scatter import binary_statistics, high_bit_codes, rounded_to_float16, salient_mask
+
+CONFIGS = (
+    SalientConfig(),
+    SalientConfig(fraction=0.3, bits=16, group_size=32),
+    SalientConfig(fraction=0.2, scale="official", group_size=64),
+    SalientConfig(fraction=0.05, centre=False),
+    SalientConfig(fraction=0.0),
+    SalientConfig(fraction=1.0, bits=16, centre=False),
+)
+configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.fraction}-{c.bits}-{c.group_size}")
+
+
+def layer_of(config: SalientConfig, k: int = 70, n: int = 19, bias: bool = True) -> SalientLinear:
+    return SalientLinear.from_linear(nn.Linear(k, n, bias), config)
+
+
+def golden(folder: Path, case: str) -> list[dict[str, np.ndarray]]:
+    files = sorted((folder / "pbllm").glob(f"{case}-[0-9].npz"))
+    assert files
+    return [dict(np.load(file, allow_pickle=False)) for file in files]
+
+
+def test_salient_linear_keeps_the_parameters() -> None:
+    linear = nn.Linear(70, 19).eval()
+    layer = SalientLinear.from_linear(linear)
+    assert layer.weight is linear.weight and layer.bias is linear.bias and not layer.training
+    assert layer.mask.dtype == torch.bool and torch.equal(layer.mask, salient_mask(linear.weight, 0.1))
+    assert set(layer.state_dict()) == {"weight", "bias", "mask"}
+    mask = layer.mask.clone()
+    with torch.no_grad():
+        linear.weight.mul_(-torch.rand_like(linear.weight))
+    layer(torch.randn(2, 70))
+    assert torch.equal(layer.mask, mask)
+
+
+def test_salient_linear_built_directly_has_a_mask() -> None:
+    layer = SalientLinear(70, 19, config=SalientConfig(fraction=0.25))
+    assert int(layer.mask.sum()) == layer.weight.numel() - int(0.75 * layer.weight.numel()) - 1
+    with pytest.raises(ValueError, match="SalientConfig"):
+        SalientLinear(4, 4, config=BinaryConfig())
+    with pytest.raises(ValueError, match=r"torch\.nn\.Linear"):
+        SalientLinear.from_linear(layer)
+
+
+@configs
+def test_salient_weight_follows_the_rules(config: SalientConfig) -> None:
+    layer = layer_of(config)
+    weight, mask, w = layer.quantised_weight(), layer.mask, layer.weight.detach()
+    if config.bits == 16:
+        assert torch.equal(weight[mask], w.half().float()[mask])
+    else:
+        step = (w.amax(1).clamp_min(0) - w.amin(1).clamp_max(0)) / 255
+        assert ((weight - w).abs() <= 0.501 * step.unsqueeze(1))[mask].all()
+    alpha, mu = binary_statistics(w, mask, config.group_size or 0, config.scale, config.centre)
+    for r in range(w.shape[0]):
+        for c in range(w.shape[1]):
+            if not mask[r, c]:
+                g = c // config.group_size if config.group_size else 0
+                m = 0.0 if mu is None else mu[r, g]
+                assert weight[r, c] == m + (alpha[r, g] if w[r, c] - m >= 0 else -alpha[r, g])
+
+
+@configs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_salient_linear_gradients(config: SalientConfig, dtype: torch.dtype) -> None:
+    layer = layer_of(config).to(dtype)
+    x = torch.randn(2, 3, 70, dtype=dtype, requires_grad=True)
+    out = layer(x)
+    g = torch.randn_like(out)
+    out.backward(g)
+    expected = g.float().flatten(0, 1).T @ x.detach().float().flatten(0, 1)
+    got = layer.weight.grad
+    assert got is not None and got.dtype == dtype
+    assert (got[layer.mask] == 0).all()
+    assert torch.equal(got[~layer.mask], expected.to(dtype)[~layer.mask])
+    torch.testing.assert_close(x.grad, (g.float() @ layer.quantised_weight().detach()).to(dtype))
+    torch.testing.assert_close(layer.bias.grad, g.float().sum((0, 1)).to(dtype))
+
+
+def test_salient_weights_stay_where_they_are_while_training() -> None:
+    layer = layer_of(SalientConfig(fraction=0.2, bits=16))
+    frozen = layer.weight.detach()[layer.mask].clone()
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    x, target = torch.randn(64, 70), torch.randn(64, 19)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(layer(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert torch.equal(layer.weight.detach()[layer.mask], frozen)
+
+
+@configs
+@pytest.mark.parametrize("bias", [True, False])
+def test_pack_keeps_weight_and_output(config: SalientConfig, bias: bool) -> None:
+    layer = layer_of(config, bias=bias).eval()
+    packed = layer.pack()
+    assert not packed.training and not list(packed.parameters())
+    assert torch.equal(packed.dequantize().weight, layer.quantised_weight())
+    assert torch.equal(packed.dequantize().weight, layer.dequantize().weight)
+    assert torch.equal(tile_unpack(packed.mask, 19, 70, 1).bool(), layer.mask)
+    assert packed.weight_shape() == (19, 70) and packed.arguments()["entries"] == int(layer.mask.sum())
+    packed.validate()
+    for shape in ((70,), (0, 70), (3, 70), (2, 3, 70), (2, 1, 2, 70)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = torch.randn(shape, dtype=dtype)
+            a, b = packed(x), layer(x)
+            assert a.dtype == b.dtype == dtype and a.shape == b.shape == (*shape[:-1], 19)
+            torch.testing.assert_close(a, b, atol=2e-6 if dtype == torch.float32 else 1e-2, rtol=1e-5 * 2 ** (
+                0 if dtype == torch.float32 else 10
+            ))
+
+
+def test_pack_of_extreme_fractions() -> None:
+    nothing, everything = (layer_of(SalientConfig(fraction=f)).pack() for f in (0.0, 1.0))
+    assert nothing.value.numel() == 0 and not nothing.mask.any() and not nothing.start.any()
+    assert everything.value.numel() == 19 * 70 and not everything.weight.any() and int(everything.start[-1]) == 1330
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pack_of_a_low_precision_layer(dtype: torch.dtype) -> None:
+    for config in CONFIGS:
+        layer = layer_of(config).to(dtype)
+        packed = layer.pack()
+        assert packed.alpha.dtype == torch.float32
+        assert torch.equal(packed.dequantize().weight, layer.quantised_weight())
+        assert layer.dequantize().weight.dtype == dtype
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_pack_refuses_what_is_not_finite(value: float) -> None:
+    for config in CONFIGS:
+        layer = layer_of(config)
+        with torch.no_grad():
+            layer.weight[3, 5] = value
+        with pytest.raises(ValueError, match="finite"):
+            layer.pack()
+
+
+@pytest.mark.parametrize("config,value", [(SalientConfig(bits=16), 1e5), (SalientConfig(), 3e38)])
+def test_pack_refuses_what_is_too_large(config: SalientConfig, value: float) -> None:
+    linear = nn.Linear(70, 19)
+    with torch.no_grad():
+        linear.weight[3, 5], linear.weight[3, 6] = value, -value
+    with pytest.raises(ValueError, match="small enough"):
+        PackedSalientLinear.from_linear(linear, config)
+
+
+@configs
+def test_layers_survive_copy_pickle_and_state_dict(config: SalientConfig) -> None:
+    layer, x = layer_of(config), torch.randn(3, 70)
+    packed = layer.pack()
+    for module in (layer, packed):
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(twin(x), module(x))
+        file = io.BytesIO()
+        torch.save(module.state_dict(), file)
+        file.seek(0)
+        state = torch.load(file)
+        if isinstance(module, PackedSalientLinear):
+            twin = PackedSalientLinear(**module.arguments(), config=config)
+            on_meta = PackedSalientLinear(**module.arguments(), config=config, device="meta")
+        else:
+            twin, on_meta = (SalientLinear(70, 19, config=config, device=device) for device in ("cpu", "meta"))
+            assert on_meta.mask.is_meta
+        assert all(b.dtype == state[name].dtype for name, b in twin.state_dict().items())
+        twin.load_state_dict(state)
+        on_meta.load_state_dict(state, assign=True)
+        assert torch.equal(twin(x), module(x)) and torch.equal(on_meta(x), module(x))
+
+
+def test_empty_packed_layer_is_valid() -> None:
+    for config in CONFIGS:
+        packed = PackedSalientLinear(40, 5, config=config)
+        packed.validate()
+        assert torch.equal(packed(torch.randn(2, 40)), torch.zeros(2, 5))
+
+
+def test_validate_finds_what_contradicts() -> None:
+    packed = layer_of(SalientConfig(fraction=0.3)).pack()
+
+    def broken(name: str, change) -> PackedSalientLinear:
+        twin = copy.deepcopy(packed)
+        change(getattr(twin, name))
+        return twin
+
+    for name, change in (
+        ("start", lambda t: t[3].add_(1)),
+        ("start", lambda t: t[-1].add_(1)),
+        ("start", lambda t: t[0].sub_(1)),
+        ("mask", lambda t: t[0, 0, 0].bitwise_xor_(1)),
+        ("weight", lambda t: t.fill_(-1)),
+        ("mask", lambda t: t[0, 2, 0].bitwise_or_(1 << 20)),  # past k
+        ("weight", lambda t: t[1, 0, 9].fill_(1)),  # past n
+    ):
+        with pytest.raises(ValueError):
+            broken(name, change).validate()
+    packed.validate()
+
+
+@configs
+def test_layers_compile_once(config: SalientConfig) -> None:
+    layer = layer_of(config)
+    for module in (layer, layer.pack()):
+        torch._dynamo.reset()
+        compiled, x = torch.compile(module, fullgraph=True), torch.randn(3, 70, requires_grad=True)
+        expected = module(x)
+        torch.testing.assert_close(compiled(x), expected)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            out = compiled(x)
+        wanted = (x, layer.weight) if module is layer else (x,)
+        got, grads = (torch.autograd.grad(y.sum(), wanted) for y in (out, expected))
+        torch.testing.assert_close(got, grads)
+
+
+def test_layers_export() -> None:
+    for config in CONFIGS[:2]:
+        layer, x = layer_of(config).eval(), torch.randn(3, 70)
+        for module in (layer, layer.pack()):
+            shapes = ({0: torch.export.Dim("batch")},)
+            exported = torch.export.export(module, (x,), dynamic_shapes=shapes).module()
+            for m in (3, 8):
+                x = torch.randn(m, 70)
+                torch.testing.assert_close(exported(x), module(x))
+
+
+def test_layers_under_autocast() -> None:
+    layer, x = layer_of(SalientConfig()), torch.randn(3, 70)
+    for module in (layer, layer.pack()):
+        expected = module(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(x)
+            chained = module(nn.functional.linear(x, torch.eye(70)))
+        assert torch.equal(out, expected) and chained.dtype == torch.bfloat16
+
+
+@configs
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packed_layer_survives_a_change_of_dtype(config: SalientConfig, dtype: torch.dtype) -> None:
+    packed = layer_of(config).pack()
+    x = torch.randn(4, 70)
+    expected = packed(x)
+    moved = copy.deepcopy(packed).to(dtype)
+    out = moved(x.to(dtype))
+    assert out.dtype == dtype
+    assert (out.float() - expected).norm() <= 0.03 * expected.norm()
+    moved.validate()
+    assert moved.float().dequantize().weight.shape == (19, 70)
+
+
+def test_layers_name_a_wrong_width() -> None:
+    layer = layer_of(SalientConfig())
+    for module in (layer, layer.pack()):
+        for x in (torch.randn(3, 71), torch.tensor(1.0)):
+            with pytest.raises(ValueError, match="in_features = 70"):
+                module(x)
+
+
+@pytest.mark.parametrize("k,n", [(1, 1), (0, 3), (3, 0), (32, 16), (65, 33)])
+def test_layers_of_odd_sizes(k: int, n: int) -> None:
+    layer = SalientLinear(k, n, config=SalientConfig(fraction=0.5))
+    packed, x = layer.pack(), torch.randn(2, k)
+    packed.validate()
+    torch.testing.assert_close(packed(x), layer(x))
+    assert torch.equal(packed.dequantize().weight, layer.quantised_weight())
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array)
+
+
+def test_high_bit_codes_equal_the_published(golden_folder: Path) -> None:
+    for case in golden(golden_folder, "high"):
+        codes, scale, zero = high_bit_codes(as_tensor(case["in_weight"]), int(case["hp_bits"]))
+        assert torch.equal(codes, as_tensor(case["out_code"]))
+        torch.testing.assert_close(scale.unsqueeze(1), as_tensor(case["out_scale"]), rtol=1e-7, atol=0)
+        assert torch.equal(zero.unsqueeze(1), as_tensor(case["out_zero"]))
+
+
+def test_binary_statistics_equal_the_published(golden_folder: Path) -> None:
+    for case in golden(golden_folder, "low-xnor"):
+        weight, binarised = as_tensor(case["in_weight"]), as_tensor(case["in_mask"]).bool()
+        group_size = max(int(case["hp_groupsize"]), 0)
+        alpha, mu = binary_statistics(weight, ~binarised, group_size, "official")
+        for got, name in ((alpha, "out_scale"), (mu, "out_mean")):
+            expected = as_tensor(case[name]).squeeze(2).T
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+
+
+def test_salient_mask_equals_the_published(golden_folder: Path) -> None:
+    compared = 0
+    for case in golden(golden_folder, "salient-mask"):
+        weight = as_tensor(case["in_weight"])
+        for i, low_frac in enumerate(case["hp_low_frac"]):
+            if case["hp_metric"][i] == 0 and case["hp_groupsize"][i] == -1:
+                mask = salient_mask(weight, 1 - float(low_frac))
+                assert torch.equal(~mask, as_tensor(case["out_mask"][i]).bool())
+                compared += 1
+    assert compared
+
+
+def test_pack_equals_published_rounding_without_error_feedback(golden_folder: Path) -> None:
+    compared = 0
+    for case in golden(golden_folder, "gptq"):
+        for i, disabled in enumerate(case["hp_disable"]):
+            dead = case["in_h_upper"].diagonal() == 0  # columns that the published code clears
+            if not disabled or dead.any() or int(case["hp_high_bits"]) != 8:
+                continue
+            weight = as_tensor(case["in_weight"])
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            linear.weight = nn.Parameter(weight)
+            layer = SalientLinear.from_linear(linear, SalientConfig(scale="official"))
+            layer.mask.copy_(~as_tensor(case["out_mask"][i]).bool())  # by the Hessian metric
+            got = layer.pack().dequantize().weight.detach()
+            torch.testing.assert_close(got, as_tensor(case["out_w"][i]), rtol=1e-5, atol=1e-6)
+            compared += 1
+    assert compared
+
+
+def test_rounded_to_float16_is_exact() -> None:
+    halves = torch.arange(0x7C00, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    middles = (halves[1:] + halves[:-1]) / 2
+    for w in (halves, middles, middles.nextafter(torch.tensor(0.0)), middles.nextafter(torch.tensor(1e9))):
+        for signed in (w, -w):
+            assert torch.equal(rounded_to_float16(signed), signed.half().float())
+    assert torch.equal(rounded_to_float16(torch.tensor([1e-45, 0.0])), torch.zeros(2))
+    w = torch.randn(1000) * 10 ** torch.linspace(-9, 3, 1000)
+    assert torch.equal(torch.compile(rounded_to_float16, fullgraph=True)(w), w.half().float())
+
+
+def test_salient_mask_takes_the_largest() -> None:
+    weight = torch.randn(13, 50)
+    for fraction in (0.05, 0.1, 0.5, 0.9):
+        mask = salient_mask(weight, fraction)
+        binarised = int((1 - fraction) * weight.numel()) + 1
+        assert int((~mask).sum()) == binarised
+        assert weight.abs()[mask].min() > weight.abs()[~mask].max()
+    assert not salient_mask(weight, 0).any() and salient_mask(weight, 1).all()
+    assert not salient_mask(torch.ones(4, 8), 0.5).any()  # ties are binarised
+    for shape in ((0, 5), (5, 0)):
+        assert salient_mask(torch.empty(shape), 0.3).shape == shape
+    assert salient_mask(torch.empty(3, 4, device="meta"), 0.3).is_meta
+
+
+def test_binary_statistics_by_hand() -> None:
+    weight = torch.tensor([[1.0, 3.0, -2.0, 100.0], [5.0, 5.0, 5.0, 5.0], [9.0, 9.0, 9.0, 9.0]])
+    mask = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    alpha, mu = binary_statistics(weight, mask)
+    torch.testing.assert_close(mu, torch.tensor([[2 / 3], [5.0], [0.0]]))
+    torch.testing.assert_close(alpha, torch.tensor([[(1 / 3 + 7 / 3 + 8 / 3) / 3], [0.0], [0.0]]))
+    alpha, mu = binary_statistics(weight, mask, scale="official")
+    torch.testing.assert_close(mu, torch.tensor([[0.5], [5.0], [0.0]]))
+    torch.testing.assert_close(alpha, torch.tensor([[(0.5 + 2.5 + 2.5 + 0.5) / 4], [0.0], [0.0]]))
+    alpha, mu = binary_statistics(weight, mask, centre=False)
+    assert mu is None
+    torch.testing.assert_close(alpha, torch.tensor([[2.0], [5.0], [0.0]]))
+
+
+@pytest.mark.parametrize("scale", ["unbiased", "official"])
+def test_binary_statistics_of_groups_are_those_of_their_columns(scale: str) -> None:
+    weight = torch.randn(5, 70)
+    mask = salient_mask(weight, 0.3)
+    alpha, mu = binary_statistics(weight, mask, 32, scale)
+    assert alpha.shape == mu.shape == (5, 3)
+    for group, columns in enumerate((slice(0, 32), slice(32, 64), slice(64, 70))):
+        a, b = binary_statistics(weight[:, columns], mask[:, columns], 0, scale)
+        torch.testing.assert_close(alpha[:, group : group + 1], a)
+        torch.testing.assert_close(mu[:, group : group + 1], b)
+
+
+def test_high_bit_codes_are_within_half_a_step() -> None:
+    weight = torch.cat([torch.randn(6, 40), torch.rand(2, 40), -torch.rand(2, 40), torch.zeros(1, 40)])
+    codes, scale, zero = high_bit_codes(weight)
+    value = scale.unsqueeze(1) * (codes.float() - zero.unsqueeze(1))
+    assert ((value - weight).abs() <= 0.5001 * scale.unsqueeze(1)).all()
+    assert (value[-1] == 0).all()
+    codes, scale, zero = high_bit_codes(torch.full((1, 4), 1e-45))  # a step that underflows counts as a row of zeros
+    assert torch.isfinite(scale).all() and (scale * (codes.float() - zero) == 0).all()
+    assert high_bit_codes(torch.empty(2, 0))[0].shape == (2, 0)
