@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-
 from bitmill import BinaryConfig, binarize, ops
 from bitmill.nn import BinaryEmbedding, BinaryLinear
 

@@ -220,6 +220,14 @@ def test_validate_finds_what_contradicts() -> None:
     packed.validate()
 
 
+@pytest.mark.parametrize("k,n", [(33, 1), (70, 19), (40, 2)])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_compiled_weight_equals_the_weight(k: int, n: int, bits: int) -> None:
+    layer = layer_of(SalientConfig(fraction=0.3, bits=bits, group_size=32), k, n)
+    compiled = torch.compile(layer.quantised_weight, fullgraph=True)
+    torch.testing.assert_close(compiled(), layer.quantised_weight(), rtol=1e-5, atol=1e-7)
+
+
 @configs
 def test_layers_compile_once(config: SalientConfig) -> None:
     layer = layer_of(config)

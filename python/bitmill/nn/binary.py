@@ -38,6 +38,10 @@ class BinaryLinear(LatentLinear):
 
     config_class: ClassVar = BinaryConfig
     config: BinaryConfig
+    shift: Tensor | None
+    alpha: Tensor | None
+    alpha_ready: Tensor | None
+    weight_scale: Tensor | None
 
     def create_state(self, device: torch.device, dtype: torch.dtype) -> None:
         activation, rule = activation_rule(self.config), method(self.config.method).weight
@@ -83,14 +87,16 @@ class BinaryLinear(LatentLinear):
         """alpha; before the first training batch the value that the first-use rule gives for this input."""
         if x.numel() == 0:  # an empty batch has no mean
             return self.alpha.float()
+        alpha, ready = self.alpha, self.alpha_ready
+        assert alpha is not None and ready is not None
         first = elastic_alpha(x.detach(), self.config.act_bits, self.config.signed)
-        value = torch.where(self.alpha_ready, self.alpha.detach().float(), first)
+        value = torch.where(ready, alpha.detach().float(), first)
         if not self.training:
             return value
         with torch.no_grad():
-            self.alpha.copy_(value)
-            self.alpha_ready.fill_(True)
-        return self.alpha.float()
+            alpha.copy_(value)
+            ready.fill_(True)
+        return alpha.float()
 
     @torch.no_grad()
     def pack(self) -> PackedBinaryLinear:
@@ -141,6 +147,12 @@ class PackedBinaryLinear(PackedModule):
     """
 
     config: BinaryConfig
+    weight: Tensor
+    weight_nonzero: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+    shift: Tensor | None
+    alpha: Tensor | None
 
     def __init__(
         self,

@@ -89,6 +89,9 @@ class PackedBinaryEmbedding(PackedModule):
 
     config: BinaryConfig
     kernel = "bitunpack"
+    weight: Tensor
+    weight_nonzero: Tensor | None
+    scale: Tensor
 
     def __init__(
         self,
@@ -149,6 +152,7 @@ class PackedBinaryEmbedding(PackedModule):
 
 
 def _embedding_from(table: Tensor, padding_idx: int | None, training: bool) -> nn.Embedding:
-    embedding = nn.Embedding(*table.shape, padding_idx=padding_idx, device="meta")
+    rows, dim = table.shape
+    embedding = nn.Embedding(rows, dim, padding_idx, device="meta")
     embedding.weight = nn.Parameter(table.detach().clone())
     return embedding.train(training)

@@ -47,8 +47,15 @@ def consistent(signs: Tensor, salient: Tensor, value: Tensor, start: Tensor) -> 
 
 
 def columns_of_groups(t: Tensor, k: int, group_size: int) -> Tensor:
-    """[n, groups] to [n, k]: each group's number at its columns ([n, 1] for one group)."""
-    return t.repeat_interleave(group_size, 1)[:, :k] if group_size else t
+    """[n, groups] to [n, k]: each group's number at its columns ([n, 1] for one group).
+
+    Not repeat_interleave and a slice: torch.compile (2.13, CPU) leaves the columns of a last, narrower group unwritten.
+    It cannot see through searchsorted.
+    """
+    if not group_size:
+        return t
+    ends = torch.arange(1, t.shape[1] + 1, device=t.device) * group_size
+    return t.index_select(1, torch.searchsorted(ends, torch.arange(k, device=t.device), right=True))
 
 
 def binary_value(plus: Tensor, alpha: Tensor, mu: Tensor | None, group_size: int) -> Tensor:
