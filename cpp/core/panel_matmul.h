@@ -21,46 +21,56 @@ struct PanelShape {
   int64_t groups() const { return group_size > 0 ? ceil_div(k, group_size) : 1; }
 };
 
+// sum[row][lane] += x[row][begin + j] * panel[j][lane], rows `stride` elements apart.
+template <class T>
+void multiply_panel(const T* x, int64_t rows, int64_t stride, int64_t columns, const float* panel, float* sum) {
+  for (int64_t row = 0; row < rows; ++row) {
+    float lane_sum[kTileRows];
+    std::copy_n(sum + row * kTileRows, kTileRows, lane_sum);
+    for (int64_t j = 0; j < columns; ++j) {
+      const float a = to_float(x[row * stride + j]);
+      const float* weights = panel + j * kTileRows;
+      for (int64_t lane = 0; lane < kTileRows; ++lane) lane_sum[lane] += a * weights[lane];
+    }
+    std::copy_n(lane_sum, kTileRows, sum + row * kTileRows);
+  }
+}
+
 // decode(tile, begin, end, panel): weights of the tile's 16 rows, columns [begin, end), to panel [end - begin][16].
 // finish(row, tile, lane, group, sum, out): adds the group's contribution to `out`, which starts at 0.
 // For a tile the groups come first to last; `done(row, tile, lane, out)` makes the result.
 template <class T, class Decode, class Finish, class Done>
 void panel_matmul(const PanelShape& shape, const T* x, T* out, ParallelFor parallel_for, const Decode& decode,
                   const Finish& finish, const Done& done) {
-  constexpr int64_t kChunk = 256;  // columns: a panel of 16 KiB stays in the first-level cache
-  const auto tiles = [&](int64_t first, int64_t last) {
-    std::vector<float> panel(kChunk * kTileRows), sum(shape.m * kTileRows), result(shape.m * kTileRows);
-    for (int64_t tile = first; tile < last; ++tile) {
-      std::fill(result.begin(), result.end(), 0.0f);
-      const int64_t lanes = std::min(kTileRows, shape.n - tile * kTileRows);
-      for (int64_t group = 0; group < shape.groups(); ++group) {
-        const int64_t group_end = std::min(shape.k, (group + 1) * shape.group_width());
-        std::fill(sum.begin(), sum.end(), 0.0f);
-        for (int64_t begin = group * shape.group_width(); begin < group_end; begin += kChunk) {
-          const int64_t end = std::min(group_end, begin + kChunk);
-          decode(tile, begin, end, panel.data());
-          for (int64_t row = 0; row < shape.m; ++row) {
-            float lane_sum[kTileRows];
-            std::copy_n(sum.data() + row * kTileRows, kTileRows, lane_sum);
-            const T* activations = x + row * shape.k + begin;
-            for (int64_t j = 0; j < end - begin; ++j) {
-              const float a = to_float(activations[j]);
-              const float* weights = panel.data() + j * kTileRows;
-              for (int64_t lane = 0; lane < kTileRows; ++lane) lane_sum[lane] += a * weights[lane];
-            }
-            std::copy_n(lane_sum, kTileRows, sum.data() + row * kTileRows);
-          }
-        }
-        for (int64_t row = 0; row < shape.m; ++row) {
-          for (int64_t lane = 0; lane < lanes; ++lane) {
-            finish(row, tile, lane, group, sum[row * kTileRows + lane], result[row * kTileRows + lane]);
-          }
-        }
+  constexpr int64_t kColumns = 256;  // a panel of 16 KiB stays in the first-level cache
+  constexpr int64_t kRows = 256;     // bounds the scratch memory
+  const auto multiply_tile = [&](int64_t tile, int64_t row, int64_t rows, float* panel, float* sum, float* result) {
+    const int64_t lanes = std::min(kTileRows, shape.n - tile * kTileRows);
+    std::fill_n(result, rows * kTileRows, 0.0f);
+    for (int64_t group = 0; group < shape.groups(); ++group) {
+      const int64_t group_end = std::min(shape.k, (group + 1) * shape.group_width());
+      std::fill_n(sum, rows * kTileRows, 0.0f);
+      for (int64_t begin = group * shape.group_width(); begin < group_end; begin += kColumns) {
+        const int64_t end = std::min(group_end, begin + kColumns);
+        decode(tile, begin, end, panel);
+        multiply_panel(x + row * shape.k + begin, rows, shape.k, end - begin, panel, sum);
       }
-      for (int64_t row = 0; row < shape.m; ++row) {
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-          store(done(row, tile, lane, result[row * kTileRows + lane]), out + row * shape.n + tile * kTileRows + lane);
-        }
+      for (int64_t i = 0; i < rows * kTileRows; ++i) {
+        const int64_t lane = i % kTileRows;
+        if (lane < lanes) finish(row + i / kTileRows, tile, lane, group, sum[i], result[i]);
+      }
+    }
+    for (int64_t i = 0; i < rows * kTileRows; ++i) {
+      const int64_t lane = i % kTileRows, output = (row + i / kTileRows) * shape.n + tile * kTileRows + lane;
+      if (lane < lanes) store(done(row + i / kTileRows, tile, lane, result[i]), out + output);
+    }
+  };
+  const auto tiles = [&](int64_t first, int64_t last) {
+    const int64_t block = std::min(kRows, shape.m);
+    std::vector<float> panel(kColumns * kTileRows), sum(block * kTileRows), result(block * kTileRows);
+    for (int64_t tile = first; tile < last; ++tile) {
+      for (int64_t row = 0; row < shape.m; row += kRows) {
+        multiply_tile(tile, row, std::min(kRows, shape.m - row), panel.data(), sum.data(), result.data());
       }
     }
   };

@@ -68,7 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors[name] = t
     text = _canonical({**metadata, "sha256": _digest(metadata, tensors)})
     target = Path(path)
-    temporary = target.with_name(f".bitmill-{secrets.token_hex(8)}.part")
+    temporary = target.parent / f".bitmill-{secrets.token_hex(8)}.part"
     temporary.touch(exist_ok=False)
     try:
         mode = temporary.stat().st_mode  # safetensors makes its files private
@@ -240,7 +240,7 @@ def _is_writable(t: Tensor) -> bool:
 def _file_dtype(t: Tensor) -> str:
     name = str(t.dtype).removeprefix("torch.")
     short = {"bool": "BOOL", "bfloat16": "BF16", "complex64": "C64"}
-    return short.get(name) or name[0].upper() + name.lstrip("uintfloat")
+    return short.get(name) or f"{name[0].upper()}{8 * t.dtype.itemsize}"
 
 
 def _arguments(module: nn.Module) -> dict[str, Any]:
@@ -269,8 +269,12 @@ def _digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         t = tensors[name]
         digest.update(f"\n{name} {t.dtype} {list(t.shape)}\n".encode())
         if t.numel():
-            digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(_bytes(t).numpy().data)
     return digest.hexdigest()
+
+
+def _bytes(t: Tensor) -> Tensor:
+    return t.reshape(-1).view(torch.uint8)
 
 
 def _error(path: str | os.PathLike[str], reason: str) -> ValueError:
@@ -398,6 +402,6 @@ def _join_tied(slots: dict[str, _Slot], source: dict[str, str], tensors: dict[st
     first: dict[Any, str] = {}
     for name, slot in slots.items():
         kept = first.setdefault(_identity(slot.tensor), source[name])
-        if kept != source[name] and not torch.equal(tensors[kept], tensors[source[name]]):
+        if kept != source[name] and not torch.equal(_bytes(tensors[kept]), _bytes(tensors[source[name]])):
             raise ValueError(f"{name} is tied to another tensor in the model, and has other values in the file")
         source[name] = kept

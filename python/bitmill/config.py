@@ -29,9 +29,9 @@ class Config:
             raise ValueError(f'{cls.__name__}: expected a dict with "config" {known}, got {_shorten(values)}')
         fields = {key: value for key, value in values.items() if key != "config"}
         known_fields = {f.name for f in dataclasses.fields(classes[name])}
-        unknown = next((key for key in fields if key not in known_fields), None)
-        if unknown is not None:
-            raise ValueError(f"{name}: unknown field {_shorten(unknown)}; a newer bitmill may have written it")
+        unknown = [key for key in fields if key not in known_fields]
+        if unknown:
+            raise ValueError(f"{name}: unknown field {_shorten(unknown[0])}; a newer bitmill may have written it")
         return classes[name](**fields)
 
     def _require(self, field: str, condition: bool, expected: str) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoint import file_size
+from .config import BinaryConfig, FP4Config, SalientConfig
 from .convert import LATENT, PACKED
 from .nn import PackedBinaryEmbedding
 from .nn._module import PackedModule
+from .ops._library import has_compiled_kernel
 from .ops._machine import kernel_of
 
 
@@ -41,7 +42,7 @@ class Summary:
     Attributes:
         layers: its bitmill layers, or, if it has none, its nn.Linear layers.
         bits_per_weight: of these layers together.
-        resident_bytes: all parameters and buffers in memory.
+        resident_bytes: the memory of all parameters and buffers, what is shared counted once.
         file_bytes: the file that `bitmill.save` writes, names and metadata included.
     """
 
@@ -76,22 +77,22 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         ValueError: if the model is on the meta device or holds state that is not a tensor.
     """
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LATENT + PACKED)]
-    if not found:
-        found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    layers = tuple(_layer(name, module) for name, module in found)
+    file_bytes = file_size(model)  # refuses what has no size
+    modules = list(model.named_modules())
+    kinds = LATENT + PACKED if any(isinstance(m, LATENT + PACKED) for _, m in modules) else (nn.Linear,)
+    layers = tuple(_layer(name, module) for name, module in modules if isinstance(module, kinds))
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     bits = sum(layer.bits_per_weight * layer.shape[0] * layer.shape[1] for layer in layers)
-    resident = {id(t): _bytes(t) for t in (*model.parameters(), *model.buffers())}
-    return Summary(layers, bits / weights if weights else 0.0, sum(resident.values()), file_size(model))
+    storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+    resident = sum({(s.device, s.data_ptr()): s.nbytes() for s in storages}.values())
+    return Summary(layers, bits / weights if weights else 0.0, resident, file_bytes)
 
 
 def _layer(name: str, module: nn.Module) -> LayerSummary:
-    shape = module.weight_shape() if isinstance(module, PackedModule) else tuple(module.weight.shape)
-    n, k = shape
-    tensors = {key: t for key, t in (*module.named_parameters(), *module.named_buffers())}
-    size = sum(_bytes(t) for t in tensors.values())
-    weight_bits = 8 * (size - sum(_bytes(t) for key, t in tensors.items() if key == "bias"))
+    n, k = module.weight_shape() if isinstance(module, PackedModule) else _shape(module.weight)
+    tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    size = sum(t.nbytes for t in tensors.values())
+    weight_bits = 8 * sum(t.nbytes for key, t in tensors.items() if key != "bias")
     lookup = isinstance(module, (nn.Embedding, PackedBinaryEmbedding))
     macs = 0 if lookup else n * k
     return LayerSummary(
@@ -102,21 +103,32 @@ def _layer(name: str, module: nn.Module) -> LayerSummary:
         weight_bits / (n * k) if n * k else 0.0,
         macs,
         macs * _cost(module),
-        kernel_of(module.kernel) if isinstance(module, PackedModule) else "torch",
+        _kernel(module),
     )
+
+
+def _shape(weight: Any) -> tuple[int, int]:
+    n, k = weight.shape
+    return n, k
+
+
+def _kernel(module: nn.Module) -> str:
+    if not isinstance(module, PackedModule):
+        return "torch"
+    device = next(module.buffers()).device.type
+    if device == "cpu":
+        return kernel_of(module.kernel)
+    return device if has_compiled_kernel(module.kernel, device.upper()) else "torch"
 
 
 def _cost(module: nn.Module) -> float:
     """Float operations that one multiply-add is worth: weight bits x activation bits / 64, at most 1."""
-    config = getattr(module, "config", None)
-    if config is None:
-        return 1.0
-    activation = min(getattr(config, "act_bits", 32), 32)
-    weight = {"BinaryConfig": 1, "FP4Config": 4}.get(type(config).__name__)
-    if weight is None:  # salient: the share of each kind
-        return config.fraction * min(config.bits * activation / 64, 1) + (1 - config.fraction) * activation / 64
-    return min(weight * activation / 64, 1.0)
+    config = getattr(module, "config", None) if isinstance(module, LATENT + PACKED) else None
+    activation = config.act_bits if isinstance(config, BinaryConfig) else 32
 
+    def worth(weight: int) -> float:
+        return min(weight * activation / 64, 1.0)
 
-def _bytes(t: Tensor) -> int:
-    return t.numel() * torch.empty(0, dtype=t.dtype).element_size()
+    if isinstance(config, SalientConfig):  # the share of each kind
+        return config.fraction * worth(config.bits) + (1 - config.fraction) * worth(1)
+    return worth(1 if isinstance(config, BinaryConfig) else 4 if isinstance(config, FP4Config) else 32)

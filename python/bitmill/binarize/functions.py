@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops._library import without_autocast
+from ..ops._groups import columns_of_groups
 from ..ops.binary_matmul import canonical_linear, surrogate_slope
 from .rules import WeightRule
 
@@ -148,7 +149,7 @@ def binarize_weight(
         scale = learned_scale.float()
     else:
         scale = weight_scale(w.detach(), rule, group_size)
-    columns = scale.repeat_interleave(group_size, 1)[:, :k] if group_size else scale
+    columns = columns_of_groups(scale, k, group_size)
     value = _WeightSign.apply(centred, columns.expand(n, k), rule.surrogate, rule.carries_scale)
     return BinarizedWeight(value, torch.sign(centred.detach()), scale)
 
@@ -170,8 +171,7 @@ def _centre(w: Tensor, rule: WeightRule, group_size: int | None) -> Tensor:
         return w.new_zeros(())
     if rule.centre == "global":
         return w.detach().mean()
-    means = _group_means(w, group_size)
-    return means.repeat_interleave(group_size, 1)[:, : w.shape[1]] if group_size else means
+    return columns_of_groups(_group_means(w, group_size), w.shape[1], group_size)
 
 
 def _group_means(w: Tensor, group_size: int | None) -> Tensor:

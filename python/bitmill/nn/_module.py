@@ -77,6 +77,11 @@ class PackedModule(nn.Module):
     config: Any
     kernel: str  # the op that forward calls
 
+    def register_buffers(self, **buffers: Tensor | None) -> None:
+        """Register buffers, the absent ones last: torch.export (2.13) miscounts buffers that follow a None."""
+        for name, t in sorted(buffers.items(), key=lambda item: item[1] is None):
+            self.register_buffer(name, t)
+
     def arguments(self) -> dict[str, int | bool]:
         """Keyword arguments besides `config` that rebuild this layer's empty buffers."""
         raise TypeError(f"{type(self).__name__} does not say how it is built")

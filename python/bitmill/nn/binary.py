@@ -17,6 +17,7 @@ from ..binarize.functions import ALPHA_FLOOR
 from ..config import BinaryConfig
 from ..ops import tile_pack
 from ..ops._checks import TILE_ROWS, ceil_div, tile_shape
+from ..ops._groups import columns_of_groups
 from ..ops._library import without_autocast
 from ..ops.binary_matmul import unpack_signs
 from ..ops.bitpack import mean_by_halves
@@ -114,7 +115,7 @@ class BinaryLinear(LatentLinear):
             width = config.group_size or max(self.in_features, 1)
             empty = torch.stack([part.all(1) for part in zeros.split(width, 1)], 1)
             scale[empty] = 0
-            zeros = zeros & ~empty.repeat_interleave(width, 1)[:, : self.in_features]
+            zeros = zeros & ~columns_of_groups(empty, self.in_features, width)
         packed = PackedBinaryLinear(
             self.in_features, self.out_features, self.bias is not None, config, bool(zeros.any()), device="meta"
         )
@@ -174,12 +175,14 @@ class PackedBinaryLinear(PackedModule):
         def words() -> Tensor:
             return torch.zeros(tile_shape(out_features, in_features), dtype=torch.int32, device=device)
 
-        self.register_buffer("weight", words())
-        self.register_buffer("weight_nonzero", words() if weight_zeros else None)
-        self.register_buffer("scale", torch.zeros(out_features, groups, device=device))
-        self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
-        self.register_buffer("shift", torch.zeros(in_features, device=device) if activation.shift else None)
-        self.register_buffer("alpha", torch.ones((), device=device) if elastic_step else None)
+        self.register_buffers(
+            weight=words(),
+            weight_nonzero=words() if weight_zeros else None,
+            scale=torch.zeros(out_features, groups, device=device),
+            bias=torch.zeros(out_features, device=device) if bias else None,
+            shift=torch.zeros(in_features, device=device) if activation.shift else None,
+            alpha=torch.ones((), device=device) if elastic_step else None,
+        )
         self._row_scale = activation.scale == "row_mean"
         self._levels = "bool" if not self.config.signed else "sign" if self.config.zero == "torch" else "plus"
         self._surrogate = "unit" if not self.config.signed else activation.surrogate
@@ -231,7 +234,7 @@ class PackedBinaryLinear(PackedModule):
         scale = self.scale.float()
         if self.alpha is not None and self.config.act_bits == 1:
             scale = scale / self.alpha.float()
-        columns = scale.repeat_interleave(group_size, 1)[:, :k] if group_size else scale
+        columns = columns_of_groups(scale, k, group_size)
         signs = unpack_signs(self.weight, self.weight_nonzero, self.out_features, k)
         return linear_from(signs * columns, self.bias, torch.float32, self.training)
 

@@ -12,6 +12,7 @@ from ..binarize import binarize_weight, method
 from ..config import BinaryConfig
 from ..ops import bitunpack, tile_pack
 from ..ops._checks import TILE_ROWS, tile_shape
+from ..ops._groups import columns_of_groups
 from ..ops.binary_matmul import unpack_signs
 from ._module import PackedModule, require_finite
 from .binary import check_padding
@@ -112,9 +113,11 @@ class PackedBinaryEmbedding(PackedModule):
         def words() -> Tensor:
             return torch.zeros(tile_shape(num_embeddings, embedding_dim), dtype=torch.int32, device=device)
 
-        self.register_buffer("weight", words())
-        self.register_buffer("weight_nonzero", words() if weight_zeros else None)
-        self.register_buffer("scale", torch.zeros(num_embeddings, groups, device=device))
+        self.register_buffers(
+            weight=words(),
+            weight_nonzero=words() if weight_zeros else None,
+            scale=torch.zeros(num_embeddings, groups, device=device),
+        )
 
     def arguments(self) -> dict[str, Any]:
         return {
@@ -133,17 +136,14 @@ class PackedBinaryEmbedding(PackedModule):
         tile, lane = ids // TILE_ROWS, ids % TILE_ROWS
         nonzero = None if self.weight_nonzero is None else self.weight_nonzero[tile, :, lane]
         signs = bitunpack(self.weight[tile, :, lane], nonzero, self.embedding_dim)
-        if self.config.group_size:
-            scale = scale.repeat_interleave(self.config.group_size, -1)[..., : self.embedding_dim]
+        scale = columns_of_groups(scale, self.embedding_dim, self.config.group_size)
         return scale * signs.to(scale.dtype)
 
     @torch.no_grad()
     def dequantize(self) -> nn.Embedding:
         """An nn.Embedding with the binarised table."""
         signs = unpack_signs(self.weight, self.weight_nonzero, self.num_embeddings, self.embedding_dim)
-        scale, group_size = self.scale, self.config.group_size
-        if group_size:
-            scale = scale.repeat_interleave(group_size, 1)[:, : self.embedding_dim]
+        scale = columns_of_groups(self.scale, self.embedding_dim, self.config.group_size)
         return _embedding_from(scale * signs.to(scale.dtype), self.padding_idx, self.training)
 
     def validate(self) -> None:

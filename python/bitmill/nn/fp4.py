@@ -124,9 +124,11 @@ class PackedFP4Linear(PackedModule):
             return torch.zeros(shape, dtype=dtype, device=device)
 
         groups, dtype = (ceil_div(in_features, MX_BLOCK), torch.uint8) if blocks else (1, torch.float32)
-        self.register_buffer("weight", zeros(*tile_shape(out_features, in_features, 4), dtype=torch.int32))
-        self.register_buffer("scale", zeros(out_features, groups, dtype=dtype))
-        self.register_buffer("bias", zeros(out_features) if bias else None)
+        self.register_buffers(
+            weight=zeros(*tile_shape(out_features, in_features, 4), dtype=torch.int32),
+            scale=zeros(out_features, groups, dtype=dtype),
+            bias=zeros(out_features) if bias else None,
+        )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: FP4Config | None = None) -> PackedFP4Linear:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ..config import SalientConfig
 from ..ops import tile_pack
 from ..ops._checks import ceil_div, tile_shape
+from ..ops._groups import columns_of_groups
 from ..ops.salient_scatter import (
     binary_statistics,
     binary_value,
-    columns_of_groups,
     high_bit_codes,
     rounded_to_float16,
     salient_mask,
@@ -160,19 +160,17 @@ class PackedSalientLinear(PackedModule):
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        buffers = {
-            "weight": zeros(*tile_shape(out_features, in_features), dtype=torch.int32),
-            "mask": zeros(*tile_shape(out_features, in_features), dtype=torch.int32),
-            "value": zeros(entries, dtype=torch.uint8 if codes else torch.float16),
-            "start": zeros(out_features + 1, dtype=torch.int32),
-            "alpha": zeros(out_features, groups),
-            "mu": zeros(out_features, groups) if self.config.centre else None,
-            "value_scale": zeros(out_features) if codes else None,
-            "value_zero": zeros(out_features) if codes else None,
-            "bias": zeros(out_features) if bias else None,
-        }
-        for name in sorted(buffers, key=lambda name: buffers[name] is None):  # torch.export miscounts an earlier None
-            self.register_buffer(name, buffers[name])
+        self.register_buffers(
+            weight=zeros(*tile_shape(out_features, in_features), dtype=torch.int32),
+            mask=zeros(*tile_shape(out_features, in_features), dtype=torch.int32),
+            value=zeros(entries, dtype=torch.uint8 if codes else torch.float16),
+            start=zeros(out_features + 1, dtype=torch.int32),
+            alpha=zeros(out_features, groups),
+            mu=zeros(out_features, groups) if self.config.centre else None,
+            value_scale=zeros(out_features) if codes else None,
+            value_zero=zeros(out_features) if codes else None,
+            bias=zeros(out_features) if bias else None,
+        )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: SalientConfig | None = None) -> PackedSalientLinear:
@@ -205,9 +203,7 @@ class PackedSalientLinear(PackedModule):
     @torch.no_grad()
     def dequantize(self) -> nn.Linear:
         """An nn.Linear (float32) with the partially binarised weight."""
-        dense = torch.ops.bitmill.salient_weight.default(
-            *self._arrays(), self.in_features, self.config.group_size or 0
-        )
+        dense = torch.ops.bitmill.salient_weight.default(*self._arrays(), self.in_features, self.config.group_size or 0)
         return linear_from(dense, self.bias, torch.float32, self.training)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _library as library
 from ._checks import MAX_COLUMNS, PACK_REMEDY, ceil_div, check_one_of, check_rows, check_tensor, group_count, require
 from ._checks import tile_shape as _tile_shape
+from ._groups import columns_of_groups
 from .bitpack import LEVELS, _unpack_bits, binarized, mean_by_halves, tile_unpack
 
 SURROGATES = ("identity", "clip", "clip_open", "polynomial", "unit")
@@ -46,8 +47,7 @@ def unpack_signs(weight: Tensor, weight_nonzero: Tensor | None, n: int, k: int) 
 
 def _scaled_signs(weight: Tensor, weight_nonzero: Tensor | None, scale: Tensor, k: int, group_size: int) -> Tensor:
     n = scale.shape[0]
-    columns = scale.repeat_interleave(group_size, 1)[:, :k] if group_size else scale
-    return unpack_signs(weight, weight_nonzero, n, k) * columns
+    return unpack_signs(weight, weight_nonzero, n, k) * columns_of_groups(scale, k, group_size)
 
 
 def _group_dots(a: Tensor, signs: Tensor, group_size: int) -> list[Tensor]:
@@ -66,6 +66,7 @@ def canonical_linear(
     """
     out = level.new_zeros((*level.shape[:-1], signs.shape[0]))
     for group, dot in enumerate(_group_dots(level, signs, group_size)):
+        dot = dot + 0.0  # an integer has no -0, but a product of floats may answer it
         factor = scale[:, group] if rows is None else scale[:, group] * rows
         out = factor * dot if group == 0 else out + factor * dot
     return out if bias is None else out + bias

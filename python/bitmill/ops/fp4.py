@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import _library as library
 from ._checks import FLOATS, MAX_COLUMNS, ceil_div, check_one_of, check_rows, check_tensor, require
+from ._groups import columns_of_groups
 
 FORMATS = {"e2m1": (2, 1, 1), "e1m2": (1, 2, 0), "e3m0": (3, 0, 3)}  # exponent bits, mantissa bits, bias
 NAN_POLICIES = ("max", "zero", "error")
@@ -146,12 +147,7 @@ def _mxfp4_quantize_reference(x: Tensor, scale_rule: str = "floor") -> tuple[Ten
 @library.default("mxfp4_dequantize")
 def _mxfp4_dequantize_reference(packed: Tensor, scale: Tensor, k: int) -> Tensor:
     _check_mxfp4_dequantize(packed, scale, k)
-    return _fp4_uncast_reference(packed, k) * columns(_e8m0_uncast_reference(scale), k, MX_BLOCK)
-
-
-def columns(scale: Tensor, k: int, group_size: int) -> Tensor:
-    """Group scales [..., groups] to what multiplies [..., k]."""
-    return scale.repeat_interleave(group_size, -1)[..., :k] if group_size else scale
+    return _fp4_uncast_reference(packed, k) * columns_of_groups(_e8m0_uncast_reference(scale), k, MX_BLOCK)
 
 
 def _check_fp4_cast(x: Tensor, format: str, nan: str) -> None:

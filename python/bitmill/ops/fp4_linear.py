@@ -17,7 +17,8 @@ from . import _library as library
 from ._checks import MAX_COLUMNS, PACK_REMEDY, ceil_div, check_one_of, check_rows, check_tensor, require
 from ._checks import tile_shape as _tile_shape
 from .bitpack import tile_unpack
-from .fp4 import FORMATS, columns, e8m0_uncast, short_name, table
+from ._groups import columns_of_groups
+from .fp4 import FORMATS, e8m0_uncast, short_name, table
 
 library.define(
     "fp4_linear",
@@ -59,7 +60,7 @@ def _fp4_weight_reference(
     _check_fp4_weight("fp4_weight", weight, scale, n, k, format, group_size, codebook)
     values = (table(format, weight.device) if codebook is None else codebook)[tile_unpack(weight, n, k, 4).int()]
     factors = e8m0_uncast(scale) if scale.dtype == torch.uint8 else scale
-    return values * columns(factors, k, group_size)
+    return values * columns_of_groups(factors, k, group_size)
 
 
 def _check_fp4_weight(

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import _library as library
 from ._checks import MAX_COLUMNS, PACK_REMEDY, check_rows, check_tensor, group_count, require
 from ._checks import tile_shape as _tile_shape
+from ._groups import columns_of_groups
 from .bitpack import tile_unpack
 
 # weight, mask, value, start, alpha, mu, value_scale, value_zero
@@ -44,18 +45,6 @@ def consistent(signs: Tensor, salient: Tensor, value: Tensor, start: Tensor) -> 
     rows = start.long().diff()
     rises = bool(start[0] == 0) and bool(start[-1] == value.shape[0]) and bool((rows >= 0).all())
     return rises and bool((salient.sum(1) == rows).all()) and not bool((signs & salient).any())
-
-
-def columns_of_groups(t: Tensor, k: int, group_size: int) -> Tensor:
-    """[n, groups] to [n, k]: each group's number at its columns ([n, 1] for one group).
-
-    Not repeat_interleave and a slice: torch.compile (2.13, CPU) leaves the columns of a last, narrower group unwritten.
-    It cannot see through searchsorted.
-    """
-    if not group_size:
-        return t
-    ends = torch.arange(1, t.shape[1] + 1, device=t.device) * group_size
-    return t.index_select(1, torch.searchsorted(ends, torch.arange(k, device=t.device), right=True))
 
 
 def binary_value(plus: Tensor, alpha: Tensor, mu: Tensor | None, group_size: int) -> Tensor:
