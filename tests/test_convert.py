@@ -210,7 +210,7 @@ def test_subclasses_of_linear_are_left_alone() -> None:
     with pytest.raises(ValueError, match="got only ModuleDict, MultiheadAttention, NonDynamicallyQuantizableLinear"):
         quantize_(nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), BinaryConfig())
     parametrised = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)))
-    with pytest.raises(ValueError, match="got only .*ParametrizedLinear"):
+    with pytest.raises(ValueError, match=r"got only .*ParametrizedLinear"):
         quantize_(parametrised, BinaryConfig())
 
 
@@ -410,11 +410,12 @@ def test_a_weight_without_packed_form_leaves_the_model_untouched(config: Config,
     with torch.no_grad():
         model.head.weight[1, 1] = value
     snapshot = Snapshot(model)
-    with pytest.raises(ValueError, match="^pack_: head: .*weight must be finite"):
+    with pytest.raises(ValueError, match=r"^pack_: head: .*weight must be finite"):
         pack_(model)
     snapshot.assert_same(model)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_every_layer_of_a_training_model_can_be_without_rows() -> None:
     for config in (BinaryConfig(), SalientConfig(), *(FP4Config(format=f) for f in FP4Config.FORMATS)):
         model = nn.Sequential(nn.Linear(8, 0, bias=False))

@@ -136,6 +136,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiler", [] { return std::string(__VERSION__); }, "The compiler that built this library.");
   m.def("popcount_peak", &popcount_peak, "Bit multiply-adds a second that one core reaches with xor, popcount and add"
         " on registers; 0 if this machine has no vector popcount.");
+  m.def("binary_matmul_seconds", &binary_matmul_seconds, "Median seconds of the integer product alone, one thread.");
   m.def("bitpack", &pack_rows);
   m.def("bitunpack", &unpack_rows);
   m.def("tile_pack", &pack_tiles);

@@ -95,6 +95,15 @@ Status binary_matmul(const BinaryMatmulParams& p) {
 Status binary_weight_matmul(const BinaryWeightMatmulParams& p) {
   if (p.m < 0 || p.n < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
   if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
+#ifdef BITMILL_AVX512
+  if (selected() == InstructionSet::avx512 && !p.weight_nonzero && p.k > 0) {
+    const double nanoseconds = static_cast<double>(p.m + 1) * static_cast<double>(p.k) * kTileRows * 0.01;
+    split(p.parallel_for, tile_count(p.n), nanoseconds, [&](int64_t begin, int64_t end) {
+      detail::binary_weight_matmul_tiles_avx512(p, begin, end);
+    });
+    return Status::ok;
+  }
+#endif
   const detail::PanelShape shape{p.m, p.n, p.k, p.group_size};
   const int64_t words = word_count(p.k), groups = shape.groups();
   const auto decode = [&](int64_t tile, int64_t begin, int64_t end, float* panel) {

@@ -2,8 +2,7 @@
 // Binary products with VPOPCNTDQ: 4 rows x 4 tiles (64 outputs a row) stay in registers over all of k. A lane is an
 // output, so 16 finished results leave a register at once. Bit-equal to the generic form, epilogue included.
 // Weights with zeros are rare and take the generic form.
-#include <immintrin.h>
-
+#include "avx512.h"
 #include "binary_matmul.h"
 #include "layout.h"
 
@@ -59,22 +58,6 @@ __m512 load_scale(const Task& task, int64_t column, int64_t group, __mmask16 lan
   return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, first, 4);
 }
 
-void store_as(Dtype dtype, void* out, int64_t at, __mmask16 lanes, __m512 value) {
-  if (dtype == Dtype::f32) {
-    _mm512_mask_storeu_ps(static_cast<float*>(out) + at, lanes, value);
-  } else if (dtype == Dtype::f16) {
-    _mm256_mask_storeu_epi16(static_cast<Float16*>(out) + at, lanes,
-                             _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  } else {  // vcvtneps2bf16 flushes subnormals, so round by hand
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    const __m512i halves = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0));
-    _mm256_mask_storeu_epi16(static_cast<BFloat16*>(out) + at, lanes, _mm512_cvtepi32_epi16(halves));
-  }
-}
-
 template <Operand operand>
 __m512i to_dot(__m512i counts, __m512i present) {
   const __m512i twice = _mm512_add_epi32(counts, counts);
@@ -87,7 +70,7 @@ template <Operand operand>
 void finish(const Task& task, int64_t row, int64_t tile, int64_t group, __m512i counts, float* sums) {
   const BinaryMatmulParams& p = task.p;
   const int64_t column = tile * kTileRows, left = p.n - column;
-  const __mmask16 lanes = left >= kTileRows ? __mmask16{0xFFFF} : static_cast<__mmask16>((1u << left) - 1);
+  const __mmask16 lanes = first_lanes(left);
   const __m512i present = _mm512_set1_epi32(task.present[row * task.groups + group]);
   const __m512i dot = to_dot<operand>(counts, present);
   if (p.dot) return _mm512_mask_storeu_epi32(p.dot + row * p.n + column, lanes, dot);
@@ -97,7 +80,7 @@ void finish(const Task& task, int64_t row, int64_t tile, int64_t group, __m512i 
   if (group > 0) value = _mm512_add_ps(_mm512_loadu_ps(sums), value);
   if (group + 1 < task.groups) return _mm512_storeu_ps(sums, value);
   if (p.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, p.bias + column));
-  store_as(p.out_dtype, p.out, row * p.n + column, lanes, value);
+  with_dtype(p.out_dtype, p.out, [&](auto* out) { store16(out + row * p.n + column, lanes, value); });
 }
 
 // Four tiles of one row: the common cases (whole tiles, one group, integers or float32) without masks.

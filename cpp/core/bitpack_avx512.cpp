@@ -1,24 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packing rows of floats with AVX-512: 32 values become one word by compare-to-mask. Bit-equal to the generic form.
-#include <immintrin.h>
-
 #include <bit>
 
+#include "avx512.h"
 #include "bitpack.h"
 #include "layout.h"
 
 namespace bitmill::detail {
 namespace {
-
-__m512 widen(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
-
-__m512 load(const float* x) { return _mm512_loadu_ps(x); }
-__m512 load(const BFloat16* x) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
-__m512 load(const Float16* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
-
-__m512 load(const float* x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
-__m512 load(const BFloat16* x, __mmask16 lanes) { return widen(_mm256_maskz_loadu_epi16(lanes, x)); }
-__m512 load(const Float16* x, __mmask16 lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x)); }
 
 struct Bits {
   __mmask16 sign, nonzero;
@@ -55,7 +44,7 @@ void pack_rows(const BitpackParams& p, const T* x, int64_t begin, int64_t end) {
     };
     int64_t w = 0;
     for (; 32 * (w + 1) <= p.k; ++w) {
-      __m512 low = load(input + 32 * w), high = load(input + 32 * w + 16);
+      __m512 low = load16(input + 32 * w), high = load16(input + 32 * w + 16);
       if (p.shift) {
         low = _mm512_add_ps(low, _mm512_loadu_ps(p.shift + 32 * w));
         high = _mm512_add_ps(high, _mm512_loadu_ps(p.shift + 32 * w + 16));
@@ -71,8 +60,8 @@ void pack_rows(const BitpackParams& p, const T* x, int64_t begin, int64_t end) {
       uint32_t sign = 0, nonzero = 0;
       for (int half = 0; half < 2 && 32 * w + 16 * half < p.k; ++half) {
         const int64_t column = 32 * w + 16 * half, left = p.k - column;
-        const __mmask16 lanes = left >= 16 ? __mmask16{0xFFFF} : static_cast<__mmask16>((1u << left) - 1);
-        __m512 z = load(input + column, lanes);
+        const __mmask16 lanes = first_lanes(left);
+        __m512 z = load16(input + column, lanes);
         if (p.shift) z = _mm512_add_ps(z, _mm512_maskz_loadu_ps(lanes, p.shift + column));
         if (magnitudes) _mm512_storeu_ps(magnitudes + column, _mm512_abs_ps(z));
         const Bits bits = compare<levels>(z, threshold);

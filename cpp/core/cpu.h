@@ -23,6 +23,7 @@ struct KernelRow {
   const char* function;
 };
 inline constexpr KernelRow kKernels[] = {{InstructionSet::avx512, "bitpack"},
-                                         {InstructionSet::avx512, "binary_matmul"}};
+                                         {InstructionSet::avx512, "binary_matmul"},
+                                         {InstructionSet::avx512, "binary_weight_linear"}};
 
 }  // namespace bitmill

@@ -1,8 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The choice of the probe for this machine.
+// The probes: the peak of this machine, and the binary product alone.
 #include "probe.h"
 
+#include <algorithm>
+#include <chrono>
+#include <vector>
+
+#include "binary_matmul.h"
 #include "cpu.h"
+#include "layout.h"
 
 namespace bitmill {
 
@@ -11,6 +17,37 @@ double popcount_peak() {
   if (available(InstructionSet::avx512)) return detail::popcount_peak_avx512();
 #endif
   return 0.0;
+}
+
+double binary_matmul_seconds(int64_t m, int64_t n, int64_t k, int repeats) {
+  struct alignas(64) Line {
+    int32_t words[16];
+  };
+  auto random_lines = [state = 1u](int64_t words) mutable {
+    std::vector<Line> lines(ceil_div(std::max<int64_t>(words, 1), 16));
+    for (Line& line : lines) {
+      for (int32_t& word : line.words) word = static_cast<int32_t>(state = state * 1664525u + 1013904223u);
+    }
+    return lines;
+  };
+  const std::vector<Line> a = random_lines(m * word_count(k));
+  const std::vector<Line> weight = random_lines(tile_count(n) * word_count(k) * kTileRows);
+  std::vector<Line> dot = random_lines(m * n);
+  BinaryMatmulParams p;
+  p.a = a.data()->words;
+  p.weight = weight.data()->words;
+  p.m = m;
+  p.n = n;
+  p.k = k;
+  p.dot = dot.data()->words;
+  std::vector<double> seconds(std::max(repeats, 1));
+  for (double& result : seconds) {
+    const auto start = std::chrono::steady_clock::now();
+    binary_matmul(p);
+    result = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+  std::nth_element(seconds.begin(), seconds.begin() + seconds.size() / 2, seconds.end());
+  return seconds[seconds.size() / 2];
 }
 
 }  // namespace bitmill

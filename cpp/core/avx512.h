@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the AVX-512 files share: lane masks, and 16 floats to and from memory in each dtype.
+#pragma once
+
+#include <immintrin.h>
+
+#include "floats.h"
+
+namespace bitmill::detail {
+
+// The first `count` of 16 lanes.
+static inline __mmask16 first_lanes(int64_t count) {
+  if (count >= 16) return __mmask16{0xFFFF};
+  return static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1);
+}
+
+static inline __m512 widen(__m256i halves) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+static inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
+static inline __m512 load16(const BFloat16* x) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+static inline __m512 load16(const Float16* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+
+// Lanes outside the mask are 0 and are not read.
+static inline __m512 load16(const float* x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
+static inline __m512 load16(const BFloat16* x, __mmask16 lanes) {
+  return widen(_mm256_maskz_loadu_epi16(lanes, x));
+}
+static inline __m512 load16(const Float16* x, __mmask16 lanes) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x));
+}
+
+static inline void store16(float* out, __mmask16 lanes, __m512 value) { _mm512_mask_storeu_ps(out, lanes, value); }
+static inline void store16(Float16* out, __mmask16 lanes, __m512 value) {
+  _mm256_mask_storeu_epi16(out, lanes, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline void store16(BFloat16* out, __mmask16 lanes, __m512 value) {
+  // vcvtneps2bf16 flushes subnormals, so the rounding is done by hand.
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i halves = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0));
+  _mm256_mask_storeu_epi16(out, lanes, _mm512_cvtepi32_epi16(halves));
+}
+
+}  // namespace bitmill::detail
