@@ -83,37 +83,53 @@ void finish(const Task& task, int64_t row, int64_t tile, int64_t group, __m512i 
   with_dtype(p.out_dtype, p.out, [&](auto* out) { store16(out + row * p.n + column, lanes, value); });
 }
 
-// Four tiles of one row: the common cases (whole tiles, one group, integers or float32) without masks.
-template <Operand operand>
-inline void finish_row(const Task& task, int64_t row, int64_t tile, int64_t group, const Row& counts, float* sums) {
+// Whole tiles and one group of columns: integers or float32 of `rows` rows without masks. Scale and bias are loaded once.
+template <Operand operand, int rows>
+inline __attribute__((always_inline)) void finish_whole(const Task& task, int64_t row, int64_t column, const Row& r0, const Row& r1, const Row& r2,
+                         const Row& r3) {
   const BinaryMatmulParams& p = task.p;
-  const bool whole = tile + kTiles <= task.end && (tile + kTiles) * kTileRows <= p.n && task.groups == 1;
-  const int64_t column = tile * kTileRows;
-  if (whole && (p.dot || p.out_dtype == Dtype::f32)) {
-    const __m512i present = _mm512_set1_epi32(task.present[row]);
-    const __m512i dot0 = to_dot<operand>(counts.c0, present), dot1 = to_dot<operand>(counts.c1, present);
-    const __m512i dot2 = to_dot<operand>(counts.c2, present), dot3 = to_dot<operand>(counts.c3, present);
-    if (p.dot) {
-      int32_t* out = p.dot + row * p.n + column;
-      _mm512_storeu_si512(out, dot0);
-      _mm512_storeu_si512(out + kTileRows, dot1);
-      _mm512_storeu_si512(out + 2 * kTileRows, dot2);
-      _mm512_storeu_si512(out + 3 * kTileRows, dot3);
-      return;
+  const auto each_row = [&](const auto& write) {
+    write(row, r0);
+    if constexpr (rows > 1) {
+      write(row + 1, r1);
+      write(row + 2, r2);
+      write(row + 3, r3);
     }
-    const auto write = [&](int64_t at, __m512i dot) {
-      __m512 scale = _mm512_loadu_ps(p.scale + at);
-      if (p.row_scale) scale = _mm512_mul_ps(scale, _mm512_set1_ps(p.row_scale[row]));
-      __m512 value = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot));
-      if (p.bias) value = _mm512_add_ps(value, _mm512_loadu_ps(p.bias + at));
-      _mm512_storeu_ps(static_cast<float*>(p.out) + row * p.n + at, value);
-    };
-    write(column, dot0);
-    write(column + kTileRows, dot1);
-    write(column + 2 * kTileRows, dot2);
-    write(column + 3 * kTileRows, dot3);
+  };
+  if (p.dot) {
+    each_row([&](int64_t i, const Row& counts) {
+      const __m512i present = _mm512_set1_epi32(task.present[i]);
+      int32_t* out = p.dot + i * p.n + column;
+      _mm512_storeu_si512(out, to_dot<operand>(counts.c0, present));
+      _mm512_storeu_si512(out + kTileRows, to_dot<operand>(counts.c1, present));
+      _mm512_storeu_si512(out + 2 * kTileRows, to_dot<operand>(counts.c2, present));
+      _mm512_storeu_si512(out + 3 * kTileRows, to_dot<operand>(counts.c3, present));
+    });
     return;
   }
+  const auto load4 = [&](const float* x, int i) { return _mm512_loadu_ps(x + column + i * kTileRows); };
+  const __m512 zero = _mm512_set1_ps(-0.0f);  // x + -0 is x, for every x
+  const __m512 s0 = load4(p.scale, 0), s1 = load4(p.scale, 1), s2 = load4(p.scale, 2), s3 = load4(p.scale, 3);
+  const __m512 b0 = p.bias ? load4(p.bias, 0) : zero, b1 = p.bias ? load4(p.bias, 1) : zero;
+  const __m512 b2 = p.bias ? load4(p.bias, 2) : zero, b3 = p.bias ? load4(p.bias, 3) : zero;
+  each_row([&](int64_t i, const Row& counts) {
+    const __m512i present = _mm512_set1_epi32(task.present[i]);
+    const __m512 factor = _mm512_set1_ps(p.row_scale ? p.row_scale[i] : 1.0f);  // times 1 is exact
+    float* out = static_cast<float*>(p.out) + i * p.n + column;
+    const auto write = [&](int at, __m512i count, __m512 scale, __m512 bias) {
+      const __m512 dot = _mm512_cvtepi32_ps(to_dot<operand>(count, present));
+      _mm512_storeu_ps(out + at, _mm512_add_ps(_mm512_mul_ps(_mm512_mul_ps(scale, factor), dot), bias));
+    };
+    write(0, counts.c0, s0, b0);
+    write(kTileRows, counts.c1, s1, b1);
+    write(2 * kTileRows, counts.c2, s2, b2);
+    write(3 * kTileRows, counts.c3, s3, b3);
+  });
+}
+
+// Any tile, any number of groups, any dtype.
+template <Operand operand>
+void finish_row(const Task& task, int64_t row, int64_t tile, int64_t group, Row counts, float* sums) {
   finish<operand>(task, row, tile, group, counts.c0, sums);
   if (tile + 1 < task.end) finish<operand>(task, row, tile + 1, group, counts.c1, sums + kTileRows);
   if (tile + 2 < task.end) finish<operand>(task, row, tile + 2, group, counts.c2, sums + 2 * kTileRows);
@@ -129,6 +145,8 @@ void block(const Task& task, int64_t row, int64_t tile) {
   const int32_t* a0 = p.a + row * task.words;
   const int32_t* z0 = operand == Operand::ternary ? p.a_nonzero + row * task.words : a0;
   const int64_t next = task.words;
+  const bool whole = tile + kTiles <= task.end && (tile + kTiles) * kTileRows <= p.n && task.groups == 1 &&
+                     (p.dot || p.out_dtype == Dtype::f32);
   float sums[4 * kTiles * kTileRows];
   for (int64_t group = 0; group < task.groups; ++group) {
     const __m512i zero = _mm512_setzero_si512();
@@ -144,6 +162,10 @@ void block(const Task& task, int64_t row, int64_t tile) {
         step<operand>(r2, a0[w + 2 * next], z0[w + 2 * next], v0, v1, v2, v3);
         step<operand>(r3, a0[w + 3 * next], z0[w + 3 * next], v0, v1, v2, v3);
       }
+    }
+    if (whole) {
+      finish_whole<operand, rows>(task, row, tile * kTileRows, r0, r1, r2, r3);
+      continue;
     }
     finish_row<operand>(task, row, tile, group, r0, sums);
     if constexpr (rows > 1) {

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .config import BinaryConfig, Config, FP4Config, SalientConfig
+from .config import BinaryConfig, Config, FP4Config, SalientConfig, shorten
 from .convert import LATENT, PACKED, replace_modules, require_bare
 from .nn import BinaryEmbedding, PackedBinaryEmbedding
 from .nn._module import LatentLinear, PackedModule
@@ -292,7 +292,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise
     except Exception as error:  # what a damaged header makes of safetensors and torch
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _error(path, f"it is not a whole safetensors file ({reason})") from None
+        raise _error(path, f"it cannot be read as a safetensors file ({reason})") from None
     if text is None:
         raise _error(path, "it was not written by bitmill; for a plain state_dict use safetensors.torch.load_file")
     metadata = _parse(path, text)
@@ -342,7 +342,7 @@ def _build_layers(model: nn.Module, metadata: dict[str, Any]) -> dict[nn.Module,
     layers: dict[nn.Module, nn.Module] = {}
     for name, entry in metadata["modules"].items():
         if not name or name not in present:
-            raise ValueError(f"it has a layer {name!r}, and the model has none of that name")
+            raise ValueError(f"it has a layer {shorten(name)}, and the model has none of that name")
         module = present[name]
         try:
             if entries.setdefault(module, entry) != entry:
@@ -357,17 +357,18 @@ def _build(entry: dict[str, Any], configs: list[Any], present: nn.Module) -> nn.
     """An empty layer of the size that the model has there, on the model's own Parameters where both have them."""
     kind, arguments = entry["kind"], entry["arguments"]
     if kind not in KINDS:
-        raise ValueError(f"its kind {kind!r} is unknown; a newer bitmill may have written the file")
+        raise ValueError(f"its kind {shorten(kind)} is unknown; a newer bitmill may have written the file")
     if type(present) not in (TABLES if KINDS[kind] in TABLES else LINEARS):
         raise ValueError(f"it is a {kind} in the file, which cannot take the place of a {type(present).__name__}")
     require_bare(present)
     config_class = next(cls for prefix, cls in CONFIGS.items() if kind.removeprefix("Packed").startswith(prefix))
     config = config_class.from_dict(configs[entry["config"]])
     for key, value in arguments.items():
-        got = getattr(present, key, None) if key in SIZES else value
-        types = (int, type(None)) if key in SIZES else (int,) if key == "entries" else (bool,)
-        if value != got or type(value) not in types:
-            raise ValueError(f"{key} is {value!r} in the file and {got!r} in the model, or not of a fitting type")
+        got = getattr(present, key, None)
+        if key in SIZES and (value != got or type(value) not in (int, type(None))):
+            raise ValueError(f"{key} is {shorten(value)} in the file and {shorten(got)} in the model")
+        if key not in SIZES and type(value) is not (int if key == "entries" else bool):
+            raise ValueError(f"{shorten(value)} is not a value for its argument {shorten(key)}")
     try:
         layer = KINDS[kind](**arguments, config=config, device="meta")
     except Exception as error:  # an argument too many or too few, or a size that no tensor can have
@@ -387,7 +388,7 @@ def _compare(slots: dict[str, _Slot], tensors: dict[str, Tensor]) -> None:
     missing, extra = sorted(set(slots) - set(tensors)), sorted(set(tensors) - set(slots))
     if missing or extra:
         both = (("it lacks", missing), ("the model has no", extra))
-        raise ValueError("; ".join(f"{word} {', '.join(map(repr, names[:3]))}" for word, names in both if names))
+        raise ValueError("; ".join(f"{word} {', '.join(map(shorten, names[:3]))}" for word, names in both if names))
     for name, (_, _, t) in slots.items():
         got = tensors[name]
         if got.shape != t.shape:

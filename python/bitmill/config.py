@@ -26,17 +26,17 @@ class Config:
         name = values.get("config") if isinstance(values, dict) else None
         if not isinstance(name, str) or name not in classes:
             known = " or ".join(repr(c) for c in classes)
-            raise ValueError(f'{cls.__name__}: expected a dict with "config" {known}, got {_shorten(values)}')
+            raise ValueError(f'{cls.__name__}: expected a dict with "config" {known}, got {shorten(values)}')
         fields = {key: value for key, value in values.items() if key != "config"}
         known_fields = {f.name for f in dataclasses.fields(classes[name])}
         unknown = [key for key in fields if key not in known_fields]
         if unknown:
-            raise ValueError(f"{name}: unknown field {_shorten(unknown[0])}; a newer bitmill may have written it")
+            raise ValueError(f"{name}: unknown field {shorten(unknown[0])}; a newer bitmill may have written it")
         return classes[name](**fields)
 
     def _require(self, field: str, condition: bool, expected: str) -> None:
         if not condition:
-            raise ValueError(f"{type(self).__name__}: {field} must be {expected}, got {_shorten(getattr(self, field))}")
+            raise ValueError(f"{type(self).__name__}: {field} must be {expected}, got {shorten(getattr(self, field))}")
 
     def _require_one_of(self, field: str, allowed: tuple[Any, ...]) -> None:
         value = getattr(self, field)
@@ -140,7 +140,8 @@ class FP4Config(Config):
         self._require_one_of("scale_rule", self.SCALE_RULES)
 
 
-def _shorten(value: object) -> str:
+def shorten(value: object) -> str:
+    """What an error message says of a value from a stranger."""
     try:
         text = repr(value)
     except Exception:  # too deep, too many digits, or a repr that fails

@@ -82,7 +82,7 @@ def summary(model: nn.Module) -> Summary:
     kinds = LATENT + PACKED if any(isinstance(m, LATENT + PACKED) for _, m in modules) else (nn.Linear,)
     layers = tuple(_layer(name, module) for name, module in modules if isinstance(module, kinds))
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    bits = sum(layer.bits_per_weight * layer.shape[0] * layer.shape[1] for layer in layers)
+    bits = sum(round(layer.bits_per_weight * layer.shape[0] * layer.shape[1]) for layer in layers)
     storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
     resident = sum({(s.device, s.data_ptr()): s.nbytes() for s in storages}.values())
     return Summary(layers, bits / weights if weights else 0.0, resident, file_bytes)
