@@ -2,8 +2,8 @@
 """`python -m benchmarks.binary_linear [--shape M,N,K] [--json]`: packed binary products against torch, one thread.
 
 Two questions of one run: how close the integer product (packed rows in, int32 out, the kernel alone) comes to the peak
-of xor + popcount + add that a probe measures between the rounds, and how many times faster PackedBinaryLinear (float32 in, float32 out, packing included) is than
-F.linear in float32 and bfloat16. Medians over interleaved rounds.
+of xor + popcount + add that a probe measures between the rounds; and how many times faster PackedBinaryLinear (float32
+in, float32 out, packing included) is than F.linear in float32 and bfloat16. Medians over interleaved rounds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-from bitmill import BinaryConfig, _C, ops
+from bitmill import _C, BinaryConfig, ops
 from bitmill.cli import cpu_name
 from bitmill.nn import BinaryLinear, PackedBinaryLinear
 
@@ -88,14 +88,19 @@ def main() -> None:
         print(json.dumps(facts, indent=2))
         return
     print(f"{facts['cpu']}, torch {facts['torch']}, 1 thread, medians of {options.rounds}")
-    print(f"{'M x N x K':>18} {'packed us':>10} {'x float32':>10} {'x bfloat16':>11} {'product GMAC/s':>15} {'% of peak':>10}")
+    heads = ("packed us", "x float32", "x bfloat16", "product GMAC/s", "% of peak")
+    print(f"{'M x N x K':>18} " + " ".join(f"{head:>14}" for head in heads))
     for row in rows:
         share = "-" if row["% of peak"] is None else f"{row['% of peak']:.0f}"
         size = " x ".join(map(str, row["shape"]))
-        print(
-            f"{size:>18} {row['microseconds']['packed layer']:>10.1f} {row['x float32']:>10.1f} {row['x bfloat16']:>11.1f}"
-            f" {row['product GMAC/s']:>15.0f} {share:>10}"
+        cells = (
+            f"{row['microseconds']['packed layer']:.1f}",
+            f"{row['x float32']:.1f}",
+            f"{row['x bfloat16']:.1f}",
+            f"{row['product GMAC/s']:.0f}",
+            share,
         )
+        print(f"{size:>18} " + " ".join(f"{cell:>14}" for cell in cells))
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def test_layers_of_16_bit_floats(config: BinaryConfig, dtype: torch.dtype) -> No
         assert_close(moved(x), packed(x), 4 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("config", [BinaryConfig(), BinaryConfig("bit", act_bits=4), BinaryConfig(act_bits=32)], ids=name)
+@pytest.mark.parametrize("config", [BinaryConfig(), BinaryConfig("bit", act_bits=4), BinaryConfig("sign", 32)], ids=name)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layers_of_any_memory_layout(config: BinaryConfig, layout: str) -> None:
     layer = trained(config)
@@ -261,8 +261,8 @@ def test_copies_and_state(config: BinaryConfig) -> None:
 @every_config
 def test_meta_layers_answer_the_shape(config: BinaryConfig) -> None:
     x = torch.randn(2, 3, K, device="meta", dtype=torch.bfloat16)
-    for layer in (BinaryLinear(K, N, config=config, device="meta"), PackedBinaryLinear(K, N, config=config, device="meta")):
-        y = layer(x)
+    for cls in (BinaryLinear, PackedBinaryLinear):
+        y = cls(K, N, config=config, device="meta")(x)
         assert y.is_meta and y.shape == (2, 3, N) and y.dtype == torch.bfloat16
 
 
@@ -280,11 +280,11 @@ def test_from_linear_shares_parameters_and_leaves_the_random_state(config: Binar
     layer = BinaryLinear.from_linear(linear, config)
     assert torch.equal(torch.get_rng_state(), state)
     assert layer.weight is linear.weight and layer.bias is linear.bias and not layer.training
-    assert BinaryLinear.from_linear(nn.Linear(K, N, bias=False), config).bias is None
-    assert all(p.device == linear.weight.device for p in (*layer.parameters(), *layer.buffers()))
+    assert all(t.device == linear.weight.device for t in (*layer.parameters(), *layer.buffers()))
     if config.method != "bit" or config.act_bits == 32:
         layer.pack()
-        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert BinaryLinear.from_linear(nn.Linear(K, N, bias=False), config).bias is None
 
 
 def test_from_linear_keeps_dtype_and_requires_grad() -> None:
@@ -463,7 +463,7 @@ def test_packed_refuses_another_dtype_or_device() -> None:
     packed = trained(BinaryConfig()).pack()
     with pytest.raises(ValueError, match="binary_linear: x must be float32, bfloat16 or float16, got float64"):
         packed(torch.randn(3, K).double())
-    with pytest.raises(ValueError, match="binary_linear: .* must be on meta, got cpu; move the layer or its input"):
+    with pytest.raises(ValueError, match=r"binary_linear: .* must be on meta, got cpu; move the layer or its input"):
         packed(torch.randn(3, K, device="meta"))
 
 

@@ -77,7 +77,9 @@ def binary_matmul(
     Activations are {-1, +1}, with `a_nonzero` {-1, 0, +1}, or {0, 1} for levels "bool".
     """
     _require(levels in _LEVELS, "binary_matmul", "levels", f"one of {', '.join(_LEVELS)}", levels)
-    _require(a_nonzero is None or levels == "sign", "binary_matmul", "a_nonzero", 'None unless levels is "sign"', levels)
+    _require(
+        a_nonzero is None or levels == "sign", "binary_matmul", "a_nonzero", 'None unless levels is "sign"', levels
+    )
     rows = _rows("binary_matmul", "a", a, np.int32, _words(k))
     mask = None if a_nonzero is None else _rows("binary_matmul", "a_nonzero", a_nonzero, np.int32, _words(k), a.shape)
     tiles = _tiles("binary_matmul", weight, n, k, 1)
@@ -145,6 +147,8 @@ def _tiles(function: str, tiles: NDArray[np.int32], n: int, k: int, bits: int) -
     _require_columns(function, k)
     _require(isinstance(n, (int, np.integer)) and 0 <= n <= 2**31, function, "n", "an integer in [0, 2^31]", n)
     shape = ((n + 15) // 16, (k * bits + 31) // 32, 16)
-    _require(isinstance(tiles, np.ndarray) and tiles.shape == shape, function, "weight", f"tiles {shape}", np.shape(tiles))
+    _require(
+        isinstance(tiles, np.ndarray) and tiles.shape == shape, function, "weight", f"tiles {shape}", np.shape(tiles)
+    )
     _require(tiles.dtype == np.int32, function, "weight", "int32", str(tiles.dtype))
     return np.ascontiguousarray(tiles)

@@ -7,7 +7,6 @@ dtypes, digest, the packed arrays themselves) before it changes the model; any f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -19,24 +18,17 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ._checkpoint_file import DTYPES, FORMAT_VERSION, KEY, as_bytes, canonical, digest, file_dtype, load_error, read
 from .config import BinaryConfig, Config, FP4Config, SalientConfig, shorten
 from .convert import LATENT, PACKED, replace_modules, require_bare
 from .nn import BinaryEmbedding, PackedBinaryEmbedding
 from .nn._module import LatentLinear, PackedModule
 
-FORMAT_VERSION = 1
-KEY = "bitmill"
-MAX_METADATA = 1 << 24  # characters; the description of a layer takes about 150
 KINDS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in LATENT + PACKED}
 CONFIGS: dict[str, type[Config]] = {"Binary": BinaryConfig, "Salient": SalientConfig, "FP4": FP4Config}
 TABLES: tuple[type[nn.Module], ...] = (nn.Embedding, BinaryEmbedding, PackedBinaryEmbedding)
 LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, *(cls for cls in LATENT + PACKED if cls not in TABLES))
 SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim", "padding_idx")
-FIELDS = {"format_version": int, "configs": list, "modules": dict, "shared": dict, "sha256": str}
-ENTRY = {"kind": str, "config": int, "arguments": dict}
-
-# Dtypes in the order in which safetensors sorts tensors (the reverse of this one).
-DTYPES = ("BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -66,7 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             t = t.clone()  # safetensors refuses tensors that overlap
         pointers.add(t.data_ptr())
         tensors[name] = t
-    text = _canonical({**metadata, "sha256": _digest(metadata, tensors)})
+    text = canonical({**metadata, "sha256": digest(metadata, tensors)})
     target = Path(path)
     temporary = target.parent / f".bitmill-{secrets.token_hex(8)}.part"
     temporary.touch(exist_ok=False)
@@ -99,11 +91,11 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
             unchanged then.
         OSError: if the file cannot be read.
     """
-    metadata, tensors = _read(Path(path))
+    metadata, tensors = read(Path(path))
     try:
         return _load(model, metadata, tensors)
     except ValueError as error:
-        raise _error(path, str(error)) from None
+        raise load_error(path, str(error)) from None
 
 
 def _load(model: nn.Module, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
@@ -153,11 +145,11 @@ def _load(model: nn.Module, metadata: dict[str, Any], tensors: dict[str, Tensor]
 def file_size(model: nn.Module) -> int:
     """Bytes of the file that `save` would write, names and metadata included."""
     metadata, state = _plan(model)
-    header: dict[str, Any] = {"__metadata__": {KEY: _canonical({**metadata, "sha256": "0" * 64})}}
+    header: dict[str, Any] = {"__metadata__": {KEY: canonical({**metadata, "sha256": "0" * 64})}}
     offset = 0
-    for name, t in sorted(state.items(), key=lambda item: (-DTYPES.index(_file_dtype(item[1])), item[0])):
+    for name, t in sorted(state.items(), key=lambda item: (-DTYPES.index(file_dtype(item[1])), item[0])):
         end = offset + t.numel() * t.dtype.itemsize
-        header[name] = {"dtype": _file_dtype(t), "shape": list(t.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": file_dtype(t), "shape": list(t.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + -(-len(text) // 8) * 8 + offset
@@ -174,7 +166,7 @@ def _plan(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, (_, _, t) in _slots(model).items():
         if t.is_meta:
             raise ValueError(f"save: {name} is on the meta device and has no values; load or initialise it first")
-        if _file_dtype(t) not in DTYPES or t.layout != torch.strided:
+        if file_dtype(t) not in DTYPES or t.layout != torch.strided:
             raise ValueError(f"save: {name} must be a dense tensor of a common dtype, got {t.dtype}, {t.layout}")
         kept = first.setdefault(_identity(t), name)
         if kept == name:
@@ -237,12 +229,6 @@ def _is_writable(t: Tensor) -> bool:
     return not frozen and not any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape, strict=True))
 
 
-def _file_dtype(t: Tensor) -> str:
-    name = str(t.dtype).removeprefix("torch.")
-    short = {"bool": "BOOL", "bfloat16": "BF16", "complex64": "C64"}
-    return short.get(name) or f"{name[0].upper()}{8 * t.dtype.itemsize}"
-
-
 def _arguments(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, PackedModule):
         return module.arguments()
@@ -257,82 +243,6 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
 def _device_of(module: nn.Module) -> torch.device:
     tensor = next((t for t in (*module.parameters(), *module.buffers())), None)
     return torch.device("cpu") if tensor is None or tensor.is_meta else tensor.device
-
-
-def _canonical(metadata: dict[str, Any]) -> str:
-    return json.dumps(metadata, sort_keys=True, separators=(",", ":"))
-
-
-def _digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(_canonical(metadata).encode())
-    for name in sorted(tensors):
-        t = tensors[name]
-        digest.update(f"\n{name} {t.dtype} {list(t.shape)}\n".encode())
-        if t.numel():
-            digest.update(_bytes(t).numpy().data)
-    return digest.hexdigest()
-
-
-def _bytes(t: Tensor) -> Tensor:
-    return t.reshape(-1).view(torch.uint8)
-
-
-def _error(path: str | os.PathLike[str], reason: str) -> ValueError:
-    line = " ".join(reason.splitlines())
-    line = line if len(line) <= 500 else line[:497] + "..."
-    return ValueError(f"load: {os.fspath(path)} cannot be loaded: {line}")
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            tensors = {} if text is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # what a damaged header makes of safetensors and torch
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _error(path, f"it cannot be read as a safetensors file ({reason})") from None
-    if text is None:
-        raise _error(path, "it was not written by bitmill; for a plain state_dict use safetensors.torch.load_file")
-    metadata = _parse(path, text)
-    claimed = metadata.pop("sha256")
-    if _digest(metadata, tensors) != claimed:
-        raise _error(path, "its contents do not match its checksum, so it was altered or damaged; copy it again")
-    shared = metadata["shared"]
-    if not set(shared.values()) <= set(tensors) or set(shared) & set(tensors):
-        raise _error(path, "its list of shared tensors does not fit its tensors")
-    return metadata, tensors
-
-
-def _parse(path: Path, text: str) -> dict[str, Any]:
-    """The metadata, its structure checked: nothing in it is nested deeper than it should be."""
-    try:
-        metadata = json.loads(text) if len(text) <= MAX_METADATA else None
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise _error(path, "its bitmill metadata is not a JSON object of a sensible size")
-    version = metadata.get("format_version")
-    if type(version) is int and version > FORMAT_VERSION:
-        raise _error(path, f"it has format version {version}, and this bitmill reads up to {FORMAT_VERSION}; update it")
-
-    def fits(value: Any, fields: dict[str, type]) -> bool:
-        return type(value) is dict and {key: type(v) for key, v in value.items()} == fields
-
-    def is_flat(value: Any) -> bool:
-        return type(value) is dict and not any(isinstance(v, (dict, list)) for v in value.values())
-
-    if not (
-        fits(metadata, FIELDS)
-        and version == FORMAT_VERSION
-        and all(isinstance(kept, str) for kept in metadata["shared"].values())
-        and all(is_flat(config) for config in metadata["configs"])
-        and all(fits(entry, ENTRY) and is_flat(entry["arguments"]) for entry in metadata["modules"].values())
-        and all(0 <= entry["config"] < len(metadata["configs"]) for entry in metadata["modules"].values())
-    ):
-        raise _error(path, "its bitmill metadata has not the expected fields")
-    return metadata
 
 
 def _build_layers(model: nn.Module, metadata: dict[str, Any]) -> dict[nn.Module, nn.Module]:
@@ -403,6 +313,6 @@ def _join_tied(slots: dict[str, _Slot], source: dict[str, str], tensors: dict[st
     first: dict[Any, str] = {}
     for name, slot in slots.items():
         kept = first.setdefault(_identity(slot.tensor), source[name])
-        if kept != source[name] and not torch.equal(_bytes(tensors[kept]), _bytes(tensors[source[name]])):
+        if kept != source[name] and not torch.equal(as_bytes(tensors[kept]), as_bytes(tensors[source[name]])):
             raise ValueError(f"{name} is tied to another tensor in the model, and has other values in the file")
         source[name] = kept

@@ -29,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--json", action="store_true", help="print JSON")
     demo.add_argument("--save", metavar="DIR", type=Path, help="keep the model files here")
     demo.add_argument("--plot", metavar="FILE", type=Path, help="write a PNG of perplexity against file size")
-    demo.add_argument("--tokens", metavar="N", type=int, help="tokens to evaluate (default: a prefix; -1: the whole text)")
+    demo.add_argument(
+        "--tokens", metavar="N", type=int, help="tokens to evaluate (default: a prefix; -1: the whole text)"
+    )
     demo.set_defaults(run=_demo)
 
     options = parser.parse_args(arguments)

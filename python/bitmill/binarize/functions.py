@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._library import without_autocast
 from ..ops._groups import columns_of_groups
+from ..ops._library import without_autocast
 from ..ops.binary_matmul import canonical_linear, surrogate_slope
 from .rules import WeightRule
 
@@ -145,10 +145,7 @@ def binarize_weight(
     w = weight.float()
     n, k = w.shape
     centred = w - _centre(w, rule, group_size)
-    if learned_scale is not None:
-        scale = learned_scale.float()
-    else:
-        scale = weight_scale(w.detach(), rule, group_size)
+    scale = weight_scale(w.detach(), rule, group_size) if learned_scale is None else learned_scale.float()
     columns = columns_of_groups(scale, k, group_size)
     value = _WeightSign.apply(centred, columns.expand(n, k), rule.surrogate, rule.carries_scale)
     return BinarizedWeight(value, torch.sign(centred.detach()), scale)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers: each in a training form (latent weight, straight-through gradient) and a packed form (buffers, compiled op)."""
+"""Layers, each in a training form (latent weight, straight-through gradient) and a packed form (buffers, one op)."""
 
 from .binary import BinaryLinear, PackedBinaryLinear
 from .embedding import BinaryEmbedding, PackedBinaryEmbedding

@@ -56,7 +56,8 @@ class LatentLinear(nn.Linear):
         """
         if type(linear) is not nn.Linear:
             raise ValueError(
-                f"{cls.__name__}: linear must be a torch.nn.Linear, got {type(linear).__name__}, whose forward may differ"
+                f"{cls.__name__}: linear must be a torch.nn.Linear, got {type(linear).__name__},"
+                " whose forward may differ"
             )
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias

@@ -122,7 +122,7 @@ class BinaryLinear(LatentLinear):
         if self.alpha is not None:
             if not self.alpha_ready:
                 raise ValueError(
-                    "BinaryLinear: alpha is not set, so its activations cannot be packed; run one batch in training mode"
+                    "BinaryLinear: alpha is not set, so it cannot be packed; run one batch in training mode first"
                 )
             packed.alpha = self.alpha.float().clamp_min(ALPHA_FLOOR)
             scale = packed.alpha * scale if config.act_bits == 1 else scale

@@ -85,8 +85,11 @@ class BinaryEmbedding(nn.Embedding):
 
 
 class PackedBinaryEmbedding(PackedModule):
-    """Packed form. Buffers: weight int32 tiles [ceil(rows/16), ceil(dim/32), 16]; weight_nonzero the same, where entries
-    are exactly 0; scale [rows, groups]. Output dtype = the scale's dtype."""
+    """Packed form: rows of bits and their scales.
+
+    Buffers: weight int32 tiles [ceil(rows/16), ceil(dim/32), 16]; weight_nonzero the same, where entries are exactly 0;
+    scale [rows, groups]. Output dtype = the scale's dtype.
+    """
 
     config: BinaryConfig
     kernel = "bitunpack"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functional forms of every op; each is also `torch.ops.bitmill.<name>`."""
 
-from . import _library, _machine
+from . import _library
+from . import _machine as _machine  # defines an op
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
 from .fp4 import (

@@ -37,11 +37,11 @@ def check_tensor(
     """A tensor of this dtype and shape on the device of `like`, or None."""
     if t is None:
         return
-    require(t.device == like.device, f"{op}: {name} must be on {like.device}, got {t.device}; move the layer or its input")
-    require(t.dtype == dtype, f"{op}: {name} must be {_short(dtype)}, got {_short(t.dtype)}")
     require(
-        list(t.shape) == list(shape), f"{op}: {name} must have shape {list(shape)}, got {list(t.shape)}{remedy}"
+        t.device == like.device, f"{op}: {name} must be on {like.device}, got {t.device}; move the layer or its input"
     )
+    require(t.dtype == dtype, f"{op}: {name} must be {_short(dtype)}, got {_short(t.dtype)}")
+    require(list(t.shape) == list(shape), f"{op}: {name} must have shape {list(shape)}, got {list(t.shape)}{remedy}")
 
 
 def check_rows(op: str, x: Tensor, name: str = "x") -> int:

@@ -16,8 +16,8 @@ from torch import Tensor
 from . import _library as library
 from ._checks import MAX_COLUMNS, PACK_REMEDY, ceil_div, check_one_of, check_rows, check_tensor, require
 from ._checks import tile_shape as _tile_shape
-from .bitpack import tile_unpack
 from ._groups import columns_of_groups
+from .bitpack import tile_unpack
 from .fp4 import FORMATS, e8m0_uncast, short_name, table
 
 library.define(

@@ -1,0 +1,521 @@
+# SPDX-License-Identifier: Apache-2.0
+"""load: a file from a stranger is one clear error and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from bitmill import BinaryConfig, FP4Config, SalientConfig, checkpoint, dequantize_, load, quantize_, save
+from bitmill._checkpoint_file import FIELDS, FORMAT_VERSION, MAX_METADATA, digest
+from bitmill.config import Config
+from bitmill.nn import BinaryEmbedding, PackedBinaryLinear
+from checkpoint_models import (
+    KINDS,
+    Model,
+    Snapshot,
+    assert_refused,
+    assert_same_state,
+    each_form,
+    each_kind,
+    fresh,
+    output,
+    quantised,
+)
+
+# Files that are not what they should be
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One good file of each kind."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("good")
+    for config in KINDS:
+        for packed in (False, True):
+            name = f"{type(config).__name__}-{config.embeddings if isinstance(config, BinaryConfig) else ''}-{packed}"
+            save(quantised(config, packed), folder / name)
+    return {path.name: path for path in sorted(folder.iterdir())}
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    model = fresh()
+    snapshot = Snapshot(model)
+    for path, kind in ((tmp_path / "none", FileNotFoundError), (tmp_path, OSError)):
+        with pytest.raises(kind):
+            load(model, path)
+    snapshot.assert_same(model)
+
+
+def test_truncated_and_foreign_files(tmp_path: Path, files: dict[str, Path]) -> None:
+    model, path = fresh(), tmp_path / "a"
+    data = files["SalientConfig--True"].read_bytes()
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    for size in (0, 1, 7, 8, 9, header - 1, header, header + 1, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:size])
+        assert_refused(model, path, "cannot be read as a safetensors file")
+    for junk in (data + b"\0", b"\0" * 4096, b"\xff" * 4096, random.Random(0).randbytes(5000), data[8:], b"PK\x03\x04"):
+        path.write_bytes(junk)
+        assert_refused(model, path, "cannot be read as a safetensors file")
+    for length in (0, 1, 2**31, 2**62, 2**64 - 1):
+        path.write_bytes(struct.pack("<Q", length) + data[8:])
+        assert_refused(model, path, "cannot be read as a safetensors file")
+    for metadata in (None, {}, {"format": "pt"}):
+        safetensors.torch.save_file({"fc.weight": torch.zeros(2, 2)}, path, metadata)
+        assert_refused(
+            model, path, "was not written by bitmill; for a plain state_dict use safetensors.torch.load_file"
+        )
+
+
+@pytest.mark.parametrize("kind", ["BinaryConfig-True-True", "SalientConfig--True", "FP4Config--False"])
+def test_a_flipped_byte_is_noticed_or_harmless(tmp_path: Path, files: dict[str, Path], kind: str) -> None:
+    data, path, rng = bytearray(files[kind].read_bytes()), tmp_path / "a", random.Random(kind)
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    good = fresh()
+    load(good, files[kind])
+    expected = output(good)
+    model = fresh()
+    positions = [
+        *range(8),
+        *(rng.randrange(8, header) for _ in range(60)),
+        *(rng.randrange(header, len(data)) for _ in range(40)),
+    ]
+    for position in positions:
+        changed = bytearray(data)
+        changed[position] ^= rng.randrange(1, 256)
+        path.write_bytes(changed)
+        try:
+            load(again := fresh(), path)
+        except ValueError:
+            assert_refused(model, path)
+        else:
+            assert torch.equal(output(again), expected)
+            assert position < header
+
+
+def test_headers_that_safetensors_accepts_and_torch_does_not(tmp_path: Path, files: dict[str, Path]) -> None:
+    text = checkpoint.KEY
+    for dtype, shape, size in (("F6_E2M3", [4], 3), ("F32", [0, 2**63], 0), ("F32", [0, 2**62], 0), ("F4", [2], 1)):
+        entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
+        header = json.dumps({"__metadata__": {text: "{}"}, "fc.weight": entry}).encode()
+        (tmp_path / "a").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * size)
+        assert_refused(fresh(), tmp_path / "a")
+
+
+# Crafted files: a valid digest over anything
+
+
+def craft(path: Path, metadata: Any, tensors: dict[str, Tensor]) -> None:
+    """Write a file whose digest fits, whatever it says."""
+    if isinstance(metadata, dict):
+        metadata = {key: value for key, value in metadata.items() if key != "sha256"}
+        metadata = {**metadata, "sha256": digest(metadata, tensors)}
+    tensors = {name: t.contiguous().clone() for name, t in tensors.items()}
+    text = metadata if isinstance(metadata, str) else json.dumps(metadata)
+    safetensors.torch.save_file(tensors, path, {checkpoint.KEY: text})
+
+
+def contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()[checkpoint.KEY]), tensors
+
+
+def test_crafted_files_can_be_loaded(tmp_path: Path, files: dict[str, Path]) -> None:
+    for path in files.values():
+        craft(tmp_path / "a", *contents(path))
+        a, b = fresh(), fresh()
+        assert load(a, path) == load(b, tmp_path / "a")
+        assert_same_state(a, b)
+
+
+def test_metadata_that_is_not_an_object_of_the_right_shape(tmp_path: Path, files: dict[str, Path]) -> None:
+    metadata, tensors = contents(files["BinaryConfig-False-True"])
+    path, model = tmp_path / "a", fresh()
+    deep = "[" * 100_000 + "]" * 100_000
+    nested = '{"a":' * 500 + "1" + "}" * 500
+    for text in (
+        "",
+        "nope",
+        "null",
+        "1",
+        '"a"',
+        "[]",
+        "[{}]",
+        deep,
+        "{" * 50,
+        '{"a": NaN}',
+        "9" * 5000,
+        " " * 10,
+        "\ud7ff",
+    ):
+        craft(path, text, tensors)
+        assert_refused(model, path, "metadata")
+    craft(path, " " * (MAX_METADATA + 1) + json.dumps(metadata), tensors)
+    assert_refused(model, path, "sensible size")
+    for field in FIELDS:
+        for junk in (None, True, 1.0, -1, 10**30, "x", [], {}, [1], {"a": 1}, [[]], [[[]]], json.loads(nested), [None]):
+            if field == "sha256":
+                craft(path, json.dumps({**metadata, field: junk}), tensors)
+            elif junk == metadata[field] and type(junk) is type(metadata[field]):
+                continue
+            else:
+                craft(path, {**metadata, field: junk}, tensors)
+            assert_refused(model, path)
+        missing = {key: value for key, value in metadata.items() if key != field}
+        craft(path, missing if field != "sha256" else json.dumps(missing), tensors)
+        assert_refused(model, path, "expected fields")
+    craft(path, {**metadata, "extra": 1}, tensors)
+    assert_refused(model, path, "expected fields")
+
+
+def test_versions_and_digests(tmp_path: Path, files: dict[str, Path]) -> None:
+    metadata, tensors = contents(files["BinaryConfig-False-True"])
+    path, model = tmp_path / "a", fresh()
+    for version in (2, 10**30):
+        craft(path, {**metadata, "format_version": version}, tensors)
+        assert_refused(model, path, f"it has format version {version}, and this bitmill reads up to 1; update it")
+    craft(path, json.dumps({"format_version": 2, "anything": "else"}), tensors)
+    assert_refused(model, path, "format version 2")
+    for version in (0, -1, True, 1.0, "1", None, [2]):
+        craft(path, {**metadata, "format_version": version}, tensors)
+        assert_refused(model, path, "expected fields")
+    for wrong in ("", "0" * 64, metadata["sha256"].upper(), metadata["sha256"][:-1]):
+        craft(path, json.dumps({**metadata, "sha256": wrong}), tensors)
+        assert_refused(model, path, "do not match its checksum")
+    craft(path, json.dumps(metadata), {**tensors, "codes": tensors["codes"] + 1})
+    assert_refused(model, path, "do not match its checksum")
+
+
+JUNK: list[Any] = [None, True, 1.5, 10**30, -1, 2**63, "x", "fc", "weight", 0, float("nan")]
+
+
+@pytest.mark.parametrize("index", range(2 * len(KINDS)))
+def test_descriptions_of_a_layer(tmp_path: Path, files: dict[str, Path], index: int) -> None:
+    metadata, tensors = contents(list(files.values())[index])
+    path, model, name = tmp_path / "a", fresh(), next(n for n in metadata["modules"] if n == "fc")
+    entry = metadata["modules"][name]
+
+    def refuse(changed: Any, match: str = "cannot be loaded") -> None:
+        craft(path, {**metadata, "modules": {**metadata["modules"], name: changed}}, tensors)
+        assert_refused(model, path, match)
+
+    for junk in [*JUNK, [], {}, [entry]]:
+        refuse(junk, "expected fields")
+        if not (isinstance(junk, str)):
+            refuse({**entry, "kind": junk}, "expected fields")
+        refuse({**entry, "config": junk}) if junk != entry["config"] or type(junk) is not int else None
+        refuse({**entry, "arguments": junk}) if junk != {} else refuse({**entry, "arguments": junk}, "arguments")
+        refuse({**entry, "extra": junk}, "expected fields")
+    for kind in ("", "Linear", "Embedding", "Module", "PackedBinaryLinear2", "__class__", "x" * 100_000):
+        refuse({**entry, "kind": kind}, "unknown")
+    for kind in checkpoint.KINDS:
+        if kind != entry["kind"]:
+            refuse({**entry, "kind": kind}, "layer 'fc'|it lacks|the model has no")
+    for number in (-1, len(metadata["configs"]), 10**30):
+        refuse({**entry, "config": number}, "expected fields")
+    for key, value in entry["arguments"].items():
+        for junk in [*JUNK, 41, 39, 1, 2**31, 2**40, False]:
+            if type(junk) is type(value) and junk == value:
+                continue
+            if isinstance(value, bool) and isinstance(junk, bool):
+                continue  # another layer, tested by its tensors below
+            refuse({**entry, "arguments": {**entry["arguments"], key: junk}})
+        if isinstance(value, bool):
+            refuse({**entry, "arguments": {**entry["arguments"], key: not value}}, "it lacks|the model has no")
+        refuse({**entry, "arguments": {k: v for k, v in entry["arguments"].items() if k != key}}, "layer 'fc'")
+        refuse({**entry, "arguments": {**entry["arguments"], key: [value]}}, "expected fields")
+    for key in ("dtype", "device", "config", "self", "bits", "padding_idx", "num_embeddings", "", "x" * 10_000):
+        for junk in (None, 1, True, 40, "cpu"):
+            refuse({**entry, "arguments": {**entry["arguments"], key: junk}}, "layer 'fc'")
+
+
+def test_kinds_that_do_not_fit_the_module(tmp_path: Path, files: dict[str, Path]) -> None:
+    metadata, tensors = contents(files["BinaryConfig-True-True"])
+    path, model, modules = tmp_path / "a", fresh(), metadata["modules"]
+    for a, b in (("embedding", "fc"), ("fc", "embedding"), ("fc", "norm"), ("embedding", "norm"), ("fc", "")):
+        craft(path, {**metadata, "modules": {**modules, b: modules[a]}}, tensors)
+        assert_refused(model, path)
+    for name in (
+        "nothing",
+        "fc.weight",
+        "fc.",
+        ".fc",
+        "norm.running_mean",
+        "__class__",
+        "forward",
+        "x" * 100_000,
+        "\ud800",
+    ):
+        craft(path, {**metadata, "modules": {**modules, name: modules["fc"]}}, tensors)
+        assert_refused(model, path, "the model has none of that name")
+    padding = {**modules["embedding"], "arguments": {**modules["embedding"]["arguments"], "padding_idx": 4}}
+    craft(path, {**metadata, "modules": {**modules, "embedding": padding}}, tensors)
+    assert_refused(model, path, "padding_idx is 4 in the file and 3 in the model")
+
+
+def test_layers_whose_forward_differs_are_not_replaced(tmp_path: Path) -> None:
+    class Mine(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(8, 8))
+    quantize_(model, BinaryConfig())
+    save(model, tmp_path / "a")
+    assert_refused(nn.Sequential(Mine(8, 8)), tmp_path / "a", "cannot take the place of a Mine")
+    hooked = nn.Sequential(nn.Linear(8, 8))
+    hooked[0].register_forward_hook(lambda *a: None)
+    assert_refused(hooked, tmp_path / "a", "layer '0': it has hooks")
+    alone = nn.Linear(8, 8)
+    assert_refused(alone, tmp_path / "a", "the model has none of that name")
+
+
+@pytest.mark.parametrize("index", range(2 * len(KINDS)))
+def test_configurations(tmp_path: Path, files: dict[str, Path], index: int) -> None:
+    metadata, tensors = contents(list(files.values())[index])
+    path, model = tmp_path / "a", fresh()
+    config = metadata["configs"][0]
+    for changed in [
+        *JUNK,
+        {},
+        [],
+        {"config": "Config"},
+        {**config, "config": ["BinaryConfig"]},
+        {**config, "new": 1},
+        *({**config, key: [value]} for key, value in config.items()),
+        *({**config, key: 10**30} for key in config),
+        *({**config, key: None} for key in config if key != "group_size"),
+        *(cls().to_dict() for cls in (BinaryConfig, SalientConfig, FP4Config) if cls.__name__ != config["config"]),
+    ]:
+        craft(path, {**metadata, "configs": [changed]}, tensors)
+        assert_refused(model, path)
+
+
+@pytest.mark.parametrize("index", range(2 * len(KINDS)))
+def test_tensors_of_the_wrong_kind(tmp_path: Path, files: dict[str, Path], index: int) -> None:
+    metadata, tensors = contents(list(files.values())[index])
+    path, model = tmp_path / "a", fresh()
+    for name, t in tensors.items():
+        wrong = [t.reshape(-1)[:-1], t.unsqueeze(0), torch.cat([t.reshape(-1), t.reshape(-1)])]
+        if not t.is_floating_point() or not name.startswith(("fc.", "head.", "embedding.")):
+            wrong += [t.to(d) for d in (torch.float32, torch.int64, torch.uint8, torch.bool) if d != t.dtype]
+        wrong += [t.to(torch.complex64), t.to(torch.float8_e4m3fn), t.to(torch.int16)]
+        for other in wrong:
+            craft(path, metadata, {**tensors, name: other})
+            assert_refused(model, path, "in the file and")
+        craft(path, metadata, {key: value for key, value in tensors.items() if key != name})
+        assert_refused(model, path, "it lacks")
+        craft(path, metadata, {**tensors, name + "2": t})
+        assert_refused(model, path, "the model has no")
+
+
+def test_a_map_of_shared_tensors_that_does_not_fit(tmp_path: Path) -> None:
+    save(quantised(BinaryConfig(), packed=False, tied=True), tmp_path / "good")
+    metadata, tensors = contents(tmp_path / "good")
+    assert metadata["shared"] == {"head.weight": "embedding.weight"}
+    path, model = tmp_path / "a", fresh()
+    for shared in (
+        {},
+        {"head.weight": "nowhere"},
+        {"head.weight": ""},
+        {"head.weight": "head.weight"},
+        {"head.weight": "other", "other": "head.weight"},
+        {"head.weight": "other", "other": "embedding.weight"},
+        {"head.weight": "embedding.weight", "embedding.weight": "head.weight"},
+        {"head.weight": "embedding.weight", "extra": "embedding.weight"},
+        {"head.weight": "fc.weight"},
+        {"head.weight": None},
+        {"head.weight": ["embedding.weight"]},
+        {"head.weight": 1},
+    ):
+        craft(path, {**metadata, "shared": shared}, tensors)
+        assert_refused(model, path)
+
+
+def changed_bit(t: Tensor, row: int, word: int, lane: int, bit: int) -> Tensor:
+    t = t.clone()
+    t[row, word, lane] ^= (1 << bit) if bit < 31 else -(1 << 31)
+    return t
+
+
+def test_packed_arrays_that_contradict_themselves(tmp_path: Path, files: dict[str, Path]) -> None:
+    path, model = tmp_path / "a", fresh()
+    # 40 columns: the second word of a binary plane has 8 of its 32 bits; 24 or 40 rows: the last tile has 8 of 16 rows.
+    for kind, name in (
+        ("BinaryConfig-False-True", "fc.weight"),
+        ("BinaryConfig-True-True", "embedding.weight"),
+        ("SalientConfig--True", "fc.weight"),
+        ("SalientConfig--True", "fc.mask"),
+    ):
+        metadata, tensors = contents(files[kind])
+        for where in ((0, 1, 0, 8), (0, 1, 3, 31), (2 if name != "embedding.weight" else 1, 0, 8, 0)):
+            craft(path, metadata, {**tensors, name: changed_bit(tensors[name], *where)})
+            assert_refused(model, path, "bits past the last row or column must be 0")
+    metadata, tensors = contents(files["FP4Config--True"])
+    craft(path, metadata, {**tensors, "fc.weight": changed_bit(tensors["fc.weight"], 2, 0, 8, 0)})
+    assert_refused(model, path, "must be 0")
+    scale = tensors["fc.scale"].clone()
+    scale[1, 1] = 255
+    craft(path, metadata, {**tensors, "fc.scale": scale})
+    assert_refused(model, path, "layer 'fc': scale")
+    metadata, tensors = contents(files["SalientConfig--True"])
+    start, mask = tensors["fc.start"], tensors["fc.mask"]
+    for wrong in (start + 1, start - 1, start * 0, start.flip(0), start.index_fill(0, torch.tensor([1]), 2**31 - 1)):
+        craft(path, metadata, {**tensors, "fc.start": wrong.to(torch.int32)})
+        assert_refused(model, path, "layer 'fc'")
+    craft(path, metadata, {**tensors, "fc.mask": changed_bit(mask, 0, 0, 0, 0)})
+    assert_refused(model, path, "layer 'fc'")
+    craft(path, metadata, {**tensors, "fc.mask": mask * 0})
+    assert_refused(model, path, "layer 'fc'")
+    for entries in (0, 1, 10**6):
+        entry = metadata["modules"]["fc"]
+        changed = {**entry, "arguments": {**entry["arguments"], "entries": entries}}
+        value = torch.zeros(entries, dtype=torch.uint8)
+        craft(path, {**metadata, "modules": {**metadata["modules"], "fc": changed}}, {**tensors, "fc.value": value})
+        assert_refused(model, path, "layer 'fc'")
+
+
+def test_a_hostile_file_takes_little_memory(tmp_path: Path, files: dict[str, Path]) -> None:
+    path, model = tmp_path / "a", fresh()
+    metadata, tensors = contents(files["SalientConfig--True"])
+    entry = metadata["modules"]["fc"]
+    tracemalloc.start()
+    for key in entry["arguments"]:
+        changed = {**entry, "arguments": {**entry["arguments"], key: 10**15}}
+        craft(path, {**metadata, "modules": {**metadata["modules"], "fc": changed}}, tensors)
+        assert_refused(model, path)
+    # A sparse file of 1 TB whose header says that it is one tensor.
+    header = {
+        "__metadata__": {"other": "{}"},
+        "fc.weight": {"dtype": "U8", "shape": [2**40], "data_offsets": [0, 2**40]},
+    }
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + 2**40)
+    assert_refused(model, path, "was not written by bitmill|cannot be read")
+    path.unlink()
+    assert tracemalloc.get_traced_memory()[1] < 30 << 20
+    tracemalloc.stop()
+
+
+# A model that is not the one that was saved
+
+
+@each_kind
+@each_form
+def test_other_architectures(tmp_path: Path, config: Config, packed: bool) -> None:
+    path = tmp_path / "a"
+    save(quantised(config, packed), path)
+
+    def changed(change: Callable[[Model], Any]) -> Model:
+        model = fresh()
+        change(model)
+        return model
+
+    def lacks(model: Model) -> None:
+        del model.fc
+
+    def more(model: Model) -> None:
+        model.extra = nn.Linear(2, 2)
+
+    def more_buffer(model: Model) -> None:
+        model.register_buffer("extra", torch.zeros(2))
+
+    def no_norm(model: Model) -> None:
+        model.norm = nn.Identity()
+
+    def wide_norm(model: Model) -> None:
+        model.norm = nn.BatchNorm1d(4)
+
+    def no_bias(model: Model) -> None:
+        model.fc = nn.Linear(40, 40, bias=False)
+
+    def wide(model: Model) -> None:
+        model.fc = nn.Linear(40, 41)
+
+    def narrow(model: Model) -> None:
+        model.fc = nn.Linear(39, 40)
+
+    def double(model: Model) -> None:
+        model.norm.double()
+
+    def flags(model: Model) -> None:
+        model.flags = model.flags.to(torch.uint8)
+
+    def conv(model: Model) -> None:
+        model.fc = nn.Conv1d(40, 40, 1)
+
+    for change, match in (
+        (lacks, "it has a layer 'fc', and the model has none of that name"),
+        (more, r"it lacks 'extra\.bias', 'extra\.weight'$"),
+        (more_buffer, r"it lacks 'extra'$"),
+        (no_norm, r"the model has no 'norm\.bias', 'norm\.num_batches_tracked', 'norm\.running_mean'$"),
+        (wide_norm, r"norm\.weight has shape \[3\] in the file and \[4\] in the model"),
+        (wide, r"out_features is 40 in the file and 41 in the model"),
+        (narrow, r"in_features is 40 in the file and 39 in the model"),
+        (double, r"norm\.weight is torch\.float32 in the file and torch\.float64 in the model; convert the model"),
+        (flags, r"flags is torch\.bool in the file and torch\.uint8 in the model"),
+        (conv, "cannot take the place of a Conv1d"),
+    ):
+        assert_refused(changed(change), path, match)
+    lazy = changed(lambda model: setattr(model, "norm", nn.LazyBatchNorm1d()))
+    with pytest.raises(ValueError, match="must be a plain tensor, got UninitializedParameter"):
+        load(lazy, path)
+    load(target := changed(no_bias), path)  # the layer that takes its place has one
+    assert target.fc.bias is not None
+
+
+def test_a_buffer_that_no_file_has_must_exist(tmp_path: Path) -> None:
+    save(quantised(BinaryConfig(), True), tmp_path / "a")
+    with torch.device("meta"):
+        meta = Model()
+    assert_refused(
+        meta, tmp_path / "a", "hidden is non-persistent, so no file has it, and on the meta device; create it"
+    )
+
+
+def test_a_file_of_another_form_or_none(tmp_path: Path) -> None:
+    save(Model(), tmp_path / "plain")
+    assert_refused(quantised(BinaryConfig(), True), tmp_path / "plain", "it lacks 'fc.scale', 'head.scale'")
+    dequantised = quantised(BinaryConfig(), True)
+    dequantize_(dequantised)
+    save(dequantised, tmp_path / "dequantised")
+    target = fresh()
+    assert load(target, tmp_path / "dequantised") == []
+    assert_same_state(dequantised, target)
+
+
+# Every layer class can be named in a file
+
+
+def test_kinds_are_the_layers_that_exist() -> None:
+    assert set(checkpoint.KINDS) == {
+        *("BinaryLinear", "BinaryEmbedding", "SalientLinear", "FP4Linear"),
+        *("PackedBinaryLinear", "PackedBinaryEmbedding", "PackedSalientLinear", "PackedFP4Linear"),
+    }
+    assert issubclass(BinaryEmbedding, nn.Embedding) and not issubclass(PackedBinaryLinear, nn.Linear)
+
+
+def test_metadata_is_small_and_readable(tmp_path: Path) -> None:
+    save(quantised(SalientConfig(), True), tmp_path / "a")
+    metadata, tensors = contents(tmp_path / "a")
+    assert metadata["format_version"] == FORMAT_VERSION == 1
+    entries = tensors["fc.value"].numel()
+    assert metadata["configs"] == [SalientConfig().to_dict()]
+    assert metadata["modules"]["fc"] == {
+        "kind": "PackedSalientLinear",
+        "config": 0,
+        "arguments": {"in_features": 40, "out_features": 40, "bias": True, "entries": entries},
+    }
+    assert abs(entries - 160) <= 1 and "hidden" not in tensors
