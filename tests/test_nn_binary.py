@@ -364,7 +364,7 @@ def test_alpha_is_set_by_the_first_training_batch_only() -> None:
 
 def test_alpha_must_be_set_to_pack() -> None:
     layer = BinaryLinear(K, N, config=BinaryConfig("bit"))
-    with pytest.raises(ValueError, match="alpha is not set, so its activations cannot be packed; run one batch"):
+    with pytest.raises(ValueError, match="alpha is not set, so it cannot be packed; run one batch"):
         layer.pack()
     BinaryLinear(K, N, config=BinaryConfig("bit", act_bits=32)).pack()
 

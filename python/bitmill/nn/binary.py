@@ -86,10 +86,10 @@ class BinaryLinear(LatentLinear):
 
     def _step(self, x: Tensor) -> Tensor:
         """alpha; before the first training batch the value that the first-use rule gives for this input."""
-        if x.numel() == 0:  # an empty batch has no mean
-            return self.alpha.float()
         alpha, ready = self.alpha, self.alpha_ready
         assert alpha is not None and ready is not None
+        if x.numel() == 0:  # an empty batch has no mean
+            return alpha.float()
         first = elastic_alpha(x.detach(), self.config.act_bits, self.config.signed)
         value = torch.where(ready, alpha.detach().float(), first)
         if not self.training:
@@ -223,7 +223,8 @@ class PackedBinaryLinear(PackedModule):
             )
         dtype = x.dtype
         if config.act_bits != 32:  # multi-bit activations are quantised in torch and enter as floats
-            x = elastic(x.float() + as_float32(self.shift), as_float32(self.alpha), config.act_bits, config.signed)
+            assert self.shift is not None and self.alpha is not None
+            x = elastic(x.float() + self.shift.float(), self.alpha.float(), config.act_bits, config.signed)
         y = torch.ops.bitmill.binary_weight_linear.default(x, self.weight, scale, bias, self.weight_nonzero, group_size)
         return y.to(dtype)
 

@@ -44,7 +44,7 @@ def kernel_of(op: str) -> str:
     except ImportError:
         return "compiled"
     chosen = instruction_set()
-    return chosen if chosen in _C.kernels().get(function, ()) else "generic"
+    return chosen if chosen is not None and chosen in _C.kernels().get(function, ()) else "generic"
 
 
 @contextlib.contextmanager
