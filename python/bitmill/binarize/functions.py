@@ -79,13 +79,14 @@ class _Elastic(torch.autograd.Function):
             code = u.round().clamp(low, high)
             slope = torch.where(u < low, float(low), torch.where(u > high, float(high), code - u))
         ctx.save_for_backward((u >= low) & (u <= high), slope)
-        ctx.factor = 1 / math.sqrt(max(x.numel(), 1) * high)
+        ctx.high = high
         return step * code + minimum if shifted else step * code
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inside, slope = ctx.saved_tensors
-        return grad * inside, (grad * slope).sum() * ctx.factor, None, None, None
+        count = torch.sym_max(grad.numel(), 1)  # symbolic under torch.compile, where math.sqrt would fix the batch size
+        return grad * inside, (grad * slope).sum() / torch.sym_sqrt(count * ctx.high), None, None, None
 
 
 def elastic(x: Tensor, alpha: Tensor, bits: int = 1, signed: bool = True, zero: str = "torch") -> Tensor:
