@@ -135,7 +135,9 @@ def test_layers_of_16_bit_floats(config: BinaryConfig, dtype: torch.dtype) -> No
         assert_close(moved(x), packed(x), 4 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("config", [BinaryConfig(), BinaryConfig("bit", act_bits=4), BinaryConfig("sign", 32)], ids=name)
+@pytest.mark.parametrize(
+    "config", [BinaryConfig(), BinaryConfig("bit", act_bits=4), BinaryConfig("sign", 32)], ids=name
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layers_of_any_memory_layout(config: BinaryConfig, layout: str) -> None:
     layer = trained(config)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every CPU op asks of its arguments. A failed check throws std::invalid_argument, which reaches Python as
-// ValueError with the text as it is: argument, expected, got, and what to do where there is something to do.
+// What every CPU op asks of its arguments. A failed check throws std::invalid_argument, which reaches Python
+// as ValueError with the text as it is: argument, expected, got, and what to do where there is something to
+// do.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -48,16 +49,26 @@ inline Sizes sizes_of(const Tensor& t) {
 
 inline const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
   }
 }
 
@@ -104,10 +115,14 @@ T* mutable_data(const Tensor& t) {
 
 inline Dtype float_dtype(const char* op, const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
-    default: fail(op, ": x must be float32, bfloat16 or float16, got ", dtype_name(x.scalar_type()));
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      fail(op, ": x must be float32, bfloat16 or float16, got ", dtype_name(x.scalar_type()));
   }
 }
 
@@ -135,7 +150,9 @@ inline Sizes with_last(const Sizes& leading, int64_t last) {
   return sizes;
 }
 
-inline Sizes tile_sizes(int64_t n, int64_t k, int bits = 1) { return {tile_count(n), word_count(k, bits), kTileRows}; }
+inline Sizes tile_sizes(int64_t n, int64_t k, int bits = 1) {
+  return {tile_count(n), word_count(k, bits), kTileRows};
+}
 
 inline int64_t group_count(const char* op, int64_t k, int64_t group_size) {
   if (group_size < 0 || group_size % 32 != 0) {

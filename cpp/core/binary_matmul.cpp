@@ -19,8 +19,8 @@ namespace detail {
 namespace {
 
 // The dot product over words [begin, end) of one row with one lane of a tile.
-int32_t dot_words(const BinaryMatmulParams& p, const int32_t* a, const int32_t* nonzero, const int32_t* weight,
-                  const int32_t* weight_nonzero, int64_t begin, int64_t end) {
+int32_t dot_words(const BinaryMatmulParams& p, const int32_t* a, const int32_t* nonzero,
+                  const int32_t* weight, const int32_t* weight_nonzero, int64_t begin, int64_t end) {
   int32_t present = 0, opposite = 0;
   for (int64_t w = begin; w < end; ++w) {
     const int64_t columns = p.k - 32 * w;
@@ -98,9 +98,8 @@ Status binary_weight_matmul(const BinaryWeightMatmulParams& p) {
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512 && !p.weight_nonzero && p.k > 0) {
     const double nanoseconds = static_cast<double>(p.m + 1) * static_cast<double>(p.k) * kTileRows * 0.01;
-    split(p.parallel_for, tile_count(p.n), nanoseconds, [&](int64_t begin, int64_t end) {
-      detail::binary_weight_matmul_tiles_avx512(p, begin, end);
-    });
+    split(p.parallel_for, tile_count(p.n), nanoseconds,
+          [&](int64_t begin, int64_t end) { detail::binary_weight_matmul_tiles_avx512(p, begin, end); });
     return Status::ok;
   }
 #endif
@@ -110,7 +109,9 @@ Status binary_weight_matmul(const BinaryWeightMatmulParams& p) {
     for (int64_t j = begin; j < end; ++j) {
       const int64_t word = (tile * words + j / 32) * kTileRows;
       for (int64_t lane = 0; lane < kTileRows; ++lane) {
-        const auto bit = [&](const int32_t* tiles) { return (static_cast<uint32_t>(tiles[word + lane]) >> (j % 32)) & 1u; };
+        const auto bit = [&](const int32_t* tiles) {
+          return (static_cast<uint32_t>(tiles[word + lane]) >> (j % 32)) & 1u;
+        };
         const float sign = bit(p.weight) ? 1.0f : -1.0f;
         panel[(j - begin) * kTileRows + lane] = !p.weight_nonzero || bit(p.weight_nonzero) ? sign : 0.0f;
       }

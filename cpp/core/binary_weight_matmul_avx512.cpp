@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Float activations times 1-bit weights by table lookup: for every 4 columns of an activation row a table of the 16 sums
-// +-a0 +-a1 +-a2 +-a3 sits in one register, and vpermps fetches for 16 outputs at once what their 4 weight bits select.
-// 4 rows share the shifted bits of 2 tiles; a single row takes 8 tiles. Exact float32 activations.
+// Float activations times 1-bit weights by table lookup: for every 4 columns of an activation row a table of
+// the 16 sums
+// +-a0 +-a1 +-a2 +-a3 sits in one register, and vpermps fetches for 16 outputs at once what their 4 weight
+// bits select. 4 rows share the shifted bits of 2 tiles; a single row takes 8 tiles. Exact float32
+// activations.
 #include "avx512.h"
 #include "binary_matmul.h"
 #include "layout.h"
@@ -9,10 +11,11 @@
 namespace bitmill::detail {
 namespace {
 
-constexpr int64_t kTables = 8;                   // tables a word of 32 columns
-constexpr int64_t kTableFloats = 16 * kTables;   // floats of tables a word
+constexpr int64_t kTables = 8;                  // tables a word of 32 columns
+constexpr int64_t kTableFloats = 16 * kTables;  // floats of tables a word
 
-// The tables of one activation row, [words][8][16] floats. Columns past k are zeros, so padding bits add nothing.
+// The tables of one activation row, [words][8][16] floats. Columns past k are zeros, so padding bits add
+// nothing.
 template <class T>
 void build_tables(const T* x, int64_t k, float* tables) {
   const __m512i sign = _mm512_set1_epi32(INT32_MIN);
@@ -26,7 +29,8 @@ void build_tables(const T* x, int64_t k, float* tables) {
     _mm512_store_ps(a, load16(x + column, first_lanes(k - column)));
     for (int table = 0; table < 4; ++table) {
       const auto term = [&](int i) {
-        return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(_mm512_set1_ps(a[4 * table + i])), minus[i]));
+        return _mm512_castsi512_ps(
+            _mm512_xor_si512(_mm512_castps_si512(_mm512_set1_ps(a[4 * table + i])), minus[i]));
       };
       const __m512 sums = _mm512_add_ps(_mm512_add_ps(term(0), term(1)), _mm512_add_ps(term(2), term(3)));
       _mm512_storeu_ps(tables + 4 * column + 16 * table, sums);
@@ -60,10 +64,12 @@ __m512 load_scale(const Task& task, int64_t tile, int64_t group) {
   if (task.groups == 1) return _mm512_maskz_loadu_ps(lanes, task.p.scale + column);
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(task.groups)));
-  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, task.p.scale + column * task.groups + group, 4);
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index,
+                                  task.p.scale + column * task.groups + group, 4);
 }
 
-// `rows` rows from their tables times `tiles` tiles side by side. Tiles past the end repeat the last one, unstored.
+// `rows` rows from their tables times `tiles` tiles side by side. Tiles past the end repeat the last one,
+// unstored.
 template <class T, int rows, int tiles>
 void block(const Task& task, int64_t row, int64_t tile, const float* tables) {
   const int64_t last = task.end - 1;
@@ -87,7 +93,8 @@ void block(const Task& task, int64_t row, int64_t tile, const float* tables) {
 #pragma GCC unroll 8
       for (int t = 0; t < tiles; ++t) {
         bits[t] = _mm512_loadu_si512(weight[t] + w * kTileRows);
-        if constexpr (rows == 1) _mm_prefetch(reinterpret_cast<const char*>(weight[t] + (w + 24) * kTileRows), _MM_HINT_T0);
+        if constexpr (rows == 1)
+          _mm_prefetch(reinterpret_cast<const char*>(weight[t] + (w + 24) * kTileRows), _MM_HINT_T0);
       }
 #pragma GCC unroll 2
       for (int j = 0; j < kTables; ++j) {
@@ -128,7 +135,8 @@ void multiply(const Task& task, int64_t begin, const T* x) {
   float* tables = new (std::align_val_t{64}) float[4 * task.words * kTableFloats];
   int64_t row = 0;
   for (; row + 4 <= p.m; row += 4) {
-    for (int r = 0; r < 4; ++r) build_tables(x + (row + r) * p.k, p.k, tables + r * task.words * kTableFloats);
+    for (int r = 0; r < 4; ++r)
+      build_tables(x + (row + r) * p.k, p.k, tables + r * task.words * kTableFloats);
     for (int64_t tile = begin; tile < task.end; tile += 2) block<T, 4, 2>(task, row, tile, tables);
   }
   for (; row < p.m; ++row) {

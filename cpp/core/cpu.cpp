@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPUID, asked once. A set counts only if this library was built with its kernels and the operating system keeps the
-// registers (which the compiler's builtin checks).
+// CPUID, asked once. A set counts only if this library was built with its kernels and the operating system
+// keeps the registers (which the compiler's builtin checks).
 #include "cpu.h"
 
 #include <atomic>
@@ -8,7 +8,9 @@
 namespace bitmill {
 namespace {
 
-InstructionSet detect() { return available(InstructionSet::avx512) ? InstructionSet::avx512 : InstructionSet::generic; }
+InstructionSet detect() {
+  return available(InstructionSet::avx512) ? InstructionSet::avx512 : InstructionSet::generic;
+}
 
 std::atomic<InstructionSet>& choice() {
   static std::atomic<InstructionSet> value{detect()};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The obvious product of float activations with a packed weight, shared by every weight-only family: decode the 16 rows
-// of a tile to a panel of floats, multiply every activation row with it, scale, add the bias, round once.
-// A sum runs over the columns first to last, so it does not depend on the number of threads.
+// The obvious product of float activations with a packed weight, shared by every weight-only family: decode
+// the 16 rows of a tile to a panel of floats, multiply every activation row with it, scale, add the bias,
+// round once. A sum runs over the columns first to last, so it does not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,8 @@ struct PanelShape {
 
 // sum[row][lane] += x[row][begin + j] * panel[j][lane], rows `stride` elements apart.
 template <class T>
-void multiply_panel(const T* x, int64_t rows, int64_t stride, int64_t columns, const float* panel, float* sum) {
+void multiply_panel(const T* x, int64_t rows, int64_t stride, int64_t columns, const float* panel,
+                    float* sum) {
   for (int64_t row = 0; row < rows; ++row) {
     float lane_sum[kTileRows];
     std::copy_n(sum + row * kTileRows, kTileRows, lane_sum);
@@ -36,15 +37,16 @@ void multiply_panel(const T* x, int64_t rows, int64_t stride, int64_t columns, c
   }
 }
 
-// decode(tile, begin, end, panel): weights of the tile's 16 rows, columns [begin, end), to panel [end - begin][16].
-// finish(row, tile, lane, group, sum, out): adds the group's contribution to `out`, which starts at 0.
-// For a tile the groups come first to last; `done(row, tile, lane, out)` makes the result.
+// decode(tile, begin, end, panel): weights of the tile's 16 rows, columns [begin, end), to panel [end -
+// begin][16]. finish(row, tile, lane, group, sum, out): adds the group's contribution to `out`, which starts
+// at 0. For a tile the groups come first to last; `done(row, tile, lane, out)` makes the result.
 template <class T, class Decode, class Finish, class Done>
 void panel_matmul(const PanelShape& shape, const T* x, T* out, ParallelFor parallel_for, const Decode& decode,
                   const Finish& finish, const Done& done) {
   constexpr int64_t kColumns = 256;  // a panel of 16 KiB stays in the first-level cache
   constexpr int64_t kRows = 256;     // bounds the scratch memory
-  const auto multiply_tile = [&](int64_t tile, int64_t row, int64_t rows, float* panel, float* sum, float* result) {
+  const auto multiply_tile = [&](int64_t tile, int64_t row, int64_t rows, float* panel, float* sum,
+                                 float* result) {
     const int64_t lanes = std::min(kTileRows, shape.n - tile * kTileRows);
     std::fill_n(result, rows * kTileRows, 0.0f);
     for (int64_t group = 0; group < shape.groups(); ++group) {

@@ -13,8 +13,8 @@ static inline void serial_for(int64_t begin, int64_t end, int64_t, ParallelBody 
   if (begin < end) body(context, begin, end);
 }
 
-// Runs body(begin, end) over parts of [0, count). `cost` is the work of one item in nanoseconds, roughly: a part is
-// never smaller than about 20 microseconds, the price of waking a thread.
+// Runs body(begin, end) over parts of [0, count). `cost` is the work of one item in nanoseconds, roughly: a
+// part is never smaller than about 20 microseconds, the price of waking a thread.
 template <class Body>
 void split(ParallelFor parallel_for, int64_t count, double cost, const Body& body) {
   constexpr double kSmallestPart = 20000.0;

@@ -136,9 +136,7 @@ def _check_binary_matmul(a, weight, n, k, a_nonzero, weight_nonzero, levels) -> 
     op = "binary_matmul"
     check_one_of(op, "levels", levels, LEVELS)
     require(n >= 0 and 0 <= k <= MAX_COLUMNS, f"{op}: n and k must not be negative, got n = {n}, k = {k}")
-    require(
-        a_nonzero is None or levels == "sign", f'{op}: a_nonzero goes with levels="sign" only, got "{levels}"'
-    )
+    require(a_nonzero is None or levels == "sign", f'{op}: a_nonzero goes with levels="sign" only, got "{levels}"')
     require(a.dim() >= 1, f"{op}: a must have at least one dimension, got a scalar")
     check_tensor(op, "a", a, torch.int32, [*a.shape[:-1], ceil_div(k, 32)], a)
     check_tensor(op, "a_nonzero", a_nonzero, torch.int32, a.shape, a)
@@ -156,9 +154,7 @@ def _check_weight(op, x, weight, scale, bias, weight_nonzero, group_size) -> Non
     check_tensor(op, "bias", bias, torch.float32, [n], x)
 
 
-def _check_binary_linear(
-    x, weight, scale, bias, weight_nonzero, shift, alpha, levels, group_size, surrogate
-) -> None:
+def _check_binary_linear(x, weight, scale, bias, weight_nonzero, shift, alpha, levels, group_size, surrogate) -> None:
     op = "binary_linear"
     check_one_of(op, "levels", levels, LEVELS)
     check_one_of(op, "surrogate", surrogate, SURROGATES)
@@ -243,9 +239,7 @@ def _scale_gradient(g, x, weight, weight_nonzero, scale, group_size) -> Tensor:
     return torch.stack(sums, 1) if sums else torch.zeros_like(scale)
 
 
-torch.library.register_autograd(
-    "bitmill::binary_linear", _backward_binary_linear, setup_context=_setup_binary_linear
-)
+torch.library.register_autograd("bitmill::binary_linear", _backward_binary_linear, setup_context=_setup_binary_linear)
 
 
 def _setup_binary_weight_linear(ctx, inputs, output) -> None:

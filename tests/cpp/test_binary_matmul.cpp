@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+// The binary products against sums of single products, on every instruction set this machine has and with the
+// work split in parts, with buffers of exactly the needed size.
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "binary_matmul.h"
+#include "bitpack.h"
+#include "check.h"
+#include "cpu.h"
+#include "layout.h"
+#include "probe.h"
+
+using namespace bitmill;
+
+namespace {
+
+std::mt19937 random_bits(2);
+
+// Parts of one item, last to first: a result must not depend on who computes what, or when.
+void scattered_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
+  for (int64_t i = end; i > begin; --i) body(context, i - 1, i);
+}
+
+std::vector<int8_t> random_levels(int64_t count, Operand operand, bool zeros) {
+  std::vector<int8_t> levels(count);
+  for (int8_t& level : levels) {
+    const uint32_t bits = random_bits();
+    level = static_cast<int8_t>(bits & 1 ? 1 : operand == Operand::bool_ ? 0 : -1);
+    if (zeros && bits % 5 == 0) level = 0;
+  }
+  return levels;
+}
+
+// Bits of rows [m, k]: 1 where `test` holds.
+template <class Test>
+std::vector<int32_t> rows_of(const std::vector<int8_t>& levels, int64_t m, int64_t k, const Test& test) {
+  std::vector<int32_t> words(m * word_count(k));
+  for (int64_t i = 0; i < m * k; ++i) {
+    if (test(levels[i]))
+      words[i / k * word_count(k) + i % k / 32] |= static_cast<int32_t>(1u << (i % k % 32));
+  }
+  return words;
+}
+
+template <class Test>
+std::vector<int32_t> tiles_of(const std::vector<int8_t>& levels, int64_t n, int64_t k, const Test& test) {
+  std::vector<uint8_t> codes(n * k);
+  for (int64_t i = 0; i < n * k; ++i) codes[i] = test(levels[i]);
+  std::vector<int32_t> tiles(tile_count(n) * word_count(k) * kTileRows);
+  CHECK(tile_pack(codes.data(), n, k, 1, tiles.data()) == Status::ok);
+  return tiles;
+}
+
+constexpr auto positive = [](int8_t level) { return level > 0; };
+constexpr auto present = [](int8_t level) { return level != 0; };
+
+struct Problem {
+  int64_t m, n, k;
+  Operand operand;
+  bool weight_zeros;
+  int64_t group_size;
+};
+
+void multiplies(const Problem& problem) {
+  const auto [m, n, k, operand, weight_zeros, group_size] = problem;
+  const std::vector<int8_t> a = random_levels(m * k, operand, operand == Operand::ternary);
+  const std::vector<int8_t> w = random_levels(n * k, Operand::sign, weight_zeros);
+  const auto a_bits = rows_of(a, m, k, positive), a_nonzero = rows_of(a, m, k, present);
+  const auto w_bits = tiles_of(w, n, k, positive), w_nonzero = tiles_of(w, n, k, present);
+  const int64_t width = group_size > 0 ? group_size : std::max<int64_t>(k, 1);
+  const int64_t groups = group_size > 0 ? ceil_div(k, group_size) : 1;
+  std::vector<float> scale(n * groups), bias(n), row_scale(m);
+  for (auto* values : {&scale, &bias, &row_scale}) {
+    for (float& value : *values) value = static_cast<float>(static_cast<int32_t>(random_bits())) / 3e9f;
+  }
+  std::vector<int32_t> dot(m * n);
+  std::vector<float> out(m * n);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t o = 0; o < n; ++o) {
+      float value = 0.0f;
+      for (int64_t g = 0; g < groups; ++g) {
+        int32_t sum = 0;
+        for (int64_t c = g * width; c < std::min(k, (g + 1) * width); ++c) sum += a[i * k + c] * w[o * k + c];
+        dot[i * n + o] += sum;
+        const float factor = scale[o * groups + g] * row_scale[i];
+        const float part = factor * static_cast<float>(sum);
+        value = g == 0 ? part : value + part;
+      }
+      out[i * n + o] = value + bias[o];
+    }
+  }
+
+  BinaryMatmulParams p;
+  p.a = a_bits.data();
+  p.a_nonzero = operand == Operand::ternary ? a_nonzero.data() : nullptr;
+  p.operand = operand;
+  p.weight = w_bits.data();
+  p.weight_nonzero = weight_zeros ? w_nonzero.data() : nullptr;
+  p.m = m;
+  p.n = n;
+  p.k = k;
+  for (const InstructionSet set : kInstructionSets) {
+    if (!select(set)) continue;
+    for (const ParallelFor parallel : {serial_for, scattered_for}) {
+      p.parallel_for = parallel;
+      std::vector<int32_t> got(m * n, -1);
+      p.dot = got.data();
+      CHECK(binary_matmul(p) == Status::ok && got == dot);
+      p.dot = nullptr;
+      p.scale = scale.data();
+      p.row_scale = row_scale.data();
+      p.bias = bias.data();
+      p.group_size = group_size;
+      std::vector<float> floats(m * n, NAN);
+      p.out = floats.data();
+      p.out_dtype = Dtype::f32;
+      CHECK(binary_matmul(p) == Status::ok && floats == out);
+      std::vector<BFloat16> halves(m * n);
+      p.out = halves.data();
+      p.out_dtype = Dtype::bf16;
+      CHECK(binary_matmul(p) == Status::ok);
+      for (int64_t i = 0; i < m * n; ++i) {
+        BFloat16 want;
+        store(out[i], &want);
+        CHECK(halves[i].bits == want.bits);
+      }
+      p.group_size = 0;
+    }
+  }
+
+  // Float activations: the sum of k products, within the rounding of k additions.
+  std::vector<float> x(m * k), y(m * n);
+  for (float& value : x) value = static_cast<float>(static_cast<int32_t>(random_bits())) / 2e9f;
+  BinaryWeightMatmulParams q;
+  q.x = x.data();
+  q.weight = p.weight;
+  q.weight_nonzero = p.weight_nonzero;
+  q.m = m;
+  q.n = n;
+  q.k = k;
+  q.scale = scale.data();
+  q.group_size = group_size;
+  q.bias = bias.data();
+  q.out = y.data();
+  for (const InstructionSet set : kInstructionSets) {
+    if (!select(set)) continue;
+    q.parallel_for = scattered_for;
+    std::fill(y.begin(), y.end(), NAN);
+    CHECK(binary_weight_matmul(q) == Status::ok);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t o = 0; o < n; ++o) {
+        double want = bias[o], magnitude = std::fabs(bias[o]);
+        for (int64_t c = 0; c < k; ++c) {
+          const double term =
+              static_cast<double>(scale[o * groups + c / width]) * x[i * k + c] * w[o * k + c];
+          want += term;
+          magnitude += std::fabs(term);
+        }
+        CHECK(std::fabs(y[i * n + o] - want) <= 1e-6 * static_cast<double>(k + 2) * (magnitude + 1e-6));
+      }
+    }
+  }
+  select(best());
+}
+
+}  // namespace
+
+int main() {
+  for (const int64_t k : {0, 1, 31, 32, 33, 64, 65, 100, 197}) {
+    for (const auto& [m, n] : {std::pair<int64_t, int64_t>{0, 5},
+                               {1, 1},
+                               {2, 15},
+                               {3, 16},
+                               {4, 17},
+                               {5, 64},
+                               {9, 100},
+                               {1, 200}}) {
+      for (const Operand operand : {Operand::sign, Operand::ternary, Operand::bool_}) {
+        multiplies({m, n, k, operand, false, 0});
+        multiplies({m, n, k, operand, true, 0});
+        multiplies({m, n, k, operand, false, 32});
+        multiplies({m, n, k, operand, false, 64});
+      }
+    }
+  }
+  BinaryMatmulParams p;
+  p.m = -1;
+  CHECK(binary_matmul(p) == Status::bad_size);
+  p.m = 1;
+  p.k = kMaxColumns + 1;
+  CHECK(binary_matmul(p) == Status::bad_size);
+  p.n = p.k = 1;
+  CHECK(binary_matmul(p) == Status::bad_argument);  // neither integers nor floats are asked for
+  p.operand = Operand::ternary;
+  CHECK(binary_matmul(p) == Status::bad_argument);  // without its nonzero plane
+  CHECK(binary_matmul_seconds(3, 20, 40, 2) > 0);
+  return bitmill_test::failures() != 0;
+}

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules and their gradients, against the same formulas written with plain autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitmill import binarize
+from bitmill.binarize import WeightRule
+from bitmill.ops.binary_matmul import SURROGATES, surrogate_slope
+
+EDGES = torch.tensor([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 2.0, 1 + 1e-6, float("nan"), float("inf")])
+
+
+def leaf(t: Tensor) -> Tensor:
+    return t.detach().clone().requires_grad_()
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("function", [binarize.sign, binarize.boolean])
+def test_gradient_is_the_slope_of_the_surrogate(function, surrogate: str) -> None:
+    x = leaf(EDGES)
+    g = torch.arange(1.0, len(EDGES) + 1)
+    function(x, surrogate).backward(g)
+    want = g * surrogate_slope(EDGES, surrogate)
+    assert torch.equal(x.grad.nan_to_num(-1), want.nan_to_num(-1))
+
+
+def test_levels_at_the_edges() -> None:
+    assert torch.equal(binarize.sign(EDGES), torch.sign(EDGES))
+    assert binarize.sign(EDGES, zero="plus").tolist() == [-1, -1, -1, 1, 1, 1, 1, 1, 1, -1, 1]
+    assert binarize.boolean(EDGES).tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("centre", ["none", "row", "global"])
+@pytest.mark.parametrize("scale", ["none", "row", "row_centred", "tensor"])
+@pytest.mark.parametrize("carries", [False, True])
+@pytest.mark.parametrize("surrogate", ["identity", "clip", "clip_open"])
+def test_weight_rules(centre: str, scale: str, carries: bool, surrogate: str) -> None:
+    rule = WeightRule(centre, scale, surrogate, carries)
+    w = leaf(torch.randn(5, 40))
+    result = binarize.binarize_weight(w, rule)
+    plain = leaf(w)
+    mean = {"none": 0.0, "row": plain.mean(1, keepdim=True), "global": plain.detach().mean()}[centre]
+    centred = plain - mean
+    factor = {
+        "none": torch.ones(5, 1),
+        "row": w.detach().abs().mean(1, keepdim=True),
+        "row_centred": centred.detach().abs().mean(1, keepdim=True),
+        "tensor": w.detach().abs().mean().expand(5, 1),
+    }[scale]
+    torch.testing.assert_close(result.scale, factor)
+    assert torch.equal(result.signs, torch.sign(centred.detach()))
+    torch.testing.assert_close(result.value, factor * torch.sign(centred.detach()))
+    g = torch.randn(5, 40)
+    result.value.backward(g)
+    window = surrogate_slope(centred.detach(), surrogate)
+    (centred * (g * window * (factor if carries else 1.0))).sum().backward()
+    torch.testing.assert_close(w.grad, plain.grad)
+
+
+def test_groups_have_their_own_statistics() -> None:
+    w = torch.randn(3, 70)
+    result = binarize.binarize_weight(w, WeightRule(centre="row", scale="row"), group_size=32)
+    for group, part in enumerate(w.split(32, 1)):
+        torch.testing.assert_close(result.scale[:, group], part.abs().mean(1))
+        columns = slice(32 * group, 32 * group + part.shape[1])
+        assert torch.equal(result.signs[:, columns], torch.sign(part - part.mean(1, keepdim=True)))
+
+
+def test_learned_scale_gets_its_gradient() -> None:
+    w, s = torch.randn(4, 33), leaf(torch.tensor([[0.5], [-0.25], [1.0], [0.0]]))
+    rule = WeightRule(centre="row", scale="learned", surrogate="clip_open", carries_scale=True)
+    result = binarize.binarize_weight(w, rule, learned_scale=s)
+    g = torch.randn(4, 33)
+    result.value.backward(g)
+    torch.testing.assert_close(s.grad, (g * result.signs).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("signed", [False, True])
+def test_elastic_takes_only_its_levels(bits: int, signed: bool) -> None:
+    x, alpha = torch.randn(7, 9) * 3, torch.tensor(0.75)
+    y = binarize.elastic(x, alpha, bits, signed)
+    offset = x.min() if bits > 1 and not signed else 0.0
+    codes = ((y - offset) / alpha).round()
+    low, high = (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    if not signed:
+        low, high = 0, 2**bits - 1
+    assert codes.min() >= low and codes.max() <= high
+    torch.testing.assert_close(codes * alpha + offset, y)
+
+
+def test_elastic_step_is_bounded_below() -> None:
+    y = binarize.elastic(torch.tensor([1.0, -1.0]), torch.tensor(-3.0))
+    assert torch.equal(y, torch.tensor([1e-5, -1e-5]))
+
+
+def test_exact_linear_is_the_scaled_product() -> None:
+    w = binarize.binarize_weight(leaf(torch.randn(6, 50)), WeightRule())
+    x, bias = leaf(torch.sign(torch.randn(2, 3, 50))), leaf(torch.randn(6))
+    y = binarize.exact_linear(x, w, bias)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, w.value, bias))
+    g = torch.randn_like(y)
+    got = torch.autograd.grad(y, (x, bias), g, retain_graph=True)
+    want = torch.autograd.grad(torch.nn.functional.linear(x, w.value, bias), (x, bias), g, retain_graph=True)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_unknown_method_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="expected one of bibert, bit, bivit"):
+        binarize.method("bnext")
