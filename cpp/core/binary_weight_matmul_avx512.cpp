@@ -14,8 +14,8 @@ namespace {
 constexpr int64_t kTables = 8;                  // tables a word of 32 columns
 constexpr int64_t kTableFloats = 16 * kTables;  // floats of tables a word
 
-// The tables of one activation row, [words][8][16] floats. Columns past k are zeros, so padding bits add
-// nothing.
+// The tables of one activation row, [words][8][16] floats. What padding bits select past k is -0, which
+// adds nothing.
 template <class T>
 void build_tables(const T* x, int64_t k, float* tables) {
   const __m512i sign = _mm512_set1_epi32(INT32_MIN);
@@ -38,7 +38,7 @@ void build_tables(const T* x, int64_t k, float* tables) {
   }
   if (k % 32 != 0 && k % 32 <= 16) {  // the upper half of the last word
     for (int table = 0; table < 4; ++table) {
-      _mm512_storeu_ps(tables + (k / 32) * kTableFloats + 16 * (4 + table), _mm512_setzero_ps());
+      _mm512_storeu_ps(tables + (k / 32) * kTableFloats + 16 * (4 + table), _mm512_set1_ps(-0.0f));
     }
   }
 }
@@ -118,7 +118,7 @@ void block(const Task& task, int64_t row, int64_t tile, const float* tables) {
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
         __m512 value = _mm512_mul_ps(scale, sum[r][t]);
-        if (group > 0) value = _mm512_add_ps(_mm512_loadu_ps(partial[r][t]), value);
+        value = _mm512_add_ps(group > 0 ? _mm512_loadu_ps(partial[r][t]) : _mm512_setzero_ps(), value);
         if (group + 1 < task.groups) {
           _mm512_storeu_ps(partial[r][t], value);
         } else if (tile + t < task.end) {

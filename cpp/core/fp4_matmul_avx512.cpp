@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// Float activations times FP4 weights in float32: vpermps decodes a code of 16 outputs from the table of 16 values (it
+// ignores the upper bits of its index), fused multiply-adds do the rest.
+#include "fp4_tiles_avx512.h"
+
+namespace bitmill::detail {
+namespace {
+
+constexpr int kSingleTiles = 8;        // tiles side by side for a single row
+constexpr int64_t kPrefetchWords = 32;  // how far ahead a single row asks for its codes: 2 KiB a tile
+
+struct FloatPath {
+  using Values = __m512;
+  static constexpr int kSteps = 8;
+  __m512 table;
+
+  static int64_t fours(int64_t rows) { return rows / 4 * 4; }
+
+  template <int rows, class T>
+  void pack(const T* x, int64_t k, float* out, int64_t) const {
+    for (int64_t column = 0; column < k; column += 16) {
+      const __mmask16 lanes = first_lanes(k - column);
+      if constexpr (rows == 1) {
+        _mm512_storeu_ps(out + column, load16(x + column, lanes));
+      } else {
+        for (int half = 0; half < rows; half += 4) {
+          __m512 z[4];
+          for (int i = 0; i < 4; ++i) z[i] = load16(x + (half + i) * k + column, lanes);
+          transpose4(z);
+          for (int i = 0; i < 4; ++i) {
+            float* to = out + (column + i) * rows + half;
+            _mm_storeu_ps(to, _mm512_castps512_ps128(z[i]));
+            _mm_storeu_ps(to + 4 * rows, _mm512_extractf32x4_ps(z[i], 1));
+            _mm_storeu_ps(to + 8 * rows, _mm512_extractf32x4_ps(z[i], 2));
+            _mm_storeu_ps(to + 12 * rows, _mm512_extractf32x4_ps(z[i], 3));
+          }
+        }
+      }
+    }
+  }
+
+  __m512 lookup(__m512i codes) const { return _mm512_permutexvar_ps(codes, table); }
+  static __m512i next(__m512i codes) { return _mm512_srli_epi32(codes, 4); }
+  static __m512 multiply_add(__m512 sum, __m512 a, __m512 w) { return _mm512_fmadd_ps(a, w, sum); }
+
+  // One word of 8 tiles. A byte's codes come from a load that begins at that byte, which spares a shift; the second of
+  // them from a high product, which leaves the units of lookups and shifts to the lookups. These loads reach 3 bytes
+  // past the word, so the last word of a tile is shifted.
+  template <bool last>
+  void add_word(const int32_t* const (&codes)[kSingleTiles], int64_t w, const float* x,
+                __m512 (&sum)[kSingleTiles]) const {
+    const __m512i sixteenth = _mm512_set1_epi16(1 << 12);
+#pragma GCC unroll 1
+    for (int byte = 0; byte < 4; ++byte) {
+      const __m512 low = _mm512_set1_ps(x[8 * w + 2 * byte]), high = _mm512_set1_ps(x[8 * w + 2 * byte + 1]);
+#pragma GCC unroll 8
+      for (int t = 0; t < kSingleTiles; ++t) {
+        const char* word = reinterpret_cast<const char*>(codes[t] + w * kTileRows);
+        const __m512i bits = last ? _mm512_srl_epi32(_mm512_loadu_si512(word), _mm_cvtsi32_si128(8 * byte))
+                                  : _mm512_loadu_si512(word + byte);
+        sum[t] = _mm512_fmadd_ps(low, lookup(bits), sum[t]);
+        sum[t] = _mm512_fmadd_ps(high, lookup(_mm512_mulhi_epu16(bits, sixteenth)), sum[t]);
+      }
+    }
+  }
+
+  // One row times the tiles of a chunk.
+  template <class T>
+  void single(const Fp4Task& task, int64_t row, int64_t tile, const float* x) const {
+    const int32_t* codes[kSingleTiles];
+    for (int t = 0; t < kSingleTiles; ++t) codes[t] = task.codes(tile + t);
+    float partial[kSingleTiles][kTileRows];
+    for (int64_t group = 0; group < task.groups; ++group) {
+      __m512 sum[kSingleTiles];
+#pragma GCC unroll 8
+      for (int t = 0; t < kSingleTiles; ++t) sum[t] = _mm512_setzero_ps();
+      const int64_t group_end = task.group_end(group), end = group_end < task.words ? group_end : group_end - 1;
+      for (int64_t w = group * task.group_words; w < end; ++w) {
+#pragma GCC unroll 8
+        for (int t = 0; t < kSingleTiles; ++t) {
+          _mm_prefetch(reinterpret_cast<const char*>(codes[t] + (w + kPrefetchWords) * kTileRows), _MM_HINT_T0);
+        }
+        add_word<false>(codes, w, x, sum);
+      }
+      if (end < group_end) add_word<true>(codes, end, x, sum);
+#pragma GCC unroll 8
+      for (int t = 0; t < kSingleTiles; ++t) finish<T>(task, row, tile + t, group, sum[t], partial[t]);
+    }
+  }
+};
+
+}  // namespace
+
+void fp4_matmul_tiles_avx512(const Fp4MatmulParams& p, int64_t begin, int64_t end) {
+  const FloatPath path{_mm512_loadu_ps(p.weight.table)};
+  with_dtype(p.dtype, p.x, [&]<class T>(const T*) { multiply_tiles<FloatPath, T>(p, path, begin, end); });
+}
+
+}  // namespace bitmill::detail
