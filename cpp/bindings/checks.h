@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every CPU op asks of its arguments. A failed check throws std::invalid_argument, which reaches Python
-// as ValueError with the text as it is: argument, expected, got, and what to do where there is something to
-// do.
+// What every CPU op asks of its arguments. A failed check throws std::invalid_argument, which reaches Python as
+// ValueError with the text as it is: argument, expected, got, and what to do where there is something to do.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -92,8 +91,8 @@ inline Tensor checked(const char* op, const char* name, const Tensor& t, ScalarT
   return as_contiguous(t);
 }
 
-inline std::optional<Tensor> checked(const char* op, const char* name, const std::optional<Tensor>& t,
-                                     ScalarType dtype, const Sizes& sizes, const char* remedy = "") {
+inline std::optional<Tensor> checked(const char* op, const char* name, const std::optional<Tensor>& t, ScalarType dtype,
+                                     const Sizes& sizes, const char* remedy = "") {
   if (!t) return std::nullopt;
   return checked(op, name, *t, dtype, sizes, remedy);
 }
@@ -150,9 +149,7 @@ inline Sizes with_last(const Sizes& leading, int64_t last) {
   return sizes;
 }
 
-inline Sizes tile_sizes(int64_t n, int64_t k, int bits = 1) {
-  return {tile_count(n), word_count(k, bits), kTileRows};
-}
+inline Sizes tile_sizes(int64_t n, int64_t k, int bits = 1) { return {tile_count(n), word_count(k, bits), kTileRows}; }
 
 inline int64_t group_count(const char* op, int64_t k, int64_t group_size) {
   if (group_size < 0 || group_size % 32 != 0) {

@@ -18,8 +18,8 @@ struct Packed {
   Tensor sign, nonzero, count, mean;
 };
 
-Packed pack_rows(const char* op, const Rows& rows, const std::optional<Tensor>& shift, Levels levels,
-                 double threshold, bool with_mean) {
+Packed pack_rows(const char* op, const Rows& rows, const std::optional<Tensor>& shift, Levels levels, double threshold,
+                 bool with_mean) {
   const Sizes plane = with_last(rows.leading, word_count(rows.k));
   const bool two_planes = levels == Levels::sign;
   const auto shift_row = checked(op, "shift", shift, ScalarType::Float, {rows.k});
@@ -44,8 +44,8 @@ Packed pack_rows(const char* op, const Rows& rows, const std::optional<Tensor>& 
   return packed;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bitpack_cpu(Tensor x, std::optional<Tensor> shift,
-                                                       std::string levels, double threshold, bool mean) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> bitpack_cpu(Tensor x, std::optional<Tensor> shift, std::string levels,
+                                                       double threshold, bool mean) {
   const Levels kind = levels_of("bitpack", levels);
   const Packed packed = pack_rows("bitpack", rows_of("bitpack", x), shift, kind, threshold, mean);
   return {packed.sign, packed.nonzero, packed.count, packed.mean};
@@ -54,14 +54,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bitpack_cpu(Tensor x, std::optional<T
 Tensor bitunpack_cpu(Tensor sign, std::optional<Tensor> nonzero, int64_t k) {
   const Rows rows = rows_of("bitunpack", sign);
   if (k < 0 || k > kMaxColumns || rows.k != word_count(k)) {
-    fail("bitunpack: sign must have ceil(k / 32) words in its last dimension, got k = ", k, " and ", rows.k,
-         " words");
+    fail("bitunpack: sign must have ceil(k / 32) words in its last dimension, got k = ", k, " and ", rows.k, " words");
   }
   checked("bitunpack", "sign", sign, ScalarType::Int, sizes_of(sign));
   const auto plane = checked("bitunpack", "nonzero", nonzero, ScalarType::Int, sizes_of(sign));
   const Tensor values = new_tensor(rows.x, with_last(rows.leading, k), ScalarType::Char);
-  require("bitunpack", bitunpack(data<int32_t>(rows.x), data_or_null<int32_t>(plane), rows.m, k,
-                                 mutable_data<int8_t>(values)));
+  require("bitunpack",
+          bitunpack(data<int32_t>(rows.x), data_or_null<int32_t>(plane), rows.m, k, mutable_data<int8_t>(values)));
   return values;
 }
 
@@ -75,19 +74,16 @@ Tensor tile_pack_cpu(Tensor codes, int64_t bits) {
   const Tensor rows = checked("tile_pack", "codes", codes, ScalarType::Byte, sizes_of(codes));
   const int64_t n = rows.size(0), k = rows.size(1);
   const Tensor tiles = new_tensor(rows, tile_sizes(n, k, tile_bits("tile_pack", bits)), ScalarType::Int);
-  require("tile_pack",
-          tile_pack(data<uint8_t>(rows), n, k, static_cast<int>(bits), mutable_data<int32_t>(tiles)));
+  require("tile_pack", tile_pack(data<uint8_t>(rows), n, k, static_cast<int>(bits), mutable_data<int32_t>(tiles)));
   return tiles;
 }
 
 Tensor tile_unpack_cpu(Tensor tiles, int64_t n, int64_t k, int64_t bits) {
-  if (n < 0 || k < 0 || k > kMaxColumns)
-    fail("tile_unpack: n and k must not be negative, got n = ", n, ", k = ", k);
+  if (n < 0 || k < 0 || k > kMaxColumns) fail("tile_unpack: n and k must not be negative, got n = ", n, ", k = ", k);
   const Sizes sizes = tile_sizes(n, k, tile_bits("tile_unpack", bits));
   const Tensor words = checked("tile_unpack", "tiles", tiles, ScalarType::Int, sizes);
   const Tensor codes = new_tensor(words, {n, k}, ScalarType::Byte);
-  require("tile_unpack",
-          tile_unpack(data<int32_t>(words), n, k, static_cast<int>(bits), mutable_data<uint8_t>(codes)));
+  require("tile_unpack", tile_unpack(data<int32_t>(words), n, k, static_cast<int>(bits), mutable_data<uint8_t>(codes)));
   return codes;
 }
 
@@ -98,8 +94,7 @@ Tensor binary_matmul_cpu(Tensor a, Tensor weight, int64_t n, int64_t k, std::opt
   const char* op = "binary_matmul";
   const Levels kind = levels_of(op, levels);
   if (n < 0 || k < 0 || k > kMaxColumns) fail(op, ": n and k must not be negative, got n = ", n, ", k = ", k);
-  if (a_nonzero && kind != Levels::sign)
-    fail(op, ": a_nonzero goes with levels=\"sign\" only, got \"", levels, "\"");
+  if (a_nonzero && kind != Levels::sign) fail(op, ": a_nonzero goes with levels=\"sign\" only, got \"", levels, "\"");
   const Rows rows = rows_of(op, a);
   checked(op, "a", a, ScalarType::Int, with_last(rows.leading, word_count(k)));
   const auto nonzero = checked(op, "a_nonzero", a_nonzero, ScalarType::Int, sizes_of(a));
@@ -122,8 +117,8 @@ Tensor binary_matmul_cpu(Tensor a, Tensor weight, int64_t n, int64_t k, std::opt
 }
 
 Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias,
-                         std::optional<Tensor> weight_nonzero, std::optional<Tensor> shift,
-                         std::optional<Tensor> alpha, std::string levels, bool row_scale, int64_t group_size,
+                         std::optional<Tensor> weight_nonzero, std::optional<Tensor> shift, std::optional<Tensor> alpha,
+                         std::string levels, bool row_scale, int64_t group_size,
                          std::string /* the surrogate of the backward */) {
   const char* op = "binary_linear";
   const Levels kind = levels_of(op, levels);

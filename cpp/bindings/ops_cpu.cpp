@@ -11,8 +11,7 @@ std::string instruction_set_any(std::string wanted) {
   for (const InstructionSet set : kInstructionSets) {
     if (wanted == name(set) && select(set)) wanted.clear();
   }
-  if (!wanted.empty())
-    fail("instruction_set: \"", wanted, "\" is not one that this machine and this build have");
+  if (!wanted.empty()) fail("instruction_set: \"", wanted, "\" is not one that this machine and this build have");
   return name(selected());
 }
 

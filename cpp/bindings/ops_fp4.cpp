@@ -55,8 +55,7 @@ Tensor fp4_cast_cpu(Tensor x, std::string format, std::string nan) {
 Rows packed_rows(const char* op, const Tensor& packed, int64_t k) {
   const Rows rows = rows_of(op, packed);
   if (k < 0 || k > kMaxColumns || rows.k != ceil_div(k, 2)) {
-    fail(op, ": packed must have ceil(k / 2) bytes in its last dimension, got k = ", k, " and ", rows.k,
-         " bytes");
+    fail(op, ": packed must have ceil(k / 2) bytes in its last dimension, got k = ", k, " and ", rows.k, " bytes");
   }
   checked(op, "packed", packed, ScalarType::Byte, sizes_of(packed));
   return rows;
@@ -67,8 +66,7 @@ Tensor fp4_uncast_cpu(Tensor packed, int64_t k, std::string format) {
   const Fp4Format kind = format_of(op, format);
   const Rows rows = packed_rows(op, packed, k);
   const Tensor values = new_tensor(rows.x, with_last(rows.leading, k), ScalarType::Float);
-  require(op, fp4_uncast(data<uint8_t>(rows.x), rows.m, k, kind, mutable_data<float>(values),
-                         torch_parallel_for));
+  require(op, fp4_uncast(data<uint8_t>(rows.x), rows.m, k, kind, mutable_data<float>(values), torch_parallel_for));
   return values;
 }
 
@@ -80,8 +78,8 @@ Tensor e8m0_cast_cpu(Tensor x, std::string rounding) {
   const Dtype dtype = float_dtype(op, x);
   const Tensor values = as_contiguous(x);
   const Tensor codes = new_tensor(values, sizes_of(x), ScalarType::Byte);
-  require(op, e8m0_cast(values.const_data_ptr(), dtype, values.numel(), rounding == "up",
-                        mutable_data<uint8_t>(codes)));
+  require(op,
+          e8m0_cast(values.const_data_ptr(), dtype, values.numel(), rounding == "up", mutable_data<uint8_t>(codes)));
   return codes;
 }
 
@@ -98,8 +96,7 @@ std::tuple<Tensor, Tensor> mxfp4_quantize_cpu(Tensor x, std::string scale_rule) 
   p.rule = scale_rule_of(op, scale_rule);
   const Rows rows = rows_of(op, x);
   const Tensor packed = new_tensor(rows.x, with_last(rows.leading, ceil_div(rows.k, 2)), ScalarType::Byte);
-  const Tensor scale =
-      new_tensor(rows.x, with_last(rows.leading, ceil_div(rows.k, kMxBlock)), ScalarType::Byte);
+  const Tensor scale = new_tensor(rows.x, with_last(rows.leading, ceil_div(rows.k, kMxBlock)), ScalarType::Byte);
   p.x = rows.x.const_data_ptr();
   p.dtype = float_dtype(op, rows.x);
   p.m = rows.m;
@@ -114,11 +111,10 @@ std::tuple<Tensor, Tensor> mxfp4_quantize_cpu(Tensor x, std::string scale_rule) 
 Tensor mxfp4_dequantize_cpu(Tensor packed, Tensor scale, int64_t k) {
   const char* op = "mxfp4_dequantize";
   const Rows rows = packed_rows(op, packed, k);
-  const Tensor bytes =
-      checked(op, "scale", scale, ScalarType::Byte, with_last(rows.leading, ceil_div(k, kMxBlock)));
+  const Tensor bytes = checked(op, "scale", scale, ScalarType::Byte, with_last(rows.leading, ceil_div(k, kMxBlock)));
   const Tensor values = new_tensor(rows.x, with_last(rows.leading, k), ScalarType::Float);
-  require(op, mxfp4_dequantize(data<uint8_t>(rows.x), data<uint8_t>(bytes), rows.m, k,
-                               mutable_data<float>(values), torch_parallel_for));
+  require(op, mxfp4_dequantize(data<uint8_t>(rows.x), data<uint8_t>(bytes), rows.m, k, mutable_data<float>(values),
+                               torch_parallel_for));
   return values;
 }
 
@@ -142,9 +138,8 @@ struct WeightArguments {
   }
 };
 
-WeightArguments weight_arguments(const char* op, const Tensor& weight, const Tensor& scale, int64_t n,
-                                 int64_t k, const std::string& format, int64_t group_size,
-                                 const std::optional<Tensor>& codebook) {
+WeightArguments weight_arguments(const char* op, const Tensor& weight, const Tensor& scale, int64_t n, int64_t k,
+                                 const std::string& format, int64_t group_size, const std::optional<Tensor>& codebook) {
   const Fp4Table table = fp4_table(format_of(op, format));
   if (group_size < 0 || group_size % 8 != 0) {
     fail(op, ": group_size must be 0 or a positive multiple of 8, got ", group_size);
@@ -180,14 +175,13 @@ Tensor fp4_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tenso
   return out;
 }
 
-Tensor fp4_weight_cpu(Tensor weight, Tensor scale, int64_t n, int64_t k, std::string format,
-                      int64_t group_size, std::optional<Tensor> codebook) {
+Tensor fp4_weight_cpu(Tensor weight, Tensor scale, int64_t n, int64_t k, std::string format, int64_t group_size,
+                      std::optional<Tensor> codebook) {
   const char* op = "fp4_weight";
   if (n < 0 || k < 0 || k > kMaxColumns) fail(op, ": n and k must not be negative, got n = ", n, ", k = ", k);
   const WeightArguments arguments = weight_arguments(op, weight, scale, n, k, format, group_size, codebook);
   const Tensor values = new_tensor(arguments.tiles, {n, k}, ScalarType::Float);
-  require(op,
-          fp4_weight(arguments.weight(n, k, group_size), mutable_data<float>(values), torch_parallel_for));
+  require(op, fp4_weight(arguments.weight(n, k, group_size), mutable_data<float>(values), torch_parallel_for));
   return values;
 }
 

@@ -16,8 +16,8 @@ struct SalientArrays {
 
 SalientArrays salient_arrays(const char* op, const Tensor& weight, const Tensor& mask, const Tensor& value,
                              const Tensor& start, const Tensor& alpha, const std::optional<Tensor>& mu,
-                             const std::optional<Tensor>& value_scale,
-                             const std::optional<Tensor>& value_zero, int64_t k, int64_t group_size) {
+                             const std::optional<Tensor>& value_scale, const std::optional<Tensor>& value_zero,
+                             int64_t k, int64_t group_size) {
   const int64_t n = alpha.dim() > 0 ? alpha.size(0) : 0;
   const Sizes scales = {n, group_count(op, k, group_size)};
   const Sizes tiles = tile_sizes(n, k);
@@ -28,8 +28,8 @@ SalientArrays salient_arrays(const char* op, const Tensor& weight, const Tensor&
   if (value.dim() != 1) fail(op, ": value must have shape [entries], got ", to_string(sizes_of(value)));
   const bool codes = kind == ScalarType::Byte;
   if (codes != value_scale.has_value() || codes != value_zero.has_value()) {
-    fail(op, ": value_scale and value_zero must be given for uint8 value and only then, got ",
-         dtype_name(kind), " value");
+    fail(op, ": value_scale and value_zero must be given for uint8 value and only then, got ", dtype_name(kind),
+         " value");
   }
   const char* remedy = "; pack the weight with bitmill.ops.tile_pack";
   SalientArrays a{checked(op, "weight", weight, ScalarType::Int, tiles, remedy),
@@ -57,8 +57,8 @@ SalientArrays salient_arrays(const char* op, const Tensor& weight, const Tensor&
 }
 
 Tensor salient_linear_cpu(Tensor x, Tensor weight, Tensor mask, Tensor value, Tensor start, Tensor alpha,
-                          std::optional<Tensor> mu, std::optional<Tensor> value_scale,
-                          std::optional<Tensor> value_zero, std::optional<Tensor> bias, int64_t group_size) {
+                          std::optional<Tensor> mu, std::optional<Tensor> value_scale, std::optional<Tensor> value_zero,
+                          std::optional<Tensor> bias, int64_t group_size) {
   const char* op = "salient_linear";
   const Rows rows = rows_of(op, x);
   const SalientArrays arrays =
@@ -79,8 +79,8 @@ Tensor salient_linear_cpu(Tensor x, Tensor weight, Tensor mask, Tensor value, Te
 }
 
 Tensor salient_weight_cpu(Tensor weight, Tensor mask, Tensor value, Tensor start, Tensor alpha,
-                          std::optional<Tensor> mu, std::optional<Tensor> value_scale,
-                          std::optional<Tensor> value_zero, int64_t k, int64_t group_size) {
+                          std::optional<Tensor> mu, std::optional<Tensor> value_scale, std::optional<Tensor> value_zero,
+                          int64_t k, int64_t group_size) {
   const char* op = "salient_weight";
   if (k < 0 || k > kMaxColumns) fail(op, ": k must be in [0, ", kMaxColumns, "], got ", k);
   const SalientArrays arrays =

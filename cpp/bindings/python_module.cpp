@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// _C: what needs Python and not torch. The machine's instruction sets, facts of the build, a probe of the
-// peak, and kernels on NumPy buffers (bitmill.arrays checks the arguments; here sizes are read from the
-// arrays).
+// _C: what needs Python and not torch. The machine's instruction sets, facts of the build, a probe of the peak, and
+// kernels on NumPy buffers (bitmill.arrays checks the arguments; here sizes are read from the arrays).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -43,8 +42,7 @@ std::string instruction_set(const std::string& wanted) {
     if (wanted == name(set) && select(set)) return wanted;
   }
   if (!wanted.empty()) {
-    throw std::invalid_argument("instruction_set: \"" + wanted +
-                                "\" is not one that this machine and this build have");
+    throw std::invalid_argument("instruction_set: \"" + wanted + "\" is not one that this machine and this build have");
   }
   return name(selected());
 }
@@ -73,11 +71,9 @@ py::tuple pack_rows(const py::array& x, bool half, const std::string& levels, fl
   return py::make_tuple(sign, nonzero);
 }
 
-Array<int8_t> unpack_rows(const Array<int32_t>& sign, const std::optional<Array<int32_t>>& nonzero,
-                          int64_t k) {
+Array<int8_t> unpack_rows(const Array<int32_t>& sign, const std::optional<Array<int32_t>>& nonzero, int64_t k) {
   Array<int8_t> values({static_cast<int64_t>(sign.shape(0)), k});
-  require(
-      bitunpack(sign.data(), nonzero ? nonzero->data() : nullptr, sign.shape(0), k, values.mutable_data()));
+  require(bitunpack(sign.data(), nonzero ? nonzero->data() : nullptr, sign.shape(0), k, values.mutable_data()));
   return values;
 }
 
@@ -110,9 +106,7 @@ Array<int32_t> multiply(const Array<int32_t>& a, const std::optional<Array<int32
   return dot;
 }
 
-Fp4Format format_of(const std::string& format) {
-  return format == "e1m2" ? kE1M2 : format == "e3m0" ? kE3M0 : kE2M1;
-}
+Fp4Format format_of(const std::string& format) { return format == "e1m2" ? kE1M2 : format == "e3m0" ? kE3M0 : kE2M1; }
 
 Array<uint8_t> cast_rows(const py::array& x, bool half, const std::string& format) {
   Fp4CastParams p;
@@ -137,15 +131,13 @@ Array<float> uncast_rows(const Array<uint8_t>& packed, int64_t k, const std::str
 
 PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &available_sets, "Instruction sets that this machine and this build have.");
-  m.def("instruction_set", &instruction_set, py::arg("wanted") = "",
-        "Select a set for this library; \"\" only asks.");
+  m.def("instruction_set", &instruction_set, py::arg("wanted") = "", "Select a set for this library; \"\" only asks.");
   m.def("kernels", &kernels, "Functions with kernels for instruction sets beyond the generic one.");
   m.def("compiler", [] { return std::string(__VERSION__); }, "The compiler that built this library.");
   m.def("popcount_peak", &popcount_peak,
         "Bit multiply-adds a second that one core reaches with xor, popcount and add"
         " on registers; 0 if this machine has no vector popcount.");
-  m.def("binary_matmul_seconds", &binary_matmul_seconds,
-        "Median seconds of the integer product alone, one thread.");
+  m.def("binary_matmul_seconds", &binary_matmul_seconds, "Median seconds of the integer product alone, one thread.");
   m.def("bitpack", &pack_rows);
   m.def("bitunpack", &unpack_rows);
   m.def("tile_pack", &pack_tiles);

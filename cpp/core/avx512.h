@@ -28,16 +28,12 @@ static inline __m512 load16(const Float16* x) {
 
 // Lanes outside the mask are 0 and are not read.
 static inline __m512 load16(const float* x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
-static inline __m512 load16(const BFloat16* x, __mmask16 lanes) {
-  return widen(_mm256_maskz_loadu_epi16(lanes, x));
-}
+static inline __m512 load16(const BFloat16* x, __mmask16 lanes) { return widen(_mm256_maskz_loadu_epi16(lanes, x)); }
 static inline __m512 load16(const Float16* x, __mmask16 lanes) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x));
 }
 
-static inline void store16(float* out, __mmask16 lanes, __m512 value) {
-  _mm512_mask_storeu_ps(out, lanes, value);
-}
+static inline void store16(float* out, __mmask16 lanes, __m512 value) { _mm512_mask_storeu_ps(out, lanes, value); }
 static inline void store16(Float16* out, __mmask16 lanes, __m512 value) {
   _mm256_mask_storeu_epi16(out, lanes, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -47,8 +43,7 @@ static inline void store16(BFloat16* out, __mmask16 lanes, __m512 value) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  const __m512i halves =
-      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0));
+  const __m512i halves = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0));
   _mm256_mask_storeu_epi16(out, lanes, _mm512_cvtepi32_epi16(halves));
 }
 

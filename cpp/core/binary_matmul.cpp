@@ -19,8 +19,8 @@ namespace detail {
 namespace {
 
 // The dot product over words [begin, end) of one row with one lane of a tile.
-int32_t dot_words(const BinaryMatmulParams& p, const int32_t* a, const int32_t* nonzero,
-                  const int32_t* weight, const int32_t* weight_nonzero, int64_t begin, int64_t end) {
+int32_t dot_words(const BinaryMatmulParams& p, const int32_t* a, const int32_t* nonzero, const int32_t* weight,
+                  const int32_t* weight_nonzero, int64_t begin, int64_t end) {
   int32_t present = 0, opposite = 0;
   for (int64_t w = begin; w < end; ++w) {
     const int64_t columns = p.k - 32 * w;

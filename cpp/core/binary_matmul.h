@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products with a binary weight: of bits with bits to exact integers, with or without the float epilogue, and
-// of floats with bits. Weights are tiles (layout.h); `weight_nonzero` (tiles or null) marks weights that are
-// not 0.
+// Products with a binary weight: of bits with bits to exact integers, with or without the float epilogue, and of floats
+// with bits. Weights are tiles (layout.h); `weight_nonzero` (tiles or null) marks weights that are not 0.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +26,7 @@ struct BinaryMatmulParams {
   int64_t m = 0, n = 0, k = 0;
 
   int32_t* dot = nullptr;  // [m, n]: the integers; or null, then the float result is written:
-  void* out = nullptr;  // [m, n]: fl(fl(scale * dot) + bias), summed over the groups of columns first to last
+  void* out = nullptr;     // [m, n]: fl(fl(scale * dot) + bias), summed over the groups of columns first to last
   Dtype out_dtype = Dtype::f32;
   const float* scale = nullptr;      // [n, groups]
   int64_t group_size = 0;            // columns a group, a multiple of 32; 0: one group

@@ -26,10 +26,8 @@ __m512i count(__m512i sum, __m512i a, __m512i nonzero, __m512i weight) {
     bits = _mm512_and_si512(a, weight);
   }
   sum = _mm512_add_epi32(sum, _mm512_popcnt_epi32(bits));
-  asm volatile(
-      ""
-      : "+v"(
-          sum));  // keeps xor, popcount and add of one output together; otherwise g++ runs out of registers
+  asm volatile(""
+               : "+v"(sum));  // keeps xor, popcount and add of one output together; otherwise g++ runs out of registers
   return sum;
 }
 
@@ -67,8 +65,8 @@ __m512i to_dot(__m512i counts, __m512i present) {
   return operand == Operand::bool_ ? _mm512_sub_epi32(twice, present) : _mm512_sub_epi32(present, twice);
 }
 
-// Integer sums of one row and one tile to dot products, or to the float result. `sums` carries a float from
-// group to group.
+// Integer sums of one row and one tile to dot products, or to the float result. `sums` carries a float from group to
+// group.
 template <Operand operand>
 void finish(const Task& task, int64_t row, int64_t tile, int64_t group, __m512i counts, float* sums) {
   const BinaryMatmulParams& p = task.p;
@@ -86,12 +84,11 @@ void finish(const Task& task, int64_t row, int64_t tile, int64_t group, __m512i 
   with_dtype(p.out_dtype, p.out, [&](auto* out) { store16(out + row * p.n + column, lanes, value); });
 }
 
-// Whole tiles and one group of columns: integers or float32 of `rows` rows without masks. Scale and bias are
-// loaded once.
+// Whole tiles and one group of columns: integers or float32 of `rows` rows without masks. Scale and bias are loaded
+// once.
 template <Operand operand, int rows>
-inline __attribute__((always_inline)) void finish_whole(const Task& task, int64_t row, int64_t column,
-                                                        const Row& r0, const Row& r1, const Row& r2,
-                                                        const Row& r3) {
+inline __attribute__((always_inline)) void finish_whole(const Task& task, int64_t row, int64_t column, const Row& r0,
+                                                        const Row& r1, const Row& r2, const Row& r3) {
   const BinaryMatmulParams& p = task.p;
   const auto each_row = [&](const auto& write) {
     write(row, r0);
@@ -146,8 +143,7 @@ void block(const Task& task, int64_t row, int64_t tile) {
   const BinaryMatmulParams& p = task.p;
   const int64_t last = task.end - 1;
   const auto tile_at = [&](int64_t t) { return p.weight + (t < last ? t : last) * task.words * kTileRows; };
-  const int32_t *w0 = tile_at(tile), *w1 = tile_at(tile + 1), *w2 = tile_at(tile + 2),
-                *w3 = tile_at(tile + 3);
+  const int32_t *w0 = tile_at(tile), *w1 = tile_at(tile + 1), *w2 = tile_at(tile + 2), *w3 = tile_at(tile + 3);
   const int32_t* a0 = p.a + row * task.words;
   const int32_t* z0 = operand == Operand::ternary ? p.a_nonzero + row * task.words : a0;
   const int64_t next = task.words;

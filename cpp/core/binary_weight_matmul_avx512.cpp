@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Float activations times 1-bit weights by table lookup: for every 4 columns of an activation row a table of
-// the 16 sums
-// +-a0 +-a1 +-a2 +-a3 sits in one register, and vpermps fetches for 16 outputs at once what their 4 weight
-// bits select. 4 rows share the shifted bits of 2 tiles; a single row takes 8 tiles. Exact float32
-// activations.
+// Float activations times 1-bit weights by table lookup: for every 4 columns of an activation row a table of the 16
+// sums +-a0 +-a1 +-a2 +-a3 sits in one register, and vpermps fetches for 16 outputs at once what their 4 weight bits
+// select. 4 rows share the shifted bits of 2 tiles; a single row takes 8 tiles. Exact float32 activations.
 #include "avx512.h"
 #include "binary_matmul.h"
 #include "layout.h"
@@ -14,8 +12,7 @@ namespace {
 constexpr int64_t kTables = 8;                  // tables a word of 32 columns
 constexpr int64_t kTableFloats = 16 * kTables;  // floats of tables a word
 
-// The tables of one activation row, [words][8][16] floats. What padding bits select past k is -0, which
-// adds nothing.
+// The tables of one activation row, [words][8][16] floats. What padding bits select past k is -0, which adds nothing.
 template <class T>
 void build_tables(const T* x, int64_t k, float* tables) {
   const __m512i sign = _mm512_set1_epi32(INT32_MIN);
@@ -29,8 +26,7 @@ void build_tables(const T* x, int64_t k, float* tables) {
     _mm512_store_ps(a, load16(x + column, first_lanes(k - column)));
     for (int table = 0; table < 4; ++table) {
       const auto term = [&](int i) {
-        return _mm512_castsi512_ps(
-            _mm512_xor_si512(_mm512_castps_si512(_mm512_set1_ps(a[4 * table + i])), minus[i]));
+        return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(_mm512_set1_ps(a[4 * table + i])), minus[i]));
       };
       const __m512 sums = _mm512_add_ps(_mm512_add_ps(term(0), term(1)), _mm512_add_ps(term(2), term(3)));
       _mm512_storeu_ps(tables + 4 * column + 16 * table, sums);
@@ -64,12 +60,10 @@ __m512 load_scale(const Task& task, int64_t tile, int64_t group) {
   if (task.groups == 1) return _mm512_maskz_loadu_ps(lanes, task.p.scale + column);
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(task.groups)));
-  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index,
-                                  task.p.scale + column * task.groups + group, 4);
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, task.p.scale + column * task.groups + group, 4);
 }
 
-// `rows` rows from their tables times `tiles` tiles side by side. Tiles past the end repeat the last one,
-// unstored.
+// `rows` rows from their tables times `tiles` tiles side by side. Tiles past the end repeat the last one, unstored.
 template <class T, int rows, int tiles>
 void block(const Task& task, int64_t row, int64_t tile, const float* tables) {
   const int64_t last = task.end - 1;
@@ -135,8 +129,7 @@ void multiply(const Task& task, int64_t begin, const T* x) {
   float* tables = new (std::align_val_t{64}) float[4 * task.words * kTableFloats];
   int64_t row = 0;
   for (; row + 4 <= p.m; row += 4) {
-    for (int r = 0; r < 4; ++r)
-      build_tables(x + (row + r) * p.k, p.k, tables + r * task.words * kTableFloats);
+    for (int r = 0; r < 4; ++r) build_tables(x + (row + r) * p.k, p.k, tables + r * task.words * kTableFloats);
     for (int64_t tile = begin; tile < task.end; tile += 2) block<T, 4, 2>(task, row, tile, tables);
   }
   for (; row < p.m; ++row) {

@@ -39,9 +39,7 @@ void pack_rows(const BitpackParams& p, const T* x, int64_t begin, int64_t end) {
         float z = to_float(input[column]);
         if (p.shift) z += p.shift[column];
         if (p.mean) magnitudes[column] = std::fabs(z);
-        const bool bit = p.levels == Levels::sign   ? z > 0
-                         : p.levels == Levels::plus ? z >= 0
-                                                    : z > p.threshold;
+        const bool bit = p.levels == Levels::sign ? z > 0 : p.levels == Levels::plus ? z >= 0 : z > p.threshold;
         sign |= static_cast<uint32_t>(bit) << j;
         nonzero |= static_cast<uint32_t>(z > 0 || z < 0) << j;
       }

@@ -10,8 +10,7 @@
 
 namespace bitmill {
 
-// What a float z = x + shift becomes. NaN counts as 0 for `sign` (as torch.sign), and as "not above" for the
-// others.
+// What a float z = x + shift becomes. NaN counts as 0 for `sign` (as torch.sign), and as "not above" for the others.
 enum class Levels {
   sign,  // -1, 0, +1: sign bit [z > 0], nonzero bit [z != 0]
   plus,  // -1, +1: sign bit [z >= 0]
@@ -40,9 +39,8 @@ Status bitunpack(const int32_t* sign, const int32_t* nonzero, int64_t m, int64_t
 Status tile_pack(const uint8_t* codes, int64_t n, int64_t k, int bits, int32_t* tiles);
 Status tile_unpack(const int32_t* tiles, int64_t n, int64_t k, int bits, uint8_t* codes);
 
-// fl(sum / k) of magnitudes z[0..k), with one order of summation for every instruction set: pad with zeros to
-// a power of two, then add the upper half onto the lower until one is left. Overwrites z, which has room for
-// bit_ceil(k).
+// fl(sum / k) of magnitudes z[0..k), with one order of summation for every instruction set: pad with zeros to a power
+// of two, then add the upper half onto the lower until one is left. Overwrites z, which has room for bit_ceil(k).
 float mean_by_halves(float* z, int64_t k);
 
 namespace detail {

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packing rows of floats with AVX-512: 32 values become one word by compare-to-mask. Bit-equal to the generic
-// form.
+// Packing rows of floats with AVX-512: 32 values become one word by compare-to-mask. Bit-equal to the generic form.
 #include <bit>
 
 #include "avx512.h"

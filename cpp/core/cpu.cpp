@@ -8,9 +8,7 @@
 namespace bitmill {
 namespace {
 
-InstructionSet detect() {
-  return available(InstructionSet::avx512) ? InstructionSet::avx512 : InstructionSet::generic;
-}
+InstructionSet detect() { return available(InstructionSet::avx512) ? InstructionSet::avx512 : InstructionSet::generic; }
 
 std::atomic<InstructionSet>& choice() {
   static std::atomic<InstructionSet> value{detect()};

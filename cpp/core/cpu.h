@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction set runs. Chosen once by CPUID; tests and experts may force another one that this machine
-// has.
+// Which instruction set runs. Chosen once by CPUID; tests and experts may force another one that this machine has.
 #pragma once
 
 namespace bitmill {
@@ -18,8 +17,7 @@ InstructionSet best();
 InstructionSet selected();
 bool select(InstructionSet set);  // false, and no change, if this machine does not have it
 
-// Which functions have a kernel of their own for a set beyond the generic one. Everything else runs generic
-// code.
+// Which functions have a kernel of their own for a set beyond the generic one. Everything else runs generic code.
 struct KernelRow {
   InstructionSet set;
   const char* function;

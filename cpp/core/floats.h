@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The three floating-point types of activations and their exact conversions to and from float (round to
-// nearest even). Functions in headers are static: a copy compiled with wider instructions must never serve
-// another translation unit.
+// The three floating-point types of activations and their exact conversions to and from float (round to nearest even).
+// Functions in headers are static: a copy compiled with wider instructions must never serve another translation unit.
 #pragma once
 
 #include <bit>
@@ -50,8 +49,7 @@ static inline void store(float x, Float16* out) {
     half = 0x7E00u;
   } else if (magnitude >= 0x477FF000u) {  // rounds past 65504
     half = 0x7C00u;
-  } else if (magnitude <
-             0x38800000u) {  // below 2^-14: the sum leaves a multiple of 2^-24 in the low mantissa bits
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: the sum leaves a multiple of 2^-24 in the low mantissa bits
     half = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
   } else {
     half = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;

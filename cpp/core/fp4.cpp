@@ -18,9 +18,7 @@ bool valid_size(int64_t m, int64_t k) { return m >= 0 && k >= 0 && k <= kMaxColu
 
 uint32_t magnitude_bits(float x) { return std::bit_cast<uint32_t>(x) & 0x7FFFFFFFu; }
 
-uint32_t nibble(const uint8_t* packed, int64_t column) {
-  return (packed[column / 2] >> (4 * (column % 2))) & 15u;
-}
+uint32_t nibble(const uint8_t* packed, int64_t column) { return (packed[column / 2] >> (4 * (column % 2))) & 15u; }
 
 float weight_scale(const Fp4Weight& w, int64_t groups, int64_t row, int64_t group) {
   const int64_t index = row * groups + group;
@@ -132,8 +130,7 @@ Status fp4_uncast(const uint8_t* packed, int64_t m, int64_t k, Fp4Format format,
 Status e8m0_cast(const void* x, Dtype dtype, int64_t count, bool up, uint8_t* bytes) {
   if (count < 0) return Status::bad_size;
   with_dtype(dtype, x, [&](const auto* values) {
-    for (int64_t i = 0; i < count; ++i)
-      bytes[i] = e8m0_from_bits(std::bit_cast<uint32_t>(to_float(values[i])), up);
+    for (int64_t i = 0; i < count; ++i) bytes[i] = e8m0_from_bits(std::bit_cast<uint32_t>(to_float(values[i])), up);
   });
   return Status::ok;
 }

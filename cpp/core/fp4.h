@@ -48,8 +48,7 @@ struct Fp4CastParams {
   uint8_t* packed = nullptr;  // [m, ceil(k / 2)]
   ParallelFor parallel_for = serial_for;
 };
-// Round to nearest, ties as fp4_steps says, saturating. Answers bad_argument for a NaN under
-// NanPolicy::error.
+// Round to nearest, ties as fp4_steps says, saturating. Answers bad_argument for a NaN under NanPolicy::error.
 Status fp4_cast(const Fp4CastParams& params);
 Status fp4_uncast(const uint8_t* packed, int64_t m, int64_t k, Fp4Format format, float* values,
                   ParallelFor parallel_for = serial_for);
@@ -83,8 +82,7 @@ struct Fp4Weight {
 };
 Status fp4_weight(const Fp4Weight& weight, float* values, ParallelFor parallel_for = serial_for);
 
-// y[i, o] = sum_g scale[o, g] sum_{j in g} table[code[o, j]] x[i, j] + bias[o], float sums, columns first to
-// last.
+// y[i, o] = sum_g scale[o, g] sum_{j in g} table[code[o, j]] x[i, j] + bias[o], float sums, columns first to last.
 struct Fp4MatmulParams {
   const void* x = nullptr;  // [m, k], contiguous
   Dtype dtype = Dtype::f32;
@@ -109,10 +107,9 @@ static constexpr Fp4Magnitude fp4_magnitude(Fp4Format format, int index) {
           std::bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23)};
 }
 
-// first[i]: the smallest bits of a float magnitude that are cast to index i + 1 or above. The middle of two
-// values goes to the even one of the two integers in the lower value's binade. With a mantissa that is IEEE's
-// rule; E3M0's integers are 0, 1, 2 and then 1, 2 in each binade, so all its ties but the first go up
-// (LLM-FP4, quantiser).
+// first[i]: the smallest bits of a float magnitude that are cast to index i + 1 or above. The middle of two values goes
+// to the even one of the two integers in the lower value's binade. With a mantissa that is IEEE's rule; E3M0's integers
+// are 0, 1, 2 and then 1, 2 in each binade, so all its ties but the first go up (LLM-FP4, quantiser).
 struct Fp4Steps {
   uint32_t first[7];
 };

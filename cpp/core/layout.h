@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The packed layouts, bit by bit. Everything stored in a file is stored like this, and everything stored is
-// what runs.
+// The packed layouts, bit by bit. Everything stored in a file is stored like this, and everything stored is what runs.
 //
 // Weight tiles: int32 [ceil(n / 16), ceil(k / v), 16] for b bits a value, v = 32 / b values a word.
 //   word [t][w][l] holds row 16 t + l, columns v w ... v w + v - 1, the lowest bits first.
@@ -23,8 +22,7 @@ namespace bitmill {
 
 inline constexpr int64_t kTileRows = 16;
 
-// Largest k: every dot product of signs must be exact as a float, so that one rounding happens in the
-// epilogue only.
+// Largest k: every dot product of signs must be exact as a float, so that one rounding happens in the epilogue only.
 inline constexpr int64_t kMaxColumns = int64_t{1} << 24;
 
 static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -25,16 +25,14 @@ struct PanelShape {
 // is added to the sum, the order in which a table of the sums of 4 columns works. Rows are `stride` elements
 // apart.
 template <class T>
-void multiply_panel(const T* x, int64_t rows, int64_t stride, int64_t columns, const float* panel,
-                    float* sum) {
+void multiply_panel(const T* x, int64_t rows, int64_t stride, int64_t columns, const float* panel, float* sum) {
   for (int64_t row = 0; row < rows; ++row) {
     float lane_sum[kTileRows];
     std::copy_n(sum + row * kTileRows, kTileRows, lane_sum);
     const T* a = x + row * stride;
     int64_t j = 0;
     for (; j + 4 <= columns; j += 4) {
-      const float a0 = to_float(a[j]), a1 = to_float(a[j + 1]), a2 = to_float(a[j + 2]),
-                  a3 = to_float(a[j + 3]);
+      const float a0 = to_float(a[j]), a1 = to_float(a[j + 1]), a2 = to_float(a[j + 2]), a3 = to_float(a[j + 3]);
       const float* p = panel + j * kTileRows;
       for (int64_t lane = 0; lane < kTileRows; ++lane) {
         const float left = a0 * p[lane] + a1 * p[lane + kTileRows];
@@ -59,8 +57,7 @@ void panel_matmul(const PanelShape& shape, const T* x, T* out, ParallelFor paral
                   const Finish& finish, const Done& done) {
   constexpr int64_t kColumns = 256;  // a panel of 16 KiB stays in the first-level cache
   constexpr int64_t kRows = 256;     // bounds the scratch memory
-  const auto multiply_tile = [&](int64_t tile, int64_t row, int64_t rows, float* panel, float* sum,
-                                 float* result) {
+  const auto multiply_tile = [&](int64_t tile, int64_t row, int64_t rows, float* panel, float* sum, float* result) {
     const int64_t lanes = std::min(kTileRows, shape.n - tile * kTileRows);
     std::fill_n(result, rows * kTileRows, 0.0f);
     for (int64_t group = 0; group < shape.groups(); ++group) {

@@ -20,9 +20,7 @@ void split(ParallelFor parallel_for, int64_t count, double cost, const Body& bod
   constexpr double kSmallestPart = 20000.0;
   const double items = cost > 0 ? kSmallestPart / cost : static_cast<double>(count);
   const int64_t grain = items >= static_cast<double>(count) ? count : static_cast<int64_t>(items) + 1;
-  const auto call = [](void* context, int64_t begin, int64_t end) {
-    (*static_cast<const Body*>(context))(begin, end);
-  };
+  const auto call = [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); };
   (count <= grain ? serial_for : parallel_for)(0, count, grain, call, const_cast<Body*>(&body));
 }
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// 16 independent chains of xor, popcount and add on 512-bit registers: nothing but the arithmetic of
-// binary_matmul.
+// 16 independent chains of xor, popcount and add on 512-bit registers: nothing but the arithmetic of binary_matmul.
 #include <immintrin.h>
 
 #include <chrono>

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The obvious form of the partially binarised product. No sign bit is looked up twice: the sign plane is
-// multiplied as if the salient weights were b = -1 (their bit is 0), and the scattered entries put that right
-// afterwards:
+// The obvious form of the partially binarised product. No sign bit is looked up twice: the sign plane is multiplied as
+// if the salient weights were b = -1 (their bit is 0), and the scattered entries put that right afterwards:
 //   y = sum_g [ alpha_g S_g + mu_g X_g ] + sum_{salient c} x_c (value - (mu_g(c) - alpha_g(c)))
-// with S_g = sum of +-x over the sign bits of group g and X_g = sum of x over its columns (one for all
-// outputs).
+// with S_g = sum of +-x over the sign bits of group g and X_g = sum of x over its columns (one for all outputs).
 #include "salient_scatter.h"
 
 #include <algorithm>
@@ -21,9 +19,7 @@ namespace {
 // Activation rows that are multiplied together: what bounds the scratch memory.
 constexpr int64_t kRowBlock = 256;
 
-int64_t group_width(const SalientWeight& w) {
-  return w.group_size > 0 ? w.group_size : std::max<int64_t>(w.k, 1);
-}
+int64_t group_width(const SalientWeight& w) { return w.group_size > 0 ? w.group_size : std::max<int64_t>(w.k, 1); }
 int64_t group_count(const SalientWeight& w) { return w.group_size > 0 ? ceil_div(w.k, w.group_size) : 1; }
 
 // The columns below k of a word.
@@ -78,8 +74,7 @@ bool tile_is_consistent(const SalientWeight& w, int64_t tile) {
 
 // What the salient weights of outputs [begin, end) add: correction[row n + output].
 template <class T>
-void salient_sums(const SalientWeight& w, const T* x, int64_t m, int64_t begin, int64_t end,
-                  float* correction) {
+void salient_sums(const SalientWeight& w, const T* x, int64_t m, int64_t begin, int64_t end, float* correction) {
   const int64_t width = group_width(w);
   std::vector<int64_t> columns;
   std::vector<float> differences;
@@ -105,8 +100,7 @@ void group_totals(const SalientWeight& w, const T* x, int64_t begin, int64_t end
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t group = 0; group < groups; ++group) {
       float sum = 0.0f;
-      for (int64_t c = group * width; c < std::min(w.k, (group + 1) * width); ++c)
-        sum += to_float(x[row * w.k + c]);
+      for (int64_t c = group * width; c < std::min(w.k, (group + 1) * width); ++c) sum += to_float(x[row * w.k + c]);
       totals[row * groups + group] = sum;
     }
   }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The partially binarised weight: signs with a scale and a mean for most weights, and a scattered set of
-// salient ones that keep 8 bits or a float16 (layout.h). Its product with float activations, and its dense
-// form.
+// The partially binarised weight: signs with a scale and a mean for most weights, and a scattered set of salient ones
+// that keep 8 bits or a float16 (layout.h). Its product with float activations, and its dense form.
 //   w[r, c] = salient(r, c) ? value : mu[r, g(c)] + alpha[r, g(c)] b[r, c],   b = -1, +1
 //   value = value_scale[r] (code - value_zero[r]) of a uint8 code, or the float16 itself
 #pragma once

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a core function answers. The core never throws and never prints: the bindings turn a code into a
-// sentence.
+// What a core function answers. The core never throws and never prints: the bindings turn a code into a sentence.
 #pragma once
 
 namespace bitmill {

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// All that a core test needs: CHECK prints the place of a failure and counts it, so one run shows every
-// failure.
+// All that a core test needs: CHECK prints the place of a failure and counts it, so one run shows every failure.
 #pragma once
 
 #include <cstdio>

@@ -39,8 +39,7 @@ template <class Test>
 std::vector<int32_t> rows_of(const std::vector<int8_t>& levels, int64_t m, int64_t k, const Test& test) {
   std::vector<int32_t> words(m * word_count(k));
   for (int64_t i = 0; i < m * k; ++i) {
-    if (test(levels[i]))
-      words[i / k * word_count(k) + i % k / 32] |= static_cast<int32_t>(1u << (i % k % 32));
+    if (test(levels[i])) words[i / k * word_count(k) + i % k / 32] |= static_cast<int32_t>(1u << (i % k % 32));
   }
   return words;
 }
@@ -154,8 +153,7 @@ void multiplies(const Problem& problem) {
       for (int64_t o = 0; o < n; ++o) {
         double want = bias[o], magnitude = std::fabs(bias[o]);
         for (int64_t c = 0; c < k; ++c) {
-          const double term =
-              static_cast<double>(scale[o * groups + c / width]) * x[i * k + c] * w[o * k + c];
+          const double term = static_cast<double>(scale[o * groups + c / width]) * x[i * k + c] * w[o * k + c];
           want += term;
           magnitude += std::fabs(term);
         }
@@ -170,14 +168,8 @@ void multiplies(const Problem& problem) {
 
 int main() {
   for (const int64_t k : {0, 1, 31, 32, 33, 64, 65, 100, 197}) {
-    for (const auto& [m, n] : {std::pair<int64_t, int64_t>{0, 5},
-                               {1, 1},
-                               {2, 15},
-                               {3, 16},
-                               {4, 17},
-                               {5, 64},
-                               {9, 100},
-                               {1, 200}}) {
+    for (const auto& [m, n] :
+         {std::pair<int64_t, int64_t>{0, 5}, {1, 1}, {2, 15}, {3, 16}, {4, 17}, {5, 64}, {9, 100}, {1, 200}}) {
       for (const Operand operand : {Operand::sign, Operand::ternary, Operand::bool_}) {
         multiplies({m, n, k, operand, false, 0});
         multiplies({m, n, k, operand, true, 0});

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every float16 and bfloat16 through float and back; rounding of floats against arithmetic; the instruction
-// sets.
+// Every float16 and bfloat16 through float and back; rounding of floats against arithmetic; the instruction sets.
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -28,13 +27,11 @@ void every_pattern_survives() {
   }
 }
 
-// Between neighbours a < b: what lies below the middle goes to a, above it to b, the middle itself to the
-// even one.
+// Between neighbours a < b: what lies below the middle goes to a, above it to b, the middle itself to the even one.
 template <class T>
 void rounds_to_nearest_even(uint32_t largest) {
   for (uint32_t bits = 0; bits < largest; ++bits) {
-    const float a = to_float(T{static_cast<uint16_t>(bits)}),
-                b = to_float(T{static_cast<uint16_t>(bits + 1)});
+    const float a = to_float(T{static_cast<uint16_t>(bits)}), b = to_float(T{static_cast<uint16_t>(bits + 1)});
     const float middle = static_cast<float>((static_cast<double>(a) + static_cast<double>(b)) / 2);
     const uint32_t even = bits % 2 == 0 ? bits : bits + 1;
     CHECK(rounded<T>(middle) == even);

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Code tables, ties, special values, E8M0, the scale rules of MXFP4, and the product against a double
-// reference.
+// Code tables, ties, special values, E8M0, the scale rules of MXFP4, and the product against a double reference.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -164,8 +163,7 @@ void test_e8m0() {
 int scale_of(float amax, ScaleRule rule) {
   const float x[3] = {0.0f, -amax, amax / 2};
   uint8_t packed[2], scale;
-  Mxfp4QuantizeParams p{
-      .x = x, .m = 1, .k = 3, .row_stride = 3, .rule = rule, .packed = packed, .scale = &scale};
+  Mxfp4QuantizeParams p{.x = x, .m = 1, .k = 3, .row_stride = 3, .rule = rule, .packed = packed, .scale = &scale};
   CHECK(mxfp4_quantize(p) == Status::ok);
   return scale;
 }

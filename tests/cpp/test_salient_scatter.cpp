@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The partially binarised product and its dense form against a double reference, and arrays that contradict
-// each other.
+// The partially binarised product and its dense form against a double reference, and arrays that contradict each other.
 #include <algorithm>
 #include <cmath>
 #include <random>
