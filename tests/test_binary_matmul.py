@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitmill import ops
+from bitmill.ops._library import failure
 from bitmill.ops.binary_matmul import (
     SURROGATES,
     _binary_linear_reference,
@@ -250,6 +251,23 @@ def test_binary_weight_linear_equals_default(dtype: torch.dtype, zeros: bool) ->
             assert_same_bits(got, answers[0][1], "the order of summation is the same everywhere")
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_binary_weight_linear_of_special_values(dtype: torch.dtype) -> None:
+    """NaN and infinity reach the outputs that they belong to, on every machine; a weight of 0 times infinity is NaN."""
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-45, 3e38])
+    for zeros, k in itertools.product((False, True), (33, 200)):
+        _, weight, scale, _, nonzero, *_ = linear_arguments(1, 20, k, zeros=zeros)
+        x = torch.randn(12, k)
+        x[torch.arange(12), torch.randint(k, (12,))] = special.repeat(2)
+        arguments = (x.to(dtype), weight, scale, None, nonzero, 0)
+        want = _binary_weight_linear_reference(*arguments)
+        answers = on_every_machine(lambda: ops.binary_weight_linear(*arguments))  # noqa: B023
+        for machine, got in answers:
+            assert_same_bits(got, answers[0][1], machine)
+            assert torch.equal(got.isnan(), want.isnan()), machine
+            assert torch.equal(got.isinf() * got.sign().nan_to_num(), want.isinf() * want.sign().nan_to_num()), machine
+
+
 def straight_through(arguments: tuple[Any, ...], signs: Tensor) -> Tensor:
     """binary_linear as plain autograd: level forward, the surrogate's slope backward."""
     x, _, scale, bias, _, shift, alpha, levels, row_scale, group_size, surrogate = arguments
@@ -434,8 +452,8 @@ PLANE, TILES = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(2, 2, 16, dtype
 MATMUL_ERRORS: list[tuple[tuple[Any, ...], str]] = [
     ((PLANE, TILES, 17, 65), r"a must have shape \[3, 3\], got \[3, 2\]"),
     ((PLANE, TILES, 33, 40), r"weight must have shape \[3, 2, 16\], got \[2, 2, 16\]; pack the weight"),
-    ((PLANE, TILES, -1, 40), "n and k must not be negative, got n = -1, k = 40"),
-    ((PLANE, TILES, 17, -40), "n and k must not be negative, got n = 17, k = -40"),
+    ((PLANE, TILES, -1, 40), "n must be at least 0 and k between 0 and 16777216, got n = -1, k = 40"),
+    ((PLANE, TILES, 17, -40), "n must be at least 0 and k between 0 and 16777216, got n = 17, k = -40"),
     ((PLANE[0, 0], TILES, 17, 40), "(a|x) must have at least one dimension, got a scalar"),
     ((PLANE.long(), TILES, 17, 40), "a must be int32, got int64"),
     ((PLANE, TILES.to(torch.uint8), 17, 40), "weight must be int32, got uint8"),
@@ -506,3 +524,25 @@ def with_gradients(arguments: tuple[Any, ...], places: tuple[int, ...]) -> tuple
 )
 def test_binary_ops_opcheck(op: str, arguments: tuple[Any, ...]) -> None:
     torch.library.opcheck(getattr(torch.ops.bitmill, op).default, arguments)
+
+
+@pytest.mark.skipif(failure("_ops_cpu") is not None, reason="no compiled kernels")
+def test_bits_past_k_are_refused() -> None:
+    """Kernels count whole words: a bit past k would be a silent wrong number."""
+    k = 40
+    sign, nonzero, _, _ = ops.bitpack(torch.randn(3, k))
+    tiles = ops.tile_pack(torch.ones(5, k, dtype=torch.uint8), 1)
+    dirty, dirty_nonzero, dirty_tiles = sign.clone(), nonzero.clone(), tiles.clone()
+    dirty[2, 1] |= 1 << 8
+    dirty_nonzero[0, 1] |= -(1 << 31)
+    dirty_tiles[0, 1, 4] |= 1 << 20
+    for arguments, name in (
+        ((dirty, tiles, 5, k), "a"),
+        ((sign, tiles, 5, k, dirty_nonzero), "a_nonzero"),
+        ((sign, dirty_tiles, 5, k), "weight"),
+    ):
+        with pytest.raises(ValueError, match=f"bits of {name} past column k = 40 must be 0"):
+            ops.binary_matmul(*arguments)
+    for op in (ops.binary_linear, ops.binary_weight_linear):
+        with pytest.raises(ValueError, match="bits of weight past column"):
+            op(torch.randn(3, k), dirty_tiles, torch.ones(5, 1))

@@ -218,7 +218,11 @@ def _error_cases() -> list:
         (ops.fp4_linear, (a["x"], w, s, None, "e2m1", 8), r"scale must have shape \[4, 5\], got \[4, 1\]"),
         (ops.fp4_linear, (a["x"], w, s, None, "e2m1", 0, s), r"codebook must have shape \[16\], got \[4, 1\]"),
         (ops.fp4_linear, (a["x"], w, s.to("meta")), "fp4_linear: .* must be on"),
-        (ops.fp4_weight, (w, s, 4, -1), "fp4_weight: n and k must not be negative, got n = 4, k = -1"),
+        (
+            ops.fp4_weight,
+            (w, s, 4, -1),
+            "fp4_weight: n must be at least 0 and k between 0 and 16777216, got n = 4, k = -1",
+        ),
         (ops.fp4_weight, (w, s, 4, 48), r"fp4_weight: weight must have shape \[1, 6, 16\]"),
         (ops.code_values, ("e5m2",), "code_values: format must be"),
     ]

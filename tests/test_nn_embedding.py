@@ -98,6 +98,14 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert moved.weight.dtype == torch.int32 and moved(IDS).dtype == dtype
 
 
+def test_autocast_changes_nothing() -> None:
+    for layer in (table(BinaryConfig()), table(BinaryConfig()).pack()):
+        want = layer(IDS)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = layer(IDS)
+        assert got.dtype == want.dtype and torch.equal(got, want)
+
+
 @pytest.mark.parametrize("option", ["max_norm", "sparse", "scale_grad_by_freq"])
 def test_options_that_would_be_lost_are_refused(option: str) -> None:
     embedding = nn.Embedding(4, 8, **{option: 1.0 if option == "max_norm" else True})

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bitmill
+from bitmill.nn import BinaryLinear
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(bitmill.__file__).parent
@@ -75,15 +77,18 @@ def test_without_compiled_libraries_the_default_kernels_serve() -> None:
 import torch, bitmill
 from bitmill.nn import BinaryLinear
 torch.manual_seed(0)
-layer = BinaryLinear(70, 20).eval()
-x = torch.randn(3, 70)
+layer, x = BinaryLinear(70, 20).eval(), torch.randn(3, 70)
 assert torch.equal(layer.pack()(x), layer(x))
+print("result", layer.pack()(x).view(torch.int32).tolist())
 assert torch.ops.bitmill.binary_linear.default is not None
 assert bitmill.cli.main(["info"]) == 0
 """.replace("import torch, bitmill\n", "import torch, bitmill, bitmill.cli\n")
     )
     output = _run(code)
     assert output.count("the compiled CPU kernels are not in use") == 1
+    torch.manual_seed(0)
+    layer, x = BinaryLinear(70, 20).eval(), torch.randn(3, 70)
+    assert f"result {layer.pack()(x).view(torch.int32).tolist()}\n" in output, "every bit of the compiled result"
     assert "bitmill._ops_cpu is hidden" in output
     assert re.search(r"binary_linear +torch", output)
 

@@ -14,6 +14,25 @@ Levels levels_of(const char* op, const std::string& levels) {
   fail(op, ": levels must be \"sign\", \"plus\" or \"bool\", got \"", levels, "\"");
 }
 
+// The kernels count whole words, so bits past k must be 0. `count` last words lie `stride` words apart.
+void check_padding(const char* op, const char* name, const int32_t* last, int64_t count, int64_t stride, int64_t k) {
+  if (k % 32 == 0) return;
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < count; ++i) bits |= static_cast<uint32_t>(last[i * stride]);
+  if (bits >> (k % 32)) fail(op, ": the bits of ", name, " past column k = ", k, " must be 0, got 1; pack it again");
+}
+
+void check_row_padding(const char* op, const char* name, const Tensor& rows, int64_t m, int64_t k) {
+  check_padding(op, name, data<int32_t>(rows) + word_count(k) - 1, m, word_count(k), k);
+}
+
+void check_tile_padding(const char* op, const char* name, const Tensor& tiles, int64_t n, int64_t k) {
+  for (int64_t tile = 0; k > 0 && tile < tile_count(n); ++tile) {
+    const int32_t* last = data<int32_t>(tiles) + ((tile + 1) * word_count(k) - 1) * kTileRows;
+    check_padding(op, name, last, kTileRows, 1, k);
+  }
+}
+
 struct Packed {
   Tensor sign, nonzero, count, mean;
 };
@@ -79,7 +98,8 @@ Tensor tile_pack_cpu(Tensor codes, int64_t bits) {
 }
 
 Tensor tile_unpack_cpu(Tensor tiles, int64_t n, int64_t k, int64_t bits) {
-  if (n < 0 || k < 0 || k > kMaxColumns) fail("tile_unpack: n and k must not be negative, got n = ", n, ", k = ", k);
+  if (n < 0 || k < 0 || k > kMaxColumns)
+    fail("tile_unpack: n must be at least 0 and k between 0 and 16777216, got n = ", n, ", k = ", k);
   const Sizes sizes = tile_sizes(n, k, tile_bits("tile_unpack", bits));
   const Tensor words = checked("tile_unpack", "tiles", tiles, ScalarType::Int, sizes);
   const Tensor codes = new_tensor(words, {n, k}, ScalarType::Byte);
@@ -93,13 +113,17 @@ Tensor binary_matmul_cpu(Tensor a, Tensor weight, int64_t n, int64_t k, std::opt
                          std::optional<Tensor> weight_nonzero, std::string levels) {
   const char* op = "binary_matmul";
   const Levels kind = levels_of(op, levels);
-  if (n < 0 || k < 0 || k > kMaxColumns) fail(op, ": n and k must not be negative, got n = ", n, ", k = ", k);
+  if (n < 0 || k < 0 || k > kMaxColumns)
+    fail(op, ": n must be at least 0 and k between 0 and 16777216, got n = ", n, ", k = ", k);
   if (a_nonzero && kind != Levels::sign) fail(op, ": a_nonzero goes with levels=\"sign\" only, got \"", levels, "\"");
   const Rows rows = rows_of(op, a);
   checked(op, "a", a, ScalarType::Int, with_last(rows.leading, word_count(k)));
   const auto nonzero = checked(op, "a_nonzero", a_nonzero, ScalarType::Int, sizes_of(a));
   const Tensor tiles = checked(op, "weight", weight, ScalarType::Int, tile_sizes(n, k), kPackRemedy);
   const auto tiles_nonzero = checked(op, "weight_nonzero", weight_nonzero, ScalarType::Int, tile_sizes(n, k));
+  check_tile_padding(op, "weight", tiles, n, k);
+  if (k > 0) check_row_padding(op, "a", rows.x, rows.m, k);
+  if (k > 0 && nonzero) check_row_padding(op, "a_nonzero", *nonzero, rows.m, k);
   const Tensor dot = new_tensor(rows.x, with_last(rows.leading, n), ScalarType::Int);
   BinaryMatmulParams p;
   p.a = data<int32_t>(rows.x);
@@ -128,6 +152,7 @@ Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Te
   const Tensor scale_rows = checked(op, "scale", scale, ScalarType::Float, scales);
   const Tensor tiles = checked(op, "weight", weight, ScalarType::Int, tile_sizes(n, k), kPackRemedy);
   const auto tiles_nonzero = checked(op, "weight_nonzero", weight_nonzero, ScalarType::Int, tile_sizes(n, k));
+  check_tile_padding(op, "weight", tiles, n, k);
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
   const auto step = checked(op, "alpha", alpha, ScalarType::Float, {});
   const double threshold = (step ? *data<float>(*step) : 1.0f) / 2;
@@ -162,6 +187,7 @@ Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::opti
   const Tensor scale_rows = checked(op, "scale", scale, ScalarType::Float, scales);
   const Tensor tiles = checked(op, "weight", weight, ScalarType::Int, tile_sizes(n, k), kPackRemedy);
   const auto tiles_nonzero = checked(op, "weight_nonzero", weight_nonzero, ScalarType::Int, tile_sizes(n, k));
+  check_tile_padding(op, "weight", tiles, n, k);
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
   const Tensor out = new_tensor(rows.x, with_last(rows.leading, n), x.scalar_type());
   BinaryWeightMatmulParams p;

@@ -178,7 +178,8 @@ Tensor fp4_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tenso
 Tensor fp4_weight_cpu(Tensor weight, Tensor scale, int64_t n, int64_t k, std::string format, int64_t group_size,
                       std::optional<Tensor> codebook) {
   const char* op = "fp4_weight";
-  if (n < 0 || k < 0 || k > kMaxColumns) fail(op, ": n and k must not be negative, got n = ", n, ", k = ", k);
+  if (n < 0 || k < 0 || k > kMaxColumns)
+    fail(op, ": n must be at least 0 and k between 0 and 16777216, got n = ", n, ", k = ", k);
   const WeightArguments arguments = weight_arguments(op, weight, scale, n, k, format, group_size, codebook);
   const Tensor values = new_tensor(arguments.tiles, {n, k}, ScalarType::Float);
   require(op, fp4_weight(arguments.weight(n, k, group_size), mutable_data<float>(values), torch_parallel_for));

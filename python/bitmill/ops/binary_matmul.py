@@ -135,7 +135,10 @@ def _binary_weight_linear_reference(
 def _check_binary_matmul(a, weight, n, k, a_nonzero, weight_nonzero, levels) -> None:
     op = "binary_matmul"
     check_one_of(op, "levels", levels, LEVELS)
-    require(n >= 0 and 0 <= k <= MAX_COLUMNS, f"{op}: n and k must not be negative, got n = {n}, k = {k}")
+    require(
+        n >= 0 and 0 <= k <= MAX_COLUMNS,
+        f"{op}: n must be at least 0 and k between 0 and 16777216, got n = {n}, k = {k}",
+    )
     require(a_nonzero is None or levels == "sign", f'{op}: a_nonzero goes with levels="sign" only, got "{levels}"')
     require(a.dim() >= 1, f"{op}: a must have at least one dimension, got a scalar")
     check_tensor(op, "a", a, torch.int32, [*a.shape[:-1], ceil_div(k, 32)], a)

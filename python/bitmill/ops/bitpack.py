@@ -146,7 +146,10 @@ def _check_tile_pack(codes: Tensor, bits: int) -> None:
 
 def _check_tile_unpack(tiles: Tensor, n: int, k: int, bits: int) -> None:
     _check_bits("tile_unpack", bits)
-    require(n >= 0 and 0 <= k <= MAX_COLUMNS, f"tile_unpack: n and k must not be negative, got n = {n}, k = {k}")
+    require(
+        n >= 0 and 0 <= k <= MAX_COLUMNS,
+        f"tile_unpack: n must be at least 0 and k between 0 and 16777216, got n = {n}, k = {k}",
+    )
     check_tensor("tile_unpack", "tiles", tiles, torch.int32, tile_shape(n, k, bits), tiles)
 
 

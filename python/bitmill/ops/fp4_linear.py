@@ -67,7 +67,10 @@ def _check_fp4_weight(
     op: str, weight: Tensor, scale: Tensor, n: int, k: int, format: str, group_size: int, codebook: Tensor | None
 ) -> None:
     check_one_of(op, "format", format, tuple(FORMATS))
-    require(n >= 0 and 0 <= k <= MAX_COLUMNS, f"{op}: n and k must not be negative, got n = {n}, k = {k}")
+    require(
+        n >= 0 and 0 <= k <= MAX_COLUMNS,
+        f"{op}: n must be at least 0 and k between 0 and 16777216, got n = {n}, k = {k}",
+    )
     valid = group_size >= 0 and group_size % 8 == 0
     require(valid, f"{op}: group_size must be 0 or a positive multiple of 8, got {group_size}")
     valid = scale.dtype in (torch.float32, torch.uint8)
