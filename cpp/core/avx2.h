@@ -19,7 +19,8 @@ static inline __m256 load8(const Float16* x) {
 
 static inline void store8(float* out, __m256 value) { _mm256_storeu_ps(out, value); }
 static inline void store8(Float16* out, __m256 value) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 static inline void store8(BFloat16* out, __m256 value) {
   const __m256i bits = _mm256_castps_si256(value);

@@ -70,6 +70,33 @@ void binary_matmul_tiles_generic(const BinaryMatmulParams& p, int64_t begin, int
   }
 }
 
+namespace {
+
+struct Kernel {
+  void (*tiles)(const BinaryMatmulParams&, int64_t, int64_t);
+  double nanoseconds_per_word;  // of one row and one output
+};
+
+Kernel choose_kernel() {
+  switch (selected()) {
+#ifdef BITMILL_NEON
+    case InstructionSet::neon:
+      return {binary_matmul_tiles_neon, 0.2};
+#endif
+#ifdef BITMILL_AVX2
+    case InstructionSet::avx2:
+      return {binary_matmul_tiles_avx2, 0.08};
+#endif
+#ifdef BITMILL_AVX512
+    case InstructionSet::avx512:
+      return {binary_matmul_tiles_avx512, 0.03};
+#endif
+    default:
+      return {binary_matmul_tiles_generic, 1.0};
+  }
+}
+
+}  // namespace
 }  // namespace detail
 
 Status binary_matmul(const BinaryMatmulParams& p) {
@@ -78,17 +105,10 @@ Status binary_matmul(const BinaryMatmulParams& p) {
   if (p.m == 0 || p.n == 0) return Status::ok;  // an array without elements may be null, here and below
   if (p.k > 0 && (p.operand == Operand::ternary) != (p.a_nonzero != nullptr)) return Status::bad_argument;
   if (!p.dot && (!p.out || (p.k > 0 && !p.scale))) return Status::bad_argument;
-  auto* tiles = detail::binary_matmul_tiles_generic;
-  double nanoseconds_per_word = 1.0;
-#ifdef BITMILL_AVX512
-  if (selected() == InstructionSet::avx512) {
-    tiles = detail::binary_matmul_tiles_avx512;
-    nanoseconds_per_word = 0.03;
-  }
-#endif
+  const auto [tiles, nanoseconds_per_word] = detail::choose_kernel();
   const double words = static_cast<double>(p.m) * static_cast<double>(word_count(p.k) + 2) * kTileRows;
   split(p.parallel_for, tile_count(p.n), words * nanoseconds_per_word,
-        [&](int64_t begin, int64_t end) { tiles(p, begin, end); });
+        [&, tiles = tiles](int64_t begin, int64_t end) { tiles(p, begin, end); });
   return Status::ok;
 }
 

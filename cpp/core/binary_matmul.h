@@ -53,6 +53,8 @@ Status binary_weight_matmul(const BinaryWeightMatmulParams& params);
 namespace detail {
 // Tiles [begin, end) of the output columns, all rows.
 void binary_matmul_tiles_generic(const BinaryMatmulParams& params, int64_t begin, int64_t end);
+void binary_matmul_tiles_neon(const BinaryMatmulParams& params, int64_t begin, int64_t end);
+void binary_matmul_tiles_avx2(const BinaryMatmulParams& params, int64_t begin, int64_t end);
 void binary_matmul_tiles_avx512(const BinaryMatmulParams& params, int64_t begin, int64_t end);
 void binary_weight_matmul_tiles_avx512(const BinaryWeightMatmulParams& params, int64_t begin, int64_t end);
 }  // namespace detail

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Binary products with AVX2, which cannot count bits: 4 columns of 32 outputs are one vpshufb whose table the activation
-// chooses. A table row answers pc((s ^ w) & z) for the 16 values of four weight bits w; s and z are four sign and four
-// nonzero bits of the activation, so 256 rows (4 KB) serve every operand. That is one shuffle and one byte addition for
-// 128 products, against eight instructions for 256 with the usual nibble count.
-// Both operands are prepared: activations become table offsets, once for a block of rows; weights become one vector of 32
-// nibbles for every 4 columns, once for a block of outputs and those rows. Bit-equal to the generic form, epilogue
-// included. Weights with zeros are rare and take the generic form.
+// Binary products with AVX2, which cannot count bits: 4 columns of 32 outputs are one vpshufb whose table the
+// activation chooses. A table row answers pc((s ^ w) & z) for the 16 values of four weight bits w; s and z are four
+// sign and four nonzero bits of the activation, so 256 rows (4 KB) serve every operand. That is one shuffle and one
+// byte addition for 128 products, against eight instructions for 256 with the usual nibble count. Both operands are
+// prepared: activations become table offsets, once for a block of rows; weights become one vector of 32 nibbles for
+// every 4 columns, once for a block of outputs and those rows. Bit-equal to the generic form, epilogue included.
+// Weights with zeros are rare and take the generic form.
 #include "avx2.h"
 #include "binary_tiles.h"
 
 namespace bitmill::detail {
 namespace {
 
-constexpr int kColumns = 64;               // outputs side by side: two vectors of 32 bytes
+constexpr int kColumns = 64;  // outputs side by side: two vectors of 32 bytes
 constexpr int kTiles = kColumns / kTileRows;
 constexpr int64_t kByteWords = 7;          // words that a byte can count: 7 * 32 < 256
 constexpr int64_t kShortWords = 2047;      // words that 16 bits can count
@@ -170,24 +170,21 @@ void block(const BinaryTask& task, const OutputBlock<kColumns>& outputs, int64_t
 
 void binary_matmul_tiles_avx2(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
   if (p.weight_nonzero || p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
-  const int64_t words = word_count(p.k);
-  const int64_t group_words = p.group_size > 0 && !p.dot ? p.group_size / 32 : words;
-  const int64_t groups = ceil_div(words, group_words);
-  const BinaryTask task{p, words, groups, group_words, new int32_t[p.m * groups]};
-  count_present(task);
+  const BinaryTask task = make_task(p);
+  const int64_t words = task.words;
   int64_t block_rows = kOffsetBytes / (16 * words) / 4 * 4;
   if (block_rows < 4) block_rows = 4;
   if (block_rows > p.m) block_rows = p.m;
   Line* nibbles = new Line[8 * words];
   uint16_t* offsets = new uint16_t[8 * words * block_rows];
   OutputBlock<kColumns> outputs;
-  outputs.scale = new float[groups * kColumns];
+  outputs.scale = new float[task.groups * kColumns];
   for (int64_t top = 0; top < p.m; top += block_rows) {
     const int64_t bottom = top + block_rows < p.m ? top + block_rows : p.m;
     make_offsets(p, top * words, bottom * words, offsets);
     for (int64_t tile = begin; tile < end; tile += kTiles) {
       split_tiles(task, tile, end, nibbles->bytes);
-      load_block(task, tile * kTileRows, outputs);
+      load_block(task, tile, end, outputs);
       int64_t row = top;
       const auto at = [&](int64_t r) { return offsets + (r - top) * 8 * words; };
       for (; row + 4 <= bottom; row += 4) block<4>(task, outputs, row, at(row), nibbles->bytes);

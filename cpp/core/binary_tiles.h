@@ -35,27 +35,34 @@ static inline uint32_t nonzero_word(const BinaryMatmulParams& p, int64_t word) {
   return static_cast<uint32_t>(p.operand == Operand::ternary ? p.a_nonzero[word] : p.a[word]);
 }
 
-static inline void count_present(const BinaryTask& task) {
-  const BinaryMatmulParams& p = task.p;
+// The caller deletes `present`.
+static inline BinaryTask make_task(const BinaryMatmulParams& p) {
+  const int64_t words = word_count(p.k);
+  const int64_t group_words = p.group_size > 0 && !p.dot ? p.group_size / 32 : words;
+  const int64_t groups = ceil_div(words, group_words);
+  const BinaryTask task{p, words, groups, group_words, new int32_t[p.m * groups]};
   for (int64_t row = 0; row < p.m; ++row) {
-    for (int64_t group = 0; group < task.groups; ++group) {
-      const int64_t begin = group * task.group_words, end = task.group_end(group);
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t begin = group * group_words, end = task.group_end(group);
       int64_t count = 0;
       if (p.operand == Operand::sign) {  // the pad of both operands is 0, so it is never opposite
         count = (32 * end < p.k ? 32 * end : p.k) - 32 * begin;
       } else {
-        for (int64_t w = begin; w < end; ++w) count += __builtin_popcount(nonzero_word(p, row * task.words + w));
+        for (int64_t w = begin; w < end; ++w) count += __builtin_popcount(nonzero_word(p, row * words + w));
       }
-      task.present[row * task.groups + group] = static_cast<int32_t>(count);
+      task.present[row * groups + group] = static_cast<int32_t>(count);
     }
   }
+  return task;
 }
 
+// The block that begins with `tile`. Tiles from `end` on belong to somebody else.
 template <int columns>
-static void load_block(const BinaryTask& task, int64_t first, OutputBlock<columns>& block) {
+static void load_block(const BinaryTask& task, int64_t tile, int64_t end, OutputBlock<columns>& block) {
   const BinaryMatmulParams& p = task.p;
+  const int64_t first = tile * kTileRows, left = (p.n < end * kTileRows ? p.n : end * kTileRows) - first;
   block.first = first;
-  block.count = p.n - first < columns ? p.n - first : columns;
+  block.count = left < columns ? left : columns;
   if (p.dot) return;
   for (int64_t i = 0; i < columns; ++i) {
     const bool inside = i < block.count;

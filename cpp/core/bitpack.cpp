@@ -58,16 +58,35 @@ void bitpack_rows_generic(const BitpackParams& p, int64_t begin, int64_t end) {
   with_dtype(p.dtype, p.x, [&](const auto* x) { pack_rows(p, x, begin, end); });
 }
 
+namespace {
+
+auto* choose_kernel() {
+  switch (selected()) {
+#ifdef BITMILL_NEON
+    case InstructionSet::neon:
+      return bitpack_rows_neon;
+#endif
+#ifdef BITMILL_AVX2
+    case InstructionSet::avx2:
+      return bitpack_rows_avx2;
+#endif
+#ifdef BITMILL_AVX512
+    case InstructionSet::avx512:
+      return bitpack_rows_avx512;
+#endif
+    default:
+      return bitpack_rows_generic;
+  }
+}
+
+}  // namespace
 }  // namespace detail
 
 Status bitpack(const BitpackParams& p) {
   if (p.m < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
   const bool has_words = p.m > 0 && p.k > 0;  // an array without elements may be null
   if (has_words && (p.levels == Levels::sign) != (p.nonzero != nullptr)) return Status::bad_argument;
-  auto* rows = detail::bitpack_rows_generic;
-#ifdef BITMILL_AVX512
-  if (selected() == InstructionSet::avx512) rows = detail::bitpack_rows_avx512;
-#endif
+  auto* rows = detail::choose_kernel();
   const double nanoseconds = static_cast<double>(p.k) * 0.05;
   split(p.parallel_for, p.m, nanoseconds, [&](int64_t begin, int64_t end) { rows(p, begin, end); });
   return Status::ok;

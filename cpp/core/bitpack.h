@@ -45,6 +45,8 @@ float mean_by_halves(float* z, int64_t k);
 
 namespace detail {
 void bitpack_rows_generic(const BitpackParams& params, int64_t begin, int64_t end);
+void bitpack_rows_neon(const BitpackParams& params, int64_t begin, int64_t end);
+void bitpack_rows_avx2(const BitpackParams& params, int64_t begin, int64_t end);
 void bitpack_rows_avx512(const BitpackParams& params, int64_t begin, int64_t end);
 }  // namespace detail
 

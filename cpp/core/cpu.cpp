@@ -8,7 +8,13 @@
 namespace bitmill {
 namespace {
 
-InstructionSet detect() { return available(InstructionSet::avx512) ? InstructionSet::avx512 : InstructionSet::generic; }
+InstructionSet detect() {
+  InstructionSet widest = InstructionSet::generic;
+  for (const InstructionSet set : kInstructionSets) {
+    if (available(set)) widest = set;
+  }
+  return widest;
+}
 
 std::atomic<InstructionSet>& choice() {
   static std::atomic<InstructionSet> value{detect()};
@@ -17,18 +23,49 @@ std::atomic<InstructionSet>& choice() {
 
 }  // namespace
 
-const char* name(InstructionSet set) { return set == InstructionSet::avx512 ? "avx512" : "generic"; }
+const char* name(InstructionSet set) {
+  switch (set) {
+    case InstructionSet::generic:
+      return "generic";
+    case InstructionSet::neon:
+      return "neon";
+    case InstructionSet::avx2:
+      return "avx2";
+    case InstructionSet::avx512:
+      return "avx512";
+  }
+  return "unknown";
+}
 
 bool available(InstructionSet set) {
-  if (set == InstructionSet::generic) return true;
-#ifdef BITMILL_AVX512
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vpopcntdq");
+  switch (set) {
+    case InstructionSet::generic:
+      return true;
+    case InstructionSet::neon:
+#ifdef BITMILL_NEON
+      return true;
 #else
-  return false;
+      return false;
 #endif
+    case InstructionSet::avx2:
+#ifdef BITMILL_AVX2
+      __builtin_cpu_init();
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+             __builtin_cpu_supports("popcnt");
+#else
+      return false;
+#endif
+    case InstructionSet::avx512:
+#ifdef BITMILL_AVX512
+      __builtin_cpu_init();
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512vpopcntdq");
+#else
+      return false;
+#endif
+  }
+  return false;
 }
 
 InstructionSet best() { return detect(); }

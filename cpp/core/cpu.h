@@ -6,10 +6,14 @@ namespace bitmill {
 
 enum class InstructionSet {
   generic,  // plain C++20
+  neon,     // every aarch64
+  avx2,     // AVX2, FMA, F16C and POPCNT (Haswell, Zen and later)
   avx512,   // AVX-512 F, BW, DQ, VL and VPOPCNTDQ (Ice Lake, Zen 4 and later)
 };
 
-inline constexpr InstructionSet kInstructionSets[] = {InstructionSet::generic, InstructionSet::avx512};
+// The widest last.
+inline constexpr InstructionSet kInstructionSets[] = {InstructionSet::generic, InstructionSet::neon,
+                                                      InstructionSet::avx2, InstructionSet::avx512};
 
 const char* name(InstructionSet set);
 bool available(InstructionSet set);
@@ -22,8 +26,13 @@ struct KernelRow {
   InstructionSet set;
   const char* function;
 };
-inline constexpr KernelRow kKernels[] = {{InstructionSet::avx512, "bitpack"},
+inline constexpr KernelRow kKernels[] = {{InstructionSet::neon, "bitpack"},
+                                         {InstructionSet::neon, "binary_matmul"},
+                                         {InstructionSet::avx2, "bitpack"},
+                                         {InstructionSet::avx2, "binary_matmul"},
+                                         {InstructionSet::avx512, "bitpack"},
                                          {InstructionSet::avx512, "binary_matmul"},
-                                         {InstructionSet::avx512, "binary_weight_linear"}};
+                                         {InstructionSet::avx512, "binary_weight_linear"},
+                                         {InstructionSet::avx512, "fp4_linear"}};
 
 }  // namespace bitmill

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <bit>
 
+#include "cpu.h"
 #include "layout.h"
 #include "panel_matmul.h"
 
@@ -181,10 +182,27 @@ Status fp4_weight(const Fp4Weight& w, float* values, ParallelFor parallel_for) {
   return Status::ok;
 }
 
+#ifdef BITMILL_AVX512
+// bfloat16 rows enough to fill a block, times 16 values that bfloat16 holds exactly, on a machine that multiplies them.
+static bool multiplies_in_bfloat16(const Fp4MatmulParams& p) {
+  const float* table = p.weight.table;
+  return p.dtype == Dtype::bf16 && p.m >= 4 && __builtin_cpu_supports("avx512bf16") &&
+         std::all_of(table, table + 16, [](float value) { return (std::bit_cast<uint32_t>(value) & 0xFFFFu) == 0; });
+}
+#endif
+
 Status fp4_matmul(const Fp4MatmulParams& p) {
   if (p.m < 0) return Status::bad_size;
   if (const Status status = detail::check(p.weight); status != Status::ok) return status;
   const Fp4Weight& w = p.weight;
+#ifdef BITMILL_AVX512
+  if (selected() == InstructionSet::avx512 && p.m > 0 && w.k > 0) {
+    const double nanoseconds = static_cast<double>(p.m + 2) * static_cast<double>(w.k) * kTileRows * 0.02;
+    auto* tiles = multiplies_in_bfloat16(p) ? detail::fp4_matmul_tiles_avx512bf16 : detail::fp4_matmul_tiles_avx512;
+    split(p.parallel_for, tile_count(w.n), nanoseconds, [&](int64_t begin, int64_t end) { tiles(p, begin, end); });
+    return Status::ok;
+  }
+#endif
   const detail::PanelShape shape{p.m, w.n, w.k, w.group_size};
   const int64_t groups = shape.groups();
   const auto decode = [&](int64_t tile, int64_t begin, int64_t end, float* panel) {

@@ -179,6 +179,9 @@ namespace detail {
 // Rows [begin, end). Answers whether there was a NaN.
 bool fp4_cast_rows_generic(const Fp4CastParams& params, int64_t begin, int64_t end);
 void mxfp4_quantize_rows_generic(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
+// Tiles [begin, end) of the output columns, all rows; m and k above 0.
+void fp4_matmul_tiles_avx512(const Fp4MatmulParams& params, int64_t begin, int64_t end);
+void fp4_matmul_tiles_avx512bf16(const Fp4MatmulParams& params, int64_t begin, int64_t end);
 }  // namespace detail
 
 }  // namespace bitmill

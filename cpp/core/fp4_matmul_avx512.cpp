@@ -6,12 +6,13 @@
 namespace bitmill::detail {
 namespace {
 
-constexpr int kSingleTiles = 8;        // tiles side by side for a single row
+constexpr int kSingleTiles = 8;         // tiles side by side for a single row
 constexpr int64_t kPrefetchWords = 32;  // how far ahead a single row asks for its codes: 2 KiB a tile
 
 struct FloatPath {
   using Values = __m512;
   static constexpr int kSteps = 8;
+  static constexpr bool kSingles = true;
   __m512 table;
 
   static int64_t fours(int64_t rows) { return rows / 4 * 4; }

@@ -9,6 +9,7 @@ namespace {
 
 struct HalfPath {
   using Values = __m512i;
+  static constexpr bool kSingles = false;
   static constexpr int kSteps = 4;  // step j takes columns 8 w + j and 8 w + 4 + j of word w
   __m512i table;                    // twice: vpermw takes 5 bits
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the FP4 products with AVX-512 share: blocks of 8 or 4 activation rows times 2 or 4 tiles. A table lookup decodes the
-// 16 outputs of a tile once for all rows of a block. A `Path` decides how activations are stored and multiplied:
+// What the FP4 products with AVX-512 share: blocks of 8 or 4 activation rows times 2 or 4 tiles. A table lookup decodes
+// the 16 outputs of a tile once for all rows of a block. A `Path` decides how activations are stored and multiplied:
+//   kSingles                   whether the last 1 to 3 rows are taken one by one, by pack<1> and single<T>
+//   fours(rows)                how many of the last rows, fewer than 8, are taken in fours
 //   kSteps                     lookups a word of 8 codes; a step takes one 32-bit element of each activation row
 //   pack<rows>(x, k, out, n)   n <= rows activation rows to [words][kSteps][rows] elements, zeros past k and n
 //   lookup(codes)              what the lowest bits of each lane stand for
@@ -18,7 +20,7 @@
 
 namespace bitmill::detail {
 
-inline constexpr int64_t kChunkTiles = 8;   // tiles whose scales are expanded together
+inline constexpr int64_t kChunkTiles = 8;    // tiles whose scales are expanded together
 inline constexpr int64_t kPackedRows = 256;  // rows packed together; fewer if k is large
 
 template <class T>
@@ -115,8 +117,7 @@ static inline void expand_scales(const Fp4Weight& w, int64_t groups, int64_t til
 template <class T>
 static inline void finish(const Fp4Task& task, int64_t row, int64_t tile, int64_t group, __m512 sum, float* partial) {
   const __m512 scale = _mm512_loadu_ps(task.scales(tile) + group * kTileRows);
-  const __m512 value =
-      group == 0 ? _mm512_mul_ps(scale, sum) : _mm512_fmadd_ps(scale, sum, _mm512_loadu_ps(partial));
+  const __m512 value = group == 0 ? _mm512_mul_ps(scale, sum) : _mm512_fmadd_ps(scale, sum, _mm512_loadu_ps(partial));
   if (group + 1 < task.groups) return _mm512_storeu_ps(partial, value);
   if (tile >= task.end || row >= task.p.m) return;
   const int64_t column = tile * kTileRows;
@@ -168,8 +169,7 @@ static void block(const Fp4Task& task, const Path& path, int64_t row, int64_t ti
   }
 }
 
-// Tiles [begin, end) of all rows. multiply_rest(task, row, rows, tiles, x) takes the last rows, fewer than 8, whose
-// packed form x (one row after the other, or as pack_rest left it) begins.
+// Tiles [begin, end) of all rows.
 template <class Path, class T>
 static void multiply_tiles(const Fp4MatmulParams& p, const Path& path, int64_t begin, int64_t end) {
   const int64_t words = word_count(p.weight.k, 4);
@@ -186,21 +186,31 @@ static void multiply_tiles(const Fp4MatmulParams& p, const Path& path, int64_t b
     const int64_t rows = p.m - first < most ? p.m - first : most;
     const T* x = static_cast<const T*>(p.x) + first * p.weight.k;
     const int64_t eights = rows / 8 * 8, fours = eights + Path::fours(rows - eights);
-    for (int64_t row = 0; row < eights; row += 8) path.template pack<8>(x + row * p.weight.k, p.weight.k, packed + row * stride, 8);
-    for (int64_t row = eights; row < fours; row += 4) path.template pack<4>(x + row * p.weight.k, p.weight.k, packed + row * stride, rows - row < 4 ? rows - row : 4);
-    for (int64_t row = fours; row < rows; ++row) path.template pack<1>(x + row * p.weight.k, p.weight.k, packed + row * stride, 1);
+    for (int64_t row = 0; row < eights; row += 8)
+      path.template pack<8>(x + row * p.weight.k, p.weight.k, packed + row * stride, 8);
+    for (int64_t row = eights; row < fours; row += 4)
+      path.template pack<4>(x + row * p.weight.k, p.weight.k, packed + row * stride, rows - row < 4 ? rows - row : 4);
+    if constexpr (Path::kSingles) {
+      for (int64_t row = fours; row < rows; ++row)
+        path.template pack<1>(x + row * p.weight.k, p.weight.k, packed + row * stride, 1);
+    }
     for (task.chunk = begin; task.chunk < end; task.chunk += kChunkTiles) {
       const int64_t after = task.chunk + kChunkTiles < end ? task.chunk + kChunkTiles : end;
       for (int64_t tile = task.chunk; tile < after; ++tile) {
         expand_scales(p.weight, task.groups, tile, scale + (tile - task.chunk) * task.groups * kTileRows);
       }
       for (int64_t tile = task.chunk; tile < after; tile += 2) {
-        for (int64_t row = 0; row < eights; row += 8) block<Path, T, 8, 2>(task, path, first + row, tile, packed + row * stride);
+        for (int64_t row = 0; row < eights; row += 8)
+          block<Path, T, 8, 2>(task, path, first + row, tile, packed + row * stride);
       }
       for (int64_t row = eights; row < fours; row += 4) {
-        for (int64_t tile = task.chunk; tile < after; tile += 4) block<Path, T, 4, 4>(task, path, first + row, tile, packed + row * stride);
+        for (int64_t tile = task.chunk; tile < after; tile += 4)
+          block<Path, T, 4, 4>(task, path, first + row, tile, packed + row * stride);
       }
-      for (int64_t row = fours; row < rows; ++row) path.template single<T>(task, first + row, task.chunk, packed + row * stride);
+      if constexpr (Path::kSingles) {
+        for (int64_t row = fours; row < rows; ++row)
+          path.template single<T>(task, first + row, task.chunk, packed + row * stride);
+      }
     }
   }
   delete_aligned(scale);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The binary products against sums of single products, on every instruction set this machine has and with the
 // work split in parts, with buffers of exactly the needed size.
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <random>
 #include <vector>
 

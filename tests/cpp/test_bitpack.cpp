@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packing against single values, on every instruction set this machine has, with buffers of exactly the needed size.
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
@@ -89,8 +88,6 @@ void packs(Dtype dtype, int64_t m, int64_t k, int64_t stride, bool shifted, Leve
     if (!select(set)) continue;
     const Result got = pack(x, dtype, m, k, stride, row_shift, levels);
     CHECK(got.sign == want.sign && got.nonzero == want.nonzero && got.count == want.count);
-    CHECK(std::memcmp(got.mean.data(), want.mean.data(), 4 * got.mean.size()) == 0 || std::isnan(want.mean[0]) ||
-          m > 1);
     for (int64_t row = 0; row < m; ++row) {
       CHECK(got.mean[row] == want.mean[row] || (std::isnan(got.mean[row]) && std::isnan(want.mean[row])));
     }
