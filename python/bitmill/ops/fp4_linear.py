@@ -3,7 +3,8 @@
 
 fp4_weight: w[o, j] = scale[o, j / group_size] table[code[o, j]], float32; table is the format's (fp4.py) or a codebook.
 fp4_linear: y = sum_g scale[o, g] sum_{j in g} table[code[o, j]] x[.., j] + bias, float32 accumulation.
-The weight is tiles of codes, tile_pack(codes, 4); a scale is float32 or E8M0 bytes.
+The weight is tiles of codes, tile_pack(codes, 4); a scale is float32 or E8M0 bytes. CPUs that multiply bfloat16 do so
+with bfloat16 activations, and take subnormal ones as 0; the products are exact.
 """
 
 from __future__ import annotations
