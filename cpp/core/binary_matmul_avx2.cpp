@@ -55,7 +55,7 @@ void make_offsets(const BinaryMatmulParams& p, int64_t begin, int64_t end, uint1
   }
 }
 
-// One word of two tiles to eight vectors of nibbles, the lowest columns first, two lines' halves apart. Byte j of a
+// One word of two tiles to eight vectors of nibbles, the lowest columns first, kColumns bytes apart. Byte j of a
 // vector is output 0-7, 16-23 (low lane), 8-15, 24-31 (high lane): unpacking to 16 bits then gives outputs in order.
 void split_word(const int32_t* first, const int32_t* second, uint8_t* out) {
   const __m256i gather = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
@@ -119,7 +119,7 @@ void widen(const uint16_t* sums, bool first, int32_t* opposite) {
 template <int rows>
 void count(const BinaryTask& task, const uint16_t* offsets, const uint8_t* nibbles, int64_t begin, int64_t end,
            int32_t (&opposite)[rows][kColumns]) {
-  const int64_t next = 8 * task.words;
+  const int64_t next = rows > 1 ? 8 * task.words : 0;
   alignas(64) uint16_t sums[rows][kColumns];
   for (int64_t run = begin; run < end; run += kShortWords) {
     const int64_t run_end = run + kShortWords < end ? run + kShortWords : end;
@@ -129,15 +129,17 @@ void count(const BinaryTask& task, const uint16_t* offsets, const uint8_t* nibbl
       Row r0{zero, zero}, r1 = r0, r2 = r0, r3 = r0;
       const uint8_t* weight = nibbles + 8 * part * kColumns;
       const uint16_t *o0 = offsets + 8 * part, *stop = offsets + 8 * part_end;
-      for (; o0 < stop; o0 += 4, weight += 4 * kColumns) {
+      const uint16_t *o1 = o0 + next, *o2 = o1 + next, *o3 = o2 + next;
+      for (; o0 < stop; o0 += 4, o1 += 4, o2 += 4, o3 += 4, weight += 4 * kColumns) {
+        asm("" : "+r"(o1), "+r"(o2), "+r"(o3));  // four pointers; otherwise g++ keeps twelve distances from o0
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           const __m256i w0 = load(weight + i * kColumns), w1 = load(weight + i * kColumns + 32);
           step(r0, o0[i], w0, w1);
           if constexpr (rows > 1) {
-            step(r1, o0[i + next], w0, w1);
-            step(r2, o0[i + 2 * next], w0, w1);
-            step(r3, o0[i + 3 * next], w0, w1);
+            step(r1, o1[i], w0, w1);
+            step(r2, o2[i], w0, w1);
+            step(r3, o3[i], w0, w1);
           }
         }
       }
