@@ -78,4 +78,22 @@ bool select(InstructionSet set) {
   return true;
 }
 
+bool has_int8_dot() {
+#ifdef BITMILL_AVX512
+  static const bool has = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+  return has;
+#else
+  return false;
+#endif
+}
+
+bool has_bf16_dot() {
+#ifdef BITMILL_AVX512
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
 }  // namespace bitmill

@@ -186,7 +186,7 @@ Status fp4_weight(const Fp4Weight& w, float* values, ParallelFor parallel_for) {
 // bfloat16 rows enough to fill a block, times 16 values that bfloat16 holds exactly, on a machine that multiplies them.
 static bool multiplies_in_bfloat16(const Fp4MatmulParams& p) {
   const float* table = p.weight.table;
-  return p.dtype == Dtype::bf16 && p.m >= 4 && __builtin_cpu_supports("avx512bf16") &&
+  return p.dtype == Dtype::bf16 && p.m >= 4 && has_bf16_dot() &&
          std::all_of(table, table + 16, [](float value) { return (std::bit_cast<uint32_t>(value) & 0xFFFFu) == 0; });
 }
 #endif

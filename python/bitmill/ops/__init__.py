@@ -17,6 +17,7 @@ from .fp4 import (
     mxfp4_quantize,
 )
 from .fp4_linear import fp4_linear, fp4_weight
+from .int8 import int8_fake_quant, int8_quantize
 from .salient_scatter import salient_linear, salient_weight
 
 _library.load()
@@ -35,6 +36,8 @@ __all__ = [
     "fp4_linear",
     "fp4_uncast",
     "fp4_weight",
+    "int8_fake_quant",
+    "int8_quantize",
     "mxfp4_dequantize",
     "mxfp4_fake_quant",
     "mxfp4_quantize",
