@@ -16,6 +16,7 @@ from bitmill.config import Config
 CONFIGS: list[Config] = [
     *(BinaryConfig(method=m, act_bits=bits) for m in method_names() for bits in (1, 32)),
     BinaryConfig(method="bit", act_bits=2),
+    BinaryConfig(act_bits=32, activations="int8"),
     BinaryConfig(method="bit", signed=False),
     BinaryConfig(zero="plus", group_size=32),
     *(BinaryConfig(method=m, embeddings=True) for m in ("bibert", "bit")),

@@ -32,7 +32,11 @@ FLOAT = (
     BinaryConfig("bibert", act_bits=32, group_size=32),
     BinaryConfig("xnor", act_bits=32, group_size=128),
 )
-CONFIGS = ONE_BIT + FLOAT
+INT8 = (
+    *(BinaryConfig(method, act_bits=32, activations="int8") for method in ("bibert", "bit", "bivit")),
+    BinaryConfig("bibert", act_bits=32, activations="int8", group_size=128),
+)
+CONFIGS = ONE_BIT + FLOAT + INT8
 
 
 def name(config: BinaryConfig) -> str:
@@ -83,8 +87,8 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def assert_agree(got: Tensor, want: Tensor, config: BinaryConfig, what: str = "") -> None:
-    """The promise of training against packed form: every bit with 1-bit activations, else the order of summation."""
-    if config.act_bits == 1:
+    """The promise of training against packed form: every bit with integer activations, else the order of summation."""
+    if config.act_bits == 1 or config.activations == "int8":
         assert_same_bits(got, want, what)
     else:
         assert_close(got, want)
@@ -487,7 +491,7 @@ def test_dequantize_is_the_linear_of_the_binarised_weight(config: BinaryConfig) 
     assert type(want) is type(got) is nn.Linear
     assert_close(got.weight.detach(), want.weight.detach())
     if config.act_bits == 32:
-        assert_close(want(x).detach(), layer(x).detach())
+        assert_close(want(x).detach(), layer(x).detach(), 0.05 if config.activations == "int8" else 1e-5)
 
 
 @every_config

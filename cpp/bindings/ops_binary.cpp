@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU ops of the bitpack and binary_matmul families: check, allocate, call. Schemas: python/bitmill/ops.
+#include "binary_int8_matmul.h"
 #include "binary_matmul.h"
 #include "bitpack.h"
 #include "checks.h"
+#include "int8_rows.h"
 
 namespace bitmill {
 namespace {
@@ -179,8 +181,9 @@ Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Te
 }
 
 Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias,
-                                std::optional<Tensor> weight_nonzero, int64_t group_size) {
+                                std::optional<Tensor> weight_nonzero, int64_t group_size, std::string activations) {
   const char* op = "binary_weight_linear";
+  const bool int8 = multiplies_int8(op, activations);
   const Rows rows = rows_of(op, x);
   const int64_t k = rows.k, n = scale.dim() > 0 ? scale.size(0) : 0;
   const Sizes scales = {n, group_count(op, k, group_size)};
@@ -190,6 +193,25 @@ Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::opti
   check_tile_padding(op, "weight", tiles, n, k);
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
   const Tensor out = new_tensor(rows.x, with_last(rows.leading, n), x.scalar_type());
+  if (int8) {
+    const Int8Rows q = int8_rows(op, rows);
+    BinaryInt8MatmulParams p;
+    p.q = data<int8_t>(q.values);
+    p.row_scale = data<float>(q.scale);
+    p.weight = data<int32_t>(tiles);
+    p.weight_nonzero = data_or_null<int32_t>(tiles_nonzero);
+    p.m = rows.m;
+    p.n = n;
+    p.k = k;
+    p.scale = data<float>(scale_rows);
+    p.group_size = group_size;
+    p.bias = data_or_null<float>(bias_row);
+    p.out = out.mutable_data_ptr();
+    p.out_dtype = float_dtype(op, rows.x);
+    p.parallel_for = torch_parallel_for;
+    require(op, binary_int8_matmul(p));
+    return out;
+  }
   BinaryWeightMatmulParams p;
   p.x = rows.x.const_data_ptr();
   p.dtype = float_dtype(op, rows.x);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Float activations times 1-bit weights by table lookup: for every 4 columns of an activation row a table of the 16
 // sums +-a0 +-a1 +-a2 +-a3 sits in one register, and vpermps fetches for 16 outputs at once what their 4 weight bits
-// select. 4 rows share the shifted bits of 2 tiles; a single row takes 8 tiles. Exact float32 activations.
+// select. 4 rows share the shifted bits of 4 tiles; a single row takes 8 tiles and runs at the speed of memory. Exact
+// float32 activations.
 #include "avx512.h"
 #include "binary_matmul.h"
 #include "layout.h"
@@ -11,30 +12,40 @@ namespace {
 
 constexpr int64_t kTables = 8;                  // tables a word of 32 columns
 constexpr int64_t kTableFloats = 16 * kTables;  // floats of tables a word
+constexpr int kTiles = 4;                       // tiles side by side for 4 rows
+constexpr int kSingleTiles = 8;                 // tiles side by side for a single row
+constexpr int64_t kPrefetchWords = 24;          // how far ahead a single row asks for its bits: 1.5 KiB a tile
 
-// The tables of one activation row, [words][8][16] floats. What padding bits select past k is -0, which adds nothing.
+// Where the 4 sums of a table's pair of columns lie, for bits 00, 01, 10, 11 (the first column's bit is the lower one):
+// lane i of the sums a0 + a1, lane 8 + i of the differences a0 - a1; 16 more for the negatives.
+struct PairIndex {
+  alignas(64) int32_t low[16], high[16];  // by the lower and the upper two bits of a table's index
+
+  PairIndex() {
+    constexpr int kLane[4] = {16, 8, 24, 0};
+    for (int i = 0; i < 16; ++i) low[i] = kLane[i & 3], high[i] = kLane[i >> 2] + 1;
+  }
+};
+
+// The tables of one activation row, [words][8][16] floats: ((+-a0 +- a1) + (+-a2 +- a3)). Columns past k are 0; what
+// their bits select adds 0 to a sum that is never -0.
 template <class T>
 void build_tables(const T* x, int64_t k, float* tables) {
+  const PairIndex index;
+  const __m512i low = _mm512_load_si512(index.low), high = _mm512_load_si512(index.high);
+  const __m512i even_odd = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
   const __m512i sign = _mm512_set1_epi32(INT32_MIN);
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  __m512i minus[4];  // the sign bit where bit i of the lane's number is 0
-  for (int i = 0; i < 4; ++i) {
-    minus[i] = _mm512_maskz_mov_epi32(_mm512_testn_epi32_mask(lane, _mm512_set1_epi32(1 << i)), sign);
-  }
-  for (int64_t column = 0; column < k; column += 16) {
-    alignas(64) float a[16];
-    _mm512_store_ps(a, load16(x + column, first_lanes(k - column)));
+  const int64_t end = word_count(k) * 32;
+  for (int64_t column = 0; column < end; column += 16) {
+    const __m512 a = _mm512_permutexvar_ps(even_odd, load16(x + column, first_lanes(k - column)));
+    const __m512 even = _mm512_shuffle_f32x4(a, a, 0x44), odd = _mm512_shuffle_f32x4(a, a, 0xEE);
+    const __m512 pairs = _mm512_mask_sub_ps(_mm512_add_ps(even, odd), __mmask16{0xFF00}, even, odd);
+    const __m512 negatives = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(pairs), sign));
     for (int table = 0; table < 4; ++table) {
-      const auto term = [&](int i) {
-        return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(_mm512_set1_ps(a[4 * table + i])), minus[i]));
-      };
-      const __m512 sums = _mm512_add_ps(_mm512_add_ps(term(0), term(1)), _mm512_add_ps(term(2), term(3)));
-      _mm512_storeu_ps(tables + 4 * column + 16 * table, sums);
-    }
-  }
-  if (k % 32 != 0 && k % 32 <= 16) {  // the upper half of the last word
-    for (int table = 0; table < 4; ++table) {
-      _mm512_storeu_ps(tables + (k / 32) * kTableFloats + 16 * (4 + table), _mm512_set1_ps(-0.0f));
+      const __m512i first = _mm512_set1_epi32(2 * table);
+      const __m512 lower = _mm512_permutex2var_ps(pairs, _mm512_add_epi32(low, first), negatives);
+      const __m512 upper = _mm512_permutex2var_ps(pairs, _mm512_add_epi32(high, first), negatives);
+      _mm512_store_ps(tables + 4 * column + 16 * table, _mm512_add_ps(lower, upper));
     }
   }
 }
@@ -43,6 +54,12 @@ struct Task {
   const BinaryWeightMatmulParams& p;
   int64_t words, groups, group_words;
   int64_t end;  // the first tile that belongs to somebody else
+
+  int64_t group_end(int64_t group) const {
+    const int64_t last = (group + 1) * group_words;
+    return last < words ? last : words;
+  }
+  const int32_t* tile(int64_t t) const { return p.weight + (t < end ? t : end - 1) * words * kTileRows; }
 };
 
 template <class T>
@@ -63,63 +80,152 @@ __m512 load_scale(const Task& task, int64_t tile, int64_t group) {
   return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, task.p.scale + column * task.groups + group, 4);
 }
 
-// `rows` rows from their tables times `tiles` tiles side by side. Tiles past the end repeat the last one, unstored.
-template <class T, int rows, int tiles>
-void block(const Task& task, int64_t row, int64_t tile, const float* tables) {
-  const int64_t last = task.end - 1;
-  const int32_t* weight[tiles];
-  for (int t = 0; t < tiles; ++t) {
-    weight[t] = task.p.weight + (tile + t < last ? tile + t : last) * task.words * kTileRows;
+// One group's sums of a row and a tile. `partial` carries a float from group to group.
+template <class T>
+void scale_and_finish(const Task& task, int64_t row, int64_t tile, int64_t group, __m512 sum, float* partial) {
+  if (tile >= task.end) return;
+  __m512 value = _mm512_mul_ps(load_scale(task, tile, group), sum);
+  value = _mm512_add_ps(group > 0 ? _mm512_loadu_ps(partial) : _mm512_setzero_ps(), value);
+  if (group + 1 < task.groups) {
+    _mm512_storeu_ps(partial, value);
+  } else {
+    finish<T>(task, row, tile, value);
   }
+}
+
+struct Row {  // named, not an array: g++ keeps indexed accumulators in memory
+  __m512 s0, s1, s2, s3;
+};
+
+// The same sum on two kinds of units: additions alone would wait for those that the lookups need.
+void look_up(Row& row, const float* table, __m512i bits0, __m512i bits1, __m512i bits2, __m512i bits3) {
   const __m512 one = _mm512_set1_ps(1.0f);
-  float partial[rows][tiles][kTileRows];  // from group to group
+  __m512 sums = _mm512_load_ps(table);
+  asm volatile("" : "+v"(sums));  // loaded once, not by every lookup
+  row.s0 = _mm512_add_ps(row.s0, _mm512_permutexvar_ps(bits0, sums));
+  row.s1 = _mm512_fmadd_ps(_mm512_permutexvar_ps(bits1, sums), one, row.s1);
+  row.s2 = _mm512_add_ps(row.s2, _mm512_permutexvar_ps(bits2, sums));
+  row.s3 = _mm512_fmadd_ps(_mm512_permutexvar_ps(bits3, sums), one, row.s3);
+  asm volatile("" : "+v"(row.s0), "+v"(row.s1), "+v"(row.s2), "+v"(row.s3));  // lookup and sum stay together
+}
+
+// The tiles of 4 rows, whole, as float32 and with one group.
+void finish_whole(const Task& task, int64_t row, int64_t tile, Row r0, Row r1, Row r2, Row r3) {
+  const BinaryWeightMatmulParams& p = task.p;
+  const int64_t column = tile * kTileRows;
+  const auto column_of = [&](int t, __m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m512 scale = _mm512_loadu_ps(p.scale + column + t * kTileRows), zero = _mm512_setzero_ps();
+    const __m512 bias = p.bias ? _mm512_loadu_ps(p.bias + column + t * kTileRows) : _mm512_set1_ps(-0.0f);
+    float* out = static_cast<float*>(p.out) + row * p.n + column + t * kTileRows;
+    const auto put = [&](int64_t r, __m512 sum) {
+      _mm512_storeu_ps(out + r * p.n, _mm512_add_ps(_mm512_add_ps(zero, _mm512_mul_ps(scale, sum)), bias));
+    };
+    put(0, a), put(1, b), put(2, c), put(3, d);
+  };
+  column_of(0, r0.s0, r1.s0, r2.s0, r3.s0);
+  column_of(1, r0.s1, r1.s1, r2.s1, r3.s1);
+  column_of(2, r0.s2, r1.s2, r2.s2, r3.s2);
+  column_of(3, r0.s3, r1.s3, r2.s3, r3.s3);
+}
+
+// 4 rows from their tables times 4 tiles side by side. Tiles past the end repeat the last one, unstored.
+template <class T>
+void block(const Task& task, int64_t row, int64_t tile, const float* tables) {
+  const int32_t *w0 = task.tile(tile), *w1 = task.tile(tile + 1), *w2 = task.tile(tile + 2), *w3 = task.tile(tile + 3);
+  const int64_t stride = task.words * kTableFloats;
+  const bool whole = task.groups == 1 && task.p.dtype == Dtype::f32 && tile + kTiles <= task.end &&
+                     (tile + kTiles) * kTileRows <= task.p.n;
+  const __m512i sixteenth = _mm512_set1_epi16(1 << 12);
+  float partial[4][kTiles][kTileRows];
   for (int64_t group = 0; group < task.groups; ++group) {
-    __m512 sum[rows][tiles];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-      for (int t = 0; t < tiles; ++t) sum[r][t] = _mm512_setzero_ps();
-    }
-    const int64_t begin = group * task.group_words;
-    const int64_t end = begin + task.group_words < task.words ? begin + task.group_words : task.words;
-    for (int64_t w = begin; w < end; ++w) {
-      __m512i bits[tiles];
-#pragma GCC unroll 8
-      for (int t = 0; t < tiles; ++t) {
-        bits[t] = _mm512_loadu_si512(weight[t] + w * kTileRows);
-        if constexpr (rows == 1)
-          _mm_prefetch(reinterpret_cast<const char*>(weight[t] + (w + 24) * kTileRows), _MM_HINT_T0);
-      }
-#pragma GCC unroll 2
-      for (int j = 0; j < kTables; ++j) {
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) {
-          const __m512 table = _mm512_loadu_ps(tables + (r * task.words + w) * kTableFloats + 16 * j);
-#pragma GCC unroll 8
-          for (int t = 0; t < tiles; ++t) {
-            const __m512 term = _mm512_permutexvar_ps(bits[t], table);
-            // The same sum on two kinds of units: additions alone would wait for those that the lookups need.
-            sum[r][t] = t % 2 == 0 ? _mm512_add_ps(sum[r][t], term) : _mm512_fmadd_ps(term, one, sum[r][t]);
-          }
-        }
-#pragma GCC unroll 8
-        for (int t = 0; t < tiles; ++t) bits[t] = _mm512_srli_epi32(bits[t], 4);
+    const __m512 zero = _mm512_setzero_ps();
+    Row r0{zero, zero, zero, zero}, r1 = r0, r2 = r0, r3 = r0;
+    const int64_t end = task.group_end(group);
+    const float* table = tables + group * task.group_words * kTableFloats;
+    for (int64_t half = 2 * group * task.group_words; half < 2 * end; ++half) {  // a word is two halves of 4 tables
+      const __m128i shift = _mm_cvtsi32_si128(16 * static_cast<int>(half & 1));
+      const int64_t at = half / 2 * kTileRows;
+      __m512i bits0 = _mm512_srl_epi32(_mm512_loadu_si512(w0 + at), shift);
+      __m512i bits1 = _mm512_srl_epi32(_mm512_loadu_si512(w1 + at), shift);
+      __m512i bits2 = _mm512_srl_epi32(_mm512_loadu_si512(w2 + at), shift);
+      __m512i bits3 = _mm512_srl_epi32(_mm512_loadu_si512(w3 + at), shift);
+      const float* last = table + kTableFloats / 2;
+#pragma GCC unroll 1
+      for (; table != last; table += 16) {
+        look_up(r0, table, bits0, bits1, bits2, bits3);
+        look_up(r1, table + stride, bits0, bits1, bits2, bits3);
+        look_up(r2, table + 2 * stride, bits0, bits1, bits2, bits3);
+        look_up(r3, table + 3 * stride, bits0, bits1, bits2, bits3);
+        // this shift by 4 is a high product, which leaves the units of the lookups to the lookups
+        bits0 = _mm512_mulhi_epu16(bits0, sixteenth), bits1 = _mm512_mulhi_epu16(bits1, sixteenth);
+        bits2 = _mm512_mulhi_epu16(bits2, sixteenth), bits3 = _mm512_mulhi_epu16(bits3, sixteenth);
       }
     }
-#pragma GCC unroll 8
-    for (int t = 0; t < tiles; ++t) {
-      const __m512 scale = load_scale(task, tile + t < last ? tile + t : last, group);
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) {
-        __m512 value = _mm512_mul_ps(scale, sum[r][t]);
-        value = _mm512_add_ps(group > 0 ? _mm512_loadu_ps(partial[r][t]) : _mm512_setzero_ps(), value);
-        if (group + 1 < task.groups) {
-          _mm512_storeu_ps(partial[r][t], value);
-        } else if (tile + t < task.end) {
-          finish<T>(task, row + r, tile + t, value);
-        }
+    if (whole) return finish_whole(task, row, tile, r0, r1, r2, r3);
+    const auto put = [&](int r, Row sums) {
+      scale_and_finish<T>(task, row + r, tile, group, sums.s0, partial[r][0]);
+      scale_and_finish<T>(task, row + r, tile + 1, group, sums.s1, partial[r][1]);
+      scale_and_finish<T>(task, row + r, tile + 2, group, sums.s2, partial[r][2]);
+      scale_and_finish<T>(task, row + r, tile + 3, group, sums.s3, partial[r][3]);
+    };
+    put(0, r0), put(1, r1), put(2, r2), put(3, r3);
+  }
+}
+
+struct Sums {
+  __m512 s0, s1, s2, s3, s4, s5, s6, s7;
+};
+
+// The 8 columns of one byte of a word: two lookups. A load that begins at the byte spares one shift, and a high product
+// leaves the units of the lookups to the lookups. Loads at a byte reach 3 bytes past the word, so the last word of a
+// tile is shifted.
+template <bool last>
+__m512 look_up(__m512 sum, const int32_t* word, int byte, __m512 low, __m512 high) {
+  const __m512i bits = last ? _mm512_srl_epi32(_mm512_loadu_si512(word), _mm_cvtsi32_si128(8 * byte))
+                            : _mm512_loadu_si512(reinterpret_cast<const char*>(word) + byte);
+  const __m512i next = _mm512_mulhi_epu16(bits, _mm512_set1_epi16(1 << 12));
+  sum = _mm512_add_ps(sum, _mm512_permutexvar_ps(bits, low));
+  sum = _mm512_fmadd_ps(_mm512_permutexvar_ps(next, high), _mm512_set1_ps(1.0f), sum);  // another unit than additions
+  asm volatile("" : "+v"(sum));  // keeps lookup and sum together; otherwise registers run out
+  return sum;
+}
+
+template <bool last>
+void add_word(Sums& s, const int32_t* const (&weight)[kSingleTiles], int64_t w, const float* tables) {
+#pragma GCC unroll 1
+  for (int byte = 0; byte < 4; ++byte) {
+    const __m512 low = _mm512_loadu_ps(tables + 32 * byte), high = _mm512_loadu_ps(tables + 32 * byte + 16);
+    s.s0 = look_up<last>(s.s0, weight[0] + w * kTileRows, byte, low, high);
+    s.s1 = look_up<last>(s.s1, weight[1] + w * kTileRows, byte, low, high);
+    s.s2 = look_up<last>(s.s2, weight[2] + w * kTileRows, byte, low, high);
+    s.s3 = look_up<last>(s.s3, weight[3] + w * kTileRows, byte, low, high);
+    s.s4 = look_up<last>(s.s4, weight[4] + w * kTileRows, byte, low, high);
+    s.s5 = look_up<last>(s.s5, weight[5] + w * kTileRows, byte, low, high);
+    s.s6 = look_up<last>(s.s6, weight[6] + w * kTileRows, byte, low, high);
+    s.s7 = look_up<last>(s.s7, weight[7] + w * kTileRows, byte, low, high);
+  }
+}
+
+// One row times 8 tiles side by side. Tiles past the end repeat the last one, unstored.
+template <class T>
+void single(const Task& task, int64_t row, int64_t tile, const float* tables) {
+  const int32_t* weight[kSingleTiles];
+  for (int t = 0; t < kSingleTiles; ++t) weight[t] = task.tile(tile + t);
+  float partial[kSingleTiles][kTileRows];
+  for (int64_t group = 0; group < task.groups; ++group) {
+    const __m512 zero = _mm512_setzero_ps();
+    Sums sums{zero, zero, zero, zero, zero, zero, zero, zero};
+    const int64_t group_end = task.group_end(group), end = group_end < task.words ? group_end : group_end - 1;
+    for (int64_t w = group * task.group_words; w < end; ++w) {
+      for (int t = 0; t < kSingleTiles; ++t) {
+        _mm_prefetch(reinterpret_cast<const char*>(weight[t] + (w + kPrefetchWords) * kTileRows), _MM_HINT_T0);
       }
+      add_word<false>(sums, weight, w, tables + w * kTableFloats);
     }
+    if (end < group_end) add_word<true>(sums, weight, end, tables + end * kTableFloats);
+    const auto put = [&](int t, __m512 sum) { scale_and_finish<T>(task, row, tile + t, group, sum, partial[t]); };
+    put(0, sums.s0), put(1, sums.s1), put(2, sums.s2), put(3, sums.s3);
+    put(4, sums.s4), put(5, sums.s5), put(6, sums.s6), put(7, sums.s7);
   }
 }
 
@@ -130,11 +236,11 @@ void multiply(const Task& task, int64_t begin, const T* x) {
   int64_t row = 0;
   for (; row + 4 <= p.m; row += 4) {
     for (int r = 0; r < 4; ++r) build_tables(x + (row + r) * p.k, p.k, tables + r * task.words * kTableFloats);
-    for (int64_t tile = begin; tile < task.end; tile += 2) block<T, 4, 2>(task, row, tile, tables);
+    for (int64_t tile = begin; tile < task.end; tile += kTiles) block<T>(task, row, tile, tables);
   }
   for (; row < p.m; ++row) {
     build_tables(x + row * p.k, p.k, tables);
-    for (int64_t tile = begin; tile < task.end; tile += 8) block<T, 1, 8>(task, row, tile, tables);
+    for (int64_t tile = begin; tile < task.end; tile += kSingleTiles) single<T>(task, row, tile, tables);
   }
   ::operator delete[](tables, std::align_val_t{64});
 }

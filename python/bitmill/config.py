@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from .binarize import method as find_method
 from .binarize import method_names
+from .ops.int8 import ACTIVATIONS
 
 MAX_GROUP = 1 << 24  # the widest layer that the ops take
 
@@ -62,6 +63,8 @@ class BinaryConfig(Config):
             plane instead of two.
         group_size: columns that share a weight scale, a multiple of 32; None for the method's own granularity.
         embeddings: let `quantize_` swap nn.Embedding too.
+        activations: for act_bits=32: "float" multiplies activations as they are; "int8" rounds every row to int8 with a
+            scale of its own first, in training too (straight-through), which is faster.
     """
 
     method: str = "bibert"
@@ -70,6 +73,7 @@ class BinaryConfig(Config):
     zero: str = "torch"
     group_size: int | None = None
     embeddings: bool = False
+    activations: str = "float"
 
     def __post_init__(self) -> None:
         self._require_one_of("method", method_names())
@@ -77,6 +81,8 @@ class BinaryConfig(Config):
         self._require_one_of("signed", (True, False))
         self._require_one_of("zero", ("torch", "plus"))
         self._require_one_of("embeddings", (True, False))
+        self._require_one_of("activations", ACTIVATIONS)
+        self._require("activations", self.activations == "float" or self.act_bits == 32, "'float' unless act_bits=32")
         self._require_group_size()
         rule = find_method(self.method)
         if self.act_bits in (2, 4) or not self.signed:

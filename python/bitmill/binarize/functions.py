@@ -214,6 +214,7 @@ def exact_linear(
     step: Tensor | None = None,
     rows: Tensor | None = None,
     group_size: int | None = None,
+    level: Tensor | None = None,
 ) -> Tensor:
     """x_value @ weight.value.T + bias in float32, computed as integers and the canonical epilogue.
 
@@ -222,9 +223,10 @@ def exact_linear(
         weight: from `binarize_weight`.
         bias: float32 [n] or None.
         step: scalar tensor that multiplies the scale of every output (BiT's alpha).
-        rows: float32 [..., 1] that multiplies the scale of every row (XNOR-Net's K).
+        rows: float32 [..., 1] that multiplies the scale of every row (XNOR-Net's K, the scale of int8 activations).
+        level: whole numbers [..., k] that x_value is a multiple of; None for its signs.
     """
     scale = weight.scale.detach() if step is None else step.detach() * weight.scale.detach()
-    level = torch.sign(x_value.detach())
+    level = torch.sign(x_value.detach()) if level is None else level
     rows = None if rows is None else rows.detach()
     return _ExactLinear.apply(x_value, weight.value, bias, level, weight.signs, scale, rows, group_size or 0)

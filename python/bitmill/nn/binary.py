@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """BinaryLinear: a linear layer with 1-bit weights and, unless act_bits is 32, 1-bit activations.
 
-Training form and packed form. With 1-bit activations both compute the exact integer product and the canonical
+Training form and packed form. With 1-bit and int8 activations both compute the exact integer product and the canonical
 epilogue, so their float32 outputs are equal bit for bit; with float activations they differ by summation order.
 """
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ..binarize import ActivationRule, binarize_weight, elastic, elastic_alpha, exact_linear, method, sign, weight_scale
 from ..binarize.functions import ALPHA_FLOOR
 from ..config import BinaryConfig
-from ..ops import tile_pack
+from ..ops import int8_fake_quant, int8_quantize, tile_pack
 from ..ops._checks import TILE_ROWS, ceil_div, tile_shape
 from ..ops._groups import columns_of_groups
 from ..ops._library import without_autocast
-from ..ops.binary_matmul import unpack_signs
+from ..ops.binary_matmul import int8_levels, unpack_signs
 from ..ops.bitpack import mean_by_halves
 from ._module import LatentLinear, PackedModule, as_float32, linear_from, require_finite, require_width
 
@@ -68,6 +68,10 @@ class BinaryLinear(LatentLinear):
         config, activation = self.config, activation_rule(self.config)
         weight = binarize_weight(self.weight, method(config.method).weight, config.group_size, self.weight_scale)
         bias = as_float32(self.bias)
+        if config.act_bits == 32 and config.activations == "int8":
+            q, scale = int8_quantize(x.detach())
+            value, rows = int8_fake_quant(x), scale.unsqueeze(-1)
+            return exact_linear(value, weight, bias, rows=rows, group_size=config.group_size, level=int8_levels(q))
         if config.act_bits == 32:
             return nn.functional.linear(x, weight.value, bias)
         if self.shift is not None:
@@ -225,7 +229,9 @@ class PackedBinaryLinear(PackedModule):
         if config.act_bits != 32:  # multi-bit activations are quantised in torch and enter as floats
             assert self.shift is not None and self.alpha is not None
             x = elastic(x.float() + self.shift.float(), self.alpha.float(), config.act_bits, config.signed)
-        y = torch.ops.bitmill.binary_weight_linear.default(x, self.weight, scale, bias, self.weight_nonzero, group_size)
+        y = torch.ops.bitmill.binary_weight_linear.default(
+            x, self.weight, scale, bias, self.weight_nonzero, group_size, config.activations
+        )
         return y.to(dtype)
 
     @torch.no_grad()

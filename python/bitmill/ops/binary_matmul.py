@@ -5,7 +5,8 @@ binary_matmul:        dot[.., o] = sum_k a[.., k] w[o, k], exact int32; a in {-1
 binary_linear:        a = levels(x + shift), "bool" above alpha / 2;  y = fl(fl(scale * dot) + bias), two roundings in
                       float32 on every backend, then one to x's dtype; groups of columns are added first to last;
                       with row_scale the scale is fl(scale * mean |x + shift|) of the row (XNOR-Net).
-binary_weight_linear: y = sum_g scale[o, g] sum_{k in g} x[.., k] w[o, k] + bias, float32 accumulation.
+binary_weight_linear: y = sum_g scale[o, g] sum_{k in g} x[.., k] w[o, k] + bias, float32 accumulation; with
+                      activations="int8" (int8.py) exact integers, and y as for binary_linear with the row's scale.
 Weights are tiles of bits (bitpack.py), with a second plane of nonzero bits where a weight can be 0.
 """
 
@@ -19,6 +20,7 @@ from ._checks import MAX_COLUMNS, PACK_REMEDY, ceil_div, check_one_of, check_row
 from ._checks import tile_shape as _tile_shape
 from ._groups import columns_of_groups
 from .bitpack import LEVELS, _unpack_bits, binarized, mean_by_halves, tile_unpack
+from .int8 import ACTIVATIONS, _int8_quantize_reference, int8_fake_quant
 
 SURROGATES = ("identity", "clip", "clip_open", "polynomial", "unit")
 
@@ -35,7 +37,8 @@ library.define(
 )
 library.define(
     "binary_weight_linear",
-    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? weight_nonzero, int group_size) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? weight_nonzero, int group_size, str activations)"
+    " -> Tensor",
 )
 
 
@@ -51,10 +54,18 @@ def _scaled_signs(weight: Tensor, weight_nonzero: Tensor | None, scale: Tensor, 
 
 
 def _group_dots(a: Tensor, signs: Tensor, group_size: int) -> list[Tensor]:
-    """Integers as float32, one [..., n] a group of columns; exact, because every partial sum is below 2^24."""
+    """Integers as float32, one [..., n] a group of columns; exact while every partial sum is below 2^24.
+
+    Larger sums need a in float64, and are rounded once.
+    """
     k = signs.shape[1]
-    width = group_size or max(k, 1)
-    return [a[..., i : i + width] @ signs[:, i : i + width].T for i in range(0, k, width)]
+    width, signs = group_size or max(k, 1), signs.to(a.dtype)
+    return [(a[..., i : i + width] @ signs[:, i : i + width].T).float() for i in range(0, k, width)]
+
+
+def int8_levels(q: Tensor) -> Tensor:
+    """int8 [..., k] in the dtype that keeps every sum of its products with signs exact."""
+    return q.float() if 127 * q.shape[-1] < 1 << 24 else q.double()
 
 
 def canonical_linear(
@@ -64,7 +75,7 @@ def canonical_linear(
 
     scale is [n, groups], rows [..., 1] or None multiplies it; groups are added first to last.
     """
-    out = level.new_zeros((*level.shape[:-1], signs.shape[0]))
+    out = scale.new_zeros((*level.shape[:-1], signs.shape[0]))
     for group, dot in enumerate(_group_dots(level, signs, group_size)):
         dot = dot + 0.0  # an integer has no -0, but a product of floats may answer it
         factor = scale[:, group] if rows is None else scale[:, group] * rows
@@ -122,11 +133,15 @@ def _binary_weight_linear_reference(
     bias: Tensor | None,
     weight_nonzero: Tensor | None,
     group_size: int,
+    activations: str,
 ) -> Tensor:
-    _check_binary_weight_linear(x, weight, scale, bias, weight_nonzero, group_size)
+    _check_binary_weight_linear(x, weight, scale, bias, weight_nonzero, group_size, activations)
     n, k = scale.shape[0], x.shape[-1]
-    out = x.new_zeros((*x.shape[:-1], n), dtype=torch.float32)
     signs = unpack_signs(weight, weight_nonzero, n, k)
+    if activations == "int8":
+        q, rows = _int8_quantize_reference(x)
+        return canonical_linear(int8_levels(q), signs, scale, rows.unsqueeze(-1), bias, group_size).to(x.dtype)
+    out = x.new_zeros((*x.shape[:-1], n), dtype=torch.float32)
     for group, total in enumerate(_group_dots(x.float(), signs, group_size)):
         out = out + scale[:, group] * total
     return (out if bias is None else out + bias).to(x.dtype)
@@ -166,7 +181,8 @@ def _check_binary_linear(x, weight, scale, bias, weight_nonzero, shift, alpha, l
     check_tensor(op, "shift", shift, torch.float32, [x.shape[-1]], x)
 
 
-def _check_binary_weight_linear(x, weight, scale, bias, weight_nonzero, group_size) -> None:
+def _check_binary_weight_linear(x, weight, scale, bias, weight_nonzero, group_size, activations) -> None:
+    check_one_of("binary_weight_linear", "activations", activations, ACTIVATIONS)
     _check_weight("binary_weight_linear", x, weight, scale, bias, weight_nonzero, group_size)
 
 
@@ -183,8 +199,8 @@ def _(x, weight, scale, bias, weight_nonzero, shift, alpha, levels, row_scale, g
 
 
 @torch.library.register_fake("bitmill::binary_weight_linear")
-def _(x, weight, scale, bias, weight_nonzero, group_size):
-    _check_binary_weight_linear(x, weight, scale, bias, weight_nonzero, group_size)
+def _(x, weight, scale, bias, weight_nonzero, group_size, activations):
+    _check_binary_weight_linear(x, weight, scale, bias, weight_nonzero, group_size, activations)
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
 
@@ -246,7 +262,7 @@ torch.library.register_autograd("bitmill::binary_linear", _backward_binary_linea
 
 
 def _setup_binary_weight_linear(ctx, inputs, output) -> None:
-    x, weight, scale, _, weight_nonzero, ctx.group_size = inputs
+    x, weight, scale, _, weight_nonzero, ctx.group_size, ctx.activations = inputs
     ctx.save_for_backward(x, weight, scale, weight_nonzero)
 
 
@@ -260,9 +276,10 @@ def _backward_binary_weight_linear(ctx, grad):
         with library.without_autocast(x):
             grad_x = (g @ signs).to(x.dtype)
     if need_scale:
-        grad_scale = _scale_gradient(g, x.float(), weight, weight_nonzero, scale, ctx.group_size)
+        values = x.float() if ctx.activations == "float" else int8_fake_quant(x.float())
+        grad_scale = _scale_gradient(g, values, weight, weight_nonzero, scale, ctx.group_size)
     grad_bias = g.sum_to_size(g.shape[-1:]) if need_bias else None
-    return grad_x, None, grad_scale, grad_bias, None, None
+    return grad_x, None, grad_scale, grad_bias, None, None, None
 
 
 torch.library.register_autograd(
@@ -340,6 +357,15 @@ def binary_weight_linear(
     bias: Tensor | None = None,
     weight_nonzero: Tensor | None = None,
     group_size: int = 0,
+    activations: str = "float",
 ) -> Tensor:
-    """A linear layer with 1-bit weights and float activations. Arguments, result and errors as `binary_linear`."""
-    return torch.ops.bitmill.binary_weight_linear.default(x, weight, scale, bias, weight_nonzero, group_size)
+    """A linear layer with 1-bit weights and float or int8 activations.
+
+    Args:
+        activations: "float" multiplies x as it is; "int8" rounds every row to int8 first (`int8_quantize`), which is
+            faster from a few rows on; its gradient is the straight-through identity.
+    The other arguments, the result and the errors are those of `binary_linear`.
+    """
+    return torch.ops.bitmill.binary_weight_linear.default(
+        x, weight, scale, bias, weight_nonzero, group_size, activations
+    )

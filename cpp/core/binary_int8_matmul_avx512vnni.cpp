@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// Few rows of int8 activations times bits, without unpacking a bit: byte b of a word masked with 1 << j holds the
+// weight of column 8 b + j times 2^j, and vpdpbusd multiplies the four bytes with the activations of those columns. 8
+// sums, one for each j, are shifted right by j and added at the end. Two tiles share the activations.
+#include "binary_int8_avx512.h"
+
+namespace bitmill::detail {
+namespace {
+
+constexpr int kTilePair = 2;
+constexpr int64_t kPrefetchWords = 32;             // 2 KiB ahead in either tile
+constexpr int64_t kWordsBeforeOverflow = 1 << 14;  // 4 x 128 x 127 a word, within 2^31
+
+// Columns of a word in the order of the sums: dword j holds columns j, 8 + j, 16 + j, 24 + j. Columns past k are 0.
+void arrange(const int8_t* q, int64_t k, int32_t* out) {
+  const __m256i order = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
+                                         0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int64_t column = 0; column < k; column += 32) {
+    const int64_t left = k - column;
+    const __mmask32 bytes = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+    // dwords (0, 2, 4, 6 | 1, 3, 5, 7): every second dword is the lower half of a row of 8 columns
+    const __m256i rows = _mm256_maskz_loadu_epi8(bytes, q + column);
+    const __m256i halves = _mm256_permutevar8x32_epi32(rows, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + column / 4), _mm256_shuffle_epi8(halves, order));
+  }
+}
+
+struct Sums {  // named, not an array: g++ keeps an indexed array of accumulators in memory
+  __m512i s0, s1, s2, s3, s4, s5, s6, s7;
+};
+
+template <int j>
+__m512i add_bit(__m512i sum, __m512i word, __m512i q) {
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>(1 << j));
+  return _mm512_dpbusd_epi32(sum, _mm512_and_si512(word, mask), q);
+}
+
+void add_lower(Sums& sums, __m512i word, __m512i q0, __m512i q1, __m512i q2, __m512i q3) {
+  sums.s0 = add_bit<0>(sums.s0, word, q0);
+  sums.s1 = add_bit<1>(sums.s1, word, q1);
+  sums.s2 = add_bit<2>(sums.s2, word, q2);
+  sums.s3 = add_bit<3>(sums.s3, word, q3);
+}
+
+void add_upper(Sums& sums, __m512i word, __m512i q4, __m512i q5, __m512i q6, __m512i q7) {
+  sums.s4 = add_bit<4>(sums.s4, word, q4);
+  sums.s5 = add_bit<5>(sums.s5, word, q5);
+  sums.s6 = add_bit<6>(sums.s6, word, q6);
+  sums.s7 = add_bit<7>(sums.s7, word, q7);
+}
+
+__m512i join(const Sums& s) {
+  const __m512i a = _mm512_add_epi32(s.s0, _mm512_srai_epi32(s.s1, 1));
+  const __m512i b = _mm512_add_epi32(_mm512_srai_epi32(s.s2, 2), _mm512_srai_epi32(s.s3, 3));
+  const __m512i c = _mm512_add_epi32(_mm512_srai_epi32(s.s4, 4), _mm512_srai_epi32(s.s5, 5));
+  const __m512i d = _mm512_add_epi32(_mm512_srai_epi32(s.s6, 6), _mm512_srai_epi32(s.s7, 7));
+  return _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d));
+}
+
+void pair_of_tiles(const Int8Task& task, int64_t row, int64_t tile, const int32_t* q) {
+  const int32_t *w0 = task.tile(tile), *w1 = task.tile(tile + 1);
+  float partial[kTilePair][kTileRows];
+  for (int64_t group = 0; group < task.groups; ++group) {
+    const __m512i zero = _mm512_setzero_si512();
+    __m512i plus0 = zero, plus1 = zero;
+    const int64_t end = task.group_end(group);
+    for (int64_t w = group * task.group_words; w < end;) {
+      const int64_t pause = w + kWordsBeforeOverflow < end ? w + kWordsBeforeOverflow : end;
+      Sums a{zero, zero, zero, zero, zero, zero, zero, zero}, b = a;
+      for (; w < pause; ++w) {
+        const __m512i x = _mm512_loadu_si512(w0 + w * kTileRows), y = _mm512_loadu_si512(w1 + w * kTileRows);
+        _mm_prefetch(reinterpret_cast<const char*>(w0 + (w + kPrefetchWords) * kTileRows), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(w1 + (w + kPrefetchWords) * kTileRows), _MM_HINT_T0);
+        const int32_t* v = q + 8 * w;
+        __m512i q0 = _mm512_set1_epi32(v[0]), q1 = _mm512_set1_epi32(v[1]);
+        __m512i q2 = _mm512_set1_epi32(v[2]), q3 = _mm512_set1_epi32(v[3]);
+        add_lower(a, x, q0, q1, q2, q3);
+        add_lower(b, y, q0, q1, q2, q3);
+        q0 = _mm512_set1_epi32(v[4]), q1 = _mm512_set1_epi32(v[5]);
+        q2 = _mm512_set1_epi32(v[6]), q3 = _mm512_set1_epi32(v[7]);
+        add_upper(a, x, q0, q1, q2, q3);
+        add_upper(b, y, q0, q1, q2, q3);
+      }
+      plus0 = _mm512_add_epi32(plus0, join(a));
+      plus1 = _mm512_add_epi32(plus1, join(b));
+    }
+    finish(task, row, tile, group, plus0, partial[0]);
+    finish(task, row, tile + 1, group, plus1, partial[1]);
+  }
+}
+
+}  // namespace
+
+void binary_int8_matmul_tiles_avx512vnni(const BinaryInt8MatmulParams& p, int64_t begin, int64_t end) {
+  const int64_t groups = p.group_size > 0 ? ceil_div(p.k, p.group_size) : 1;
+  int32_t* total = new int32_t[p.m * groups];
+  const Int8Task task = make_int8_task(p, end, total);
+  int32_t* q = new int32_t[8 * task.words];
+  for (int64_t row = 0; row < p.m; ++row) {
+    arrange(p.q + row * p.k, p.k, q);
+    for (int64_t tile = begin; tile < end; tile += kTilePair) pair_of_tiles(task, row, tile, q);
+  }
+  delete[] q;
+  delete[] total;
+}
+
+}  // namespace bitmill::detail
