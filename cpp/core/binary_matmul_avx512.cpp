@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Binary products with VPOPCNTDQ: 4 rows x 4 tiles (64 outputs a row) stay in registers over all of k. A lane
-// is an output, so 16 finished results leave a register at once. Bit-equal to the generic form, epilogue
-// included. Weights with zeros are rare and take the generic form.
+// Binary products with VPOPCNTDQ: 4 rows x up to 4 tiles (64 outputs a row) stay in registers over all of k. A lane is
+// an output, so 16 finished results leave a register at once. Bit-equal to the generic form, epilogue included. Weights
+// with zeros are rare and take the generic form.
 #include "avx512.h"
 #include "binary_matmul.h"
 #include "layout.h"
@@ -9,13 +9,16 @@
 namespace bitmill::detail {
 namespace {
 
-constexpr int kTiles = 4;  // tiles side by side
+constexpr int kTiles = 4;                  // tiles side by side, at most
+constexpr int kRows = 4;                   // rows together; the rest comes one by one
+constexpr int64_t kRowChunk = 64;          // rows whose bits and output pages stay near while the tiles pass by
+constexpr int64_t kNearBytes = 512 << 10;  // an output of this size stays in the second-level cache
 
 struct Row {  // named, not an array: g++ keeps an indexed array of accumulators in memory
   __m512i c0, c1, c2, c3;
 };
 
-template <Operand operand>
+template <Operand operand, bool first>
 __m512i count(__m512i sum, __m512i a, __m512i nonzero, __m512i weight) {
   __m512i bits;
   if constexpr (operand == Operand::sign) {
@@ -25,31 +28,61 @@ __m512i count(__m512i sum, __m512i a, __m512i nonzero, __m512i weight) {
   } else {
     bits = _mm512_and_si512(a, weight);
   }
-  sum = _mm512_add_epi32(sum, _mm512_popcnt_epi32(bits));
-  asm volatile(""
-               : "+v"(sum));  // keeps xor, popcount and add of one output together; otherwise g++ runs out of registers
+  sum = first ? _mm512_popcnt_epi32(bits) : _mm512_add_epi32(sum, _mm512_popcnt_epi32(bits));
+  // keeps xor, popcount and add of one output together; otherwise g++ runs out of registers
+  asm volatile("" : "+v"(sum));
   return sum;
 }
 
-template <Operand operand>
+template <Operand operand, int tiles, bool first>
 void step(Row& row, int32_t a, int32_t nonzero, __m512i w0, __m512i w1, __m512i w2, __m512i w3) {
   const __m512i bits = _mm512_set1_epi32(a);
   const __m512i present = operand == Operand::ternary ? _mm512_set1_epi32(nonzero) : bits;
-  row.c0 = count<operand>(row.c0, bits, present, w0);
-  row.c1 = count<operand>(row.c1, bits, present, w1);
-  row.c2 = count<operand>(row.c2, bits, present, w2);
-  row.c3 = count<operand>(row.c3, bits, present, w3);
+  row.c0 = count<operand, first>(row.c0, bits, present, w0);
+  if constexpr (tiles > 1) row.c1 = count<operand, first>(row.c1, bits, present, w1);
+  if constexpr (tiles > 2) row.c2 = count<operand, first>(row.c2, bits, present, w2);
+  if constexpr (tiles > 3) row.c3 = count<operand, first>(row.c3, bits, present, w3);
+}
+
+// One word of every row and tile. `next` words lie between rows.
+template <Operand operand, int rows, int tiles, bool first>
+[[gnu::always_inline]] inline void add_word(Row& r0, Row& r1, Row& r2, Row& r3, const int32_t* const* weight,
+                                            const int32_t* a, const int32_t* z, int64_t next, int64_t w) {
+  const __m512i v0 = _mm512_loadu_si512(weight[0] + w * kTileRows);
+  const __m512i v1 = tiles > 1 ? _mm512_loadu_si512(weight[1] + w * kTileRows) : v0;
+  const __m512i v2 = tiles > 2 ? _mm512_loadu_si512(weight[2] + w * kTileRows) : v0;
+  const __m512i v3 = tiles > 3 ? _mm512_loadu_si512(weight[3] + w * kTileRows) : v0;
+  step<operand, tiles, first>(r0, a[w], z[w], v0, v1, v2, v3);
+  if constexpr (rows > 1) {
+    step<operand, tiles, first>(r1, a[w + next], z[w + next], v0, v1, v2, v3);
+    step<operand, tiles, first>(r2, a[w + 2 * next], z[w + 2 * next], v0, v1, v2, v3);
+    step<operand, tiles, first>(r3, a[w + 3 * next], z[w + 3 * next], v0, v1, v2, v3);
+  }
 }
 
 // What every block of one call shares.
 struct Task {
   const BinaryMatmulParams& p;
   int64_t words, groups, group_words;
-  int64_t end;             // the first tile that belongs to somebody else
   const int32_t* present;  // [m, groups]: k, pc(nonzero) or pc(a) over the columns of the group
+  bool plain;              // one group, to integers or float32
+  bool far;                // the output is larger than the nearest caches
 };
 
-float* partial(float* sums, int row, int tile) { return sums + (row * kTiles + tile) * kTileRows; }
+// Tiles side by side: at most kTiles, of which only the last can be cut by n. Scale and bias of the only group.
+struct Columns {
+  const int32_t* weight[kTiles];
+  int64_t first;    // output column
+  __mmask16 lanes;  // of the last tile
+  __m512 scale[kTiles];
+  __m512 bias[kTiles];
+};
+
+template <Operand operand>
+__m512i to_dot(__m512i counts, __m512i present) {
+  const __m512i twice = _mm512_add_epi32(counts, counts);
+  return operand == Operand::bool_ ? _mm512_sub_epi32(twice, present) : _mm512_sub_epi32(present, twice);
+}
 
 __m512 load_scale(const Task& task, int64_t column, int64_t group, __mmask16 lanes) {
   if (task.groups == 1) return _mm512_maskz_loadu_ps(lanes, task.p.scale + column);
@@ -59,150 +92,173 @@ __m512 load_scale(const Task& task, int64_t column, int64_t group, __mmask16 lan
   return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, first, 4);
 }
 
-template <Operand operand>
-__m512i to_dot(__m512i counts, __m512i present) {
-  const __m512i twice = _mm512_add_epi32(counts, counts);
-  return operand == Operand::bool_ ? _mm512_sub_epi32(twice, present) : _mm512_sub_epi32(present, twice);
-}
-
-// Integer sums of one row and one tile to dot products, or to the float result. `sums` carries a float from group to
-// group.
-template <Operand operand>
-void finish(const Task& task, int64_t row, int64_t tile, int64_t group, __m512i counts, float* sums) {
-  const BinaryMatmulParams& p = task.p;
-  const int64_t column = tile * kTileRows, left = p.n - column;
-  const __mmask16 lanes = first_lanes(left);
-  const __m512i present = _mm512_set1_epi32(task.present[row * task.groups + group]);
-  const __m512i dot = to_dot<operand>(counts, present);
-  if (p.dot) return _mm512_mask_storeu_epi32(p.dot + row * p.n + column, lanes, dot);
-  __m512 scale = load_scale(task, column, group, lanes);
-  if (p.row_scale) scale = _mm512_mul_ps(scale, _mm512_set1_ps(p.row_scale[row]));
-  __m512 value = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot));
-  if (group > 0) value = _mm512_add_ps(_mm512_loadu_ps(sums), value);
-  if (group + 1 < task.groups) return _mm512_storeu_ps(sums, value);
-  if (p.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, p.bias + column));
-  with_dtype(p.out_dtype, p.out, [&](auto* out) { store16(out + row * p.n + column, lanes, value); });
-}
-
-// Whole tiles and one group of columns: integers or float32 of `rows` rows without masks. Scale and bias are loaded
-// once.
-template <Operand operand, int rows>
-inline __attribute__((always_inline)) void finish_whole(const Task& task, int64_t row, int64_t column, const Row& r0,
-                                                        const Row& r1, const Row& r2, const Row& r3) {
-  const BinaryMatmulParams& p = task.p;
-  const auto each_row = [&](const auto& write) {
-    write(row, r0);
-    if constexpr (rows > 1) {
-      write(row + 1, r1);
-      write(row + 2, r2);
-      write(row + 3, r3);
-    }
-  };
-  if (p.dot) {
-    each_row([&](int64_t i, const Row& counts) {
-      const __m512i present = _mm512_set1_epi32(task.present[i]);
-      int32_t* out = p.dot + i * p.n + column;
-      _mm512_storeu_si512(out, to_dot<operand>(counts.c0, present));
-      _mm512_storeu_si512(out + kTileRows, to_dot<operand>(counts.c1, present));
-      _mm512_storeu_si512(out + 2 * kTileRows, to_dot<operand>(counts.c2, present));
-      _mm512_storeu_si512(out + 3 * kTileRows, to_dot<operand>(counts.c3, present));
-    });
-    return;
+Columns load_columns(const Task& task, int64_t tile, int tiles) {
+  Columns c;
+  c.first = tile * kTileRows;
+  c.lanes = first_lanes(task.p.n - (tile + tiles - 1) * kTileRows);
+  for (int t = 0; t < kTiles; ++t) {
+    const int64_t inside = t < tiles ? t : tiles - 1, column = c.first + inside * kTileRows;
+    const __mmask16 lanes = inside == tiles - 1 ? c.lanes : __mmask16{0xFFFF};
+    c.weight[t] = task.p.weight + (tile + inside) * task.words * kTileRows;
+    if (task.p.dot) continue;
+    c.scale[t] = load_scale(task, column, 0, lanes);
+    // x + -0 is x, for every x
+    c.bias[t] = task.p.bias ? _mm512_maskz_loadu_ps(lanes, task.p.bias + column) : _mm512_set1_ps(-0.0f);
   }
-  const auto load4 = [&](const float* x, int i) { return _mm512_loadu_ps(x + column + i * kTileRows); };
-  const __m512 zero = _mm512_set1_ps(-0.0f);  // x + -0 is x, for every x
-  const __m512 s0 = load4(p.scale, 0), s1 = load4(p.scale, 1), s2 = load4(p.scale, 2), s3 = load4(p.scale, 3);
-  const __m512 b0 = p.bias ? load4(p.bias, 0) : zero, b1 = p.bias ? load4(p.bias, 1) : zero;
-  const __m512 b2 = p.bias ? load4(p.bias, 2) : zero, b3 = p.bias ? load4(p.bias, 3) : zero;
-  each_row([&](int64_t i, const Row& counts) {
-    const __m512i present = _mm512_set1_epi32(task.present[i]);
-    const __m512 factor = _mm512_set1_ps(p.row_scale ? p.row_scale[i] : 1.0f);  // times 1 is exact
-    float* out = static_cast<float*>(p.out) + i * p.n + column;
-    const auto write = [&](int at, __m512i count, __m512 scale, __m512 bias) {
-      const __m512 dot = _mm512_cvtepi32_ps(to_dot<operand>(count, present));
-      _mm512_storeu_ps(out + at, _mm512_add_ps(_mm512_mul_ps(_mm512_mul_ps(scale, factor), dot), bias));
-    };
-    write(0, counts.c0, s0, b0);
-    write(kTileRows, counts.c1, s1, b1);
-    write(2 * kTileRows, counts.c2, s2, b2);
-    write(3 * kTileRows, counts.c3, s3, b3);
-  });
+  return c;
 }
 
-// Any tile, any number of groups, any dtype.
+// Where the results of one row and one group go, copied out of Task: after a store of a vector g++ reads every member
+// of it again.
+struct Output {
+  int32_t* dot;  // or null
+  float* out;
+  const __m512 *scale, *bias;
+  __mmask16 lanes;  // of the last tile
+};
+
+template <bool last>
+[[gnu::always_inline]] inline void finish_tile(const Output& o, int t, __m512i dot, bool scaled, __m512 factor) {
+  if (o.dot) {
+    int32_t* const to = o.dot + t * kTileRows;
+    if (last && o.lanes != 0xFFFF) return _mm512_mask_storeu_epi32(to, o.lanes, dot);
+    return _mm512_storeu_si512(to, dot);
+  }
+  const __m512 scale = scaled ? _mm512_mul_ps(o.scale[t], factor) : o.scale[t];
+  const __m512 value = _mm512_add_ps(_mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot)), o.bias[t]);
+  float* const to = o.out + t * kTileRows;
+  if (last && o.lanes != 0xFFFF) return _mm512_mask_storeu_ps(to, o.lanes, value);
+  _mm512_storeu_ps(to, value);
+}
+
+// Counts of one row to integers or float32.
+template <Operand operand, int tiles>
+[[gnu::always_inline]] inline void finish(const Output& o, int32_t columns, const float* row_scale, const Row& counts) {
+  const __m512i present = _mm512_set1_epi32(columns);
+  const __m512 factor = _mm512_set1_ps(row_scale ? *row_scale : 1.0f);
+  finish_tile<tiles == 1>(o, 0, to_dot<operand>(counts.c0, present), row_scale, factor);
+  if constexpr (tiles > 1) finish_tile<tiles == 2>(o, 1, to_dot<operand>(counts.c1, present), row_scale, factor);
+  if constexpr (tiles > 2) finish_tile<tiles == 3>(o, 2, to_dot<operand>(counts.c2, present), row_scale, factor);
+  if constexpr (tiles > 3) finish_tile<tiles == 4>(o, 3, to_dot<operand>(counts.c3, present), row_scale, factor);
+}
+
+// Counts [tiles][16] of one row and one of any number of groups, to any dtype. `sums` carries floats between groups.
 template <Operand operand>
-void finish_row(const Task& task, int64_t row, int64_t tile, int64_t group, Row counts, float* sums) {
-  finish<operand>(task, row, tile, group, counts.c0, sums);
-  if (tile + 1 < task.end) finish<operand>(task, row, tile + 1, group, counts.c1, sums + kTileRows);
-  if (tile + 2 < task.end) finish<operand>(task, row, tile + 2, group, counts.c2, sums + 2 * kTileRows);
-  if (tile + 3 < task.end) finish<operand>(task, row, tile + 3, group, counts.c3, sums + 3 * kTileRows);
+void add_group(const Task& task, const Columns& c, int tiles, int64_t row, int64_t group, const int32_t* counts,
+               float* sums) {
+  const BinaryMatmulParams& p = task.p;
+  const __m512i present = _mm512_set1_epi32(task.present[row * task.groups + group]);
+  const __m512 factor = _mm512_set1_ps(p.row_scale ? p.row_scale[row] : 1.0f);
+  for (int t = 0; t < tiles; ++t) {
+    const int64_t column = c.first + t * kTileRows;
+    const __mmask16 lanes = t + 1 < tiles ? __mmask16{0xFFFF} : c.lanes;
+    const __m512i dot = to_dot<operand>(_mm512_load_si512(counts + t * kTileRows), present);
+    const __m512 scale = _mm512_mul_ps(load_scale(task, column, group, lanes), factor);
+    __m512 value = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot));
+    if (group > 0) value = _mm512_add_ps(_mm512_load_ps(sums + t * kTileRows), value);
+    if (group + 1 < task.groups) {
+      _mm512_store_ps(sums + t * kTileRows, value);
+      continue;
+    }
+    value = _mm512_add_ps(value, c.bias[t]);
+    with_dtype(p.out_dtype, p.out, [&](auto* out) { store16(out + row * p.n + column, lanes, value); });
+  }
 }
 
-template <Operand operand, int rows>
-void block(const Task& task, int64_t row, int64_t tile) {
+void keep(const Row& counts, int32_t* memory) {
+  _mm512_store_si512(memory, counts.c0);
+  _mm512_store_si512(memory + kTileRows, counts.c1);
+  _mm512_store_si512(memory + 2 * kTileRows, counts.c2);
+  _mm512_store_si512(memory + 3 * kTileRows, counts.c3);
+}
+
+Output row_of_output(const Task& task, const Columns& c, int64_t row) {
+  const int64_t at = row * task.p.n + c.first;
+  int32_t* const dot = task.p.dot ? task.p.dot + at : nullptr;
+  float* const out = task.plain && !dot ? static_cast<float*>(task.p.out) + at : nullptr;
+  return {dot, out, c.scale, c.bias, c.lanes};
+}
+
+Output next_row(Output o, int64_t n) {
+  if (o.dot) o.dot += n;
+  if (o.out) o.out += n;
+  return o;
+}
+
+// Asks for the lines that a block is going to write, which takes as long as computing them when they are far away.
+template <int rows, int tiles>
+[[gnu::always_inline]] inline void request(Output o, int64_t n) {
+  const char* const to = o.dot ? reinterpret_cast<const char*>(o.dot) : reinterpret_cast<const char*>(o.out);
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int t = 0; t < tiles; ++t) __builtin_prefetch(to + 4 * (r * n + t * kTileRows), 1);
+  }
+}
+
+template <Operand operand, int rows, int tiles>
+void block(const Task& task, const Columns& c, int64_t row) {
   const BinaryMatmulParams& p = task.p;
-  const int64_t last = task.end - 1;
-  const auto tile_at = [&](int64_t t) { return p.weight + (t < last ? t : last) * task.words * kTileRows; };
-  const int32_t *w0 = tile_at(tile), *w1 = tile_at(tile + 1), *w2 = tile_at(tile + 2), *w3 = tile_at(tile + 3);
   const int32_t* a0 = p.a + row * task.words;
   const int32_t* z0 = operand == Operand::ternary ? p.a_nonzero + row * task.words : a0;
-  const int64_t next = task.words;
-  const bool whole = tile + kTiles <= task.end && (tile + kTiles) * kTileRows <= p.n && task.groups == 1 &&
-                     (p.dot || p.out_dtype == Dtype::f32);
-  float sums[4 * kTiles * kTileRows];
+  const int64_t next = task.words, n = p.n;
+  const int32_t k = static_cast<int32_t>(p.k), *present = task.present + row;
+  const float* row_scale = p.row_scale ? p.row_scale + row : nullptr;
+  const Output output = row_of_output(task, c, row);
+  if (task.far) request<rows, tiles>(output, n);
+  alignas(64) int32_t counts[rows][kTiles * kTileRows];
+  alignas(64) float sums[rows][kTiles * kTileRows];
   for (int64_t group = 0; group < task.groups; ++group) {
     const __m512i zero = _mm512_setzero_si512();
     Row r0{zero, zero, zero, zero}, r1 = r0, r2 = r0, r3 = r0;
     const int64_t begin = group * task.group_words;
     const int64_t end = begin + task.group_words < task.words ? begin + task.group_words : task.words;
-    for (int64_t w = begin; w < end; ++w) {
-      const __m512i v0 = _mm512_loadu_si512(w0 + w * kTileRows), v1 = _mm512_loadu_si512(w1 + w * kTileRows);
-      const __m512i v2 = _mm512_loadu_si512(w2 + w * kTileRows), v3 = _mm512_loadu_si512(w3 + w * kTileRows);
-      step<operand>(r0, a0[w], z0[w], v0, v1, v2, v3);
+    add_word<operand, rows, tiles, true>(r0, r1, r2, r3, c.weight, a0, z0, next, begin);
+    for (int64_t w = begin + 1; w < end; ++w) {
+      add_word<operand, rows, tiles, false>(r0, r1, r2, r3, c.weight, a0, z0, next, w);
+    }
+    if (task.plain) {
+      Output o = output;
+      const auto columns = [&](int r) { return operand == Operand::sign ? k : present[r]; };
+      const auto scale_of = [&](int r) { return row_scale ? row_scale + r : nullptr; };
+      finish<operand, tiles>(o, columns(0), scale_of(0), r0);
       if constexpr (rows > 1) {
-        step<operand>(r1, a0[w + next], z0[w + next], v0, v1, v2, v3);
-        step<operand>(r2, a0[w + 2 * next], z0[w + 2 * next], v0, v1, v2, v3);
-        step<operand>(r3, a0[w + 3 * next], z0[w + 3 * next], v0, v1, v2, v3);
+        finish<operand, tiles>(o = next_row(o, n), columns(1), scale_of(1), r1);
+        finish<operand, tiles>(o = next_row(o, n), columns(2), scale_of(2), r2);
+        finish<operand, tiles>(o = next_row(o, n), columns(3), scale_of(3), r3);
       }
+      return;
     }
-    if (whole) {
-      finish_whole<operand, rows>(task, row, tile * kTileRows, r0, r1, r2, r3);
-      continue;
-    }
-    finish_row<operand>(task, row, tile, group, r0, sums);
-    if constexpr (rows > 1) {
-      finish_row<operand>(task, row + 1, tile, group, r1, partial(sums, 1, 0));
-      finish_row<operand>(task, row + 2, tile, group, r2, partial(sums, 2, 0));
-      finish_row<operand>(task, row + 3, tile, group, r3, partial(sums, 3, 0));
-    }
+    keep(r0, counts[0]);
+    if constexpr (rows > 1) keep(r1, counts[1]), keep(r2, counts[2]), keep(r3, counts[3]);
+    for (int r = 0; r < rows; ++r) add_group<operand>(task, c, tiles, row + r, group, counts[r], sums[r]);
   }
 }
 
-template <int rows>
-void block(const Task& task, int64_t row, int64_t tile) {
-  Operand operand = task.p.operand;
-  if (operand == Operand::ternary) {  // rows without a zero are plain signs
+template <int rows, int tiles>
+void block(const Task& task, const Columns& c, int64_t row) {
+  const BinaryMatmulParams& p = task.p;
+  if (p.operand == Operand::bool_) return block<Operand::bool_, rows, tiles>(task, c, row);
+  if (p.operand == Operand::ternary) {  // rows without a zero are plain signs
     int64_t present = 0;
     for (int64_t i = row * task.groups; i < (row + rows) * task.groups; ++i) present += task.present[i];
-    if (present == rows * task.p.k) operand = Operand::sign;
+    if (present != rows * p.k) return block<Operand::ternary, rows, tiles>(task, c, row);
   }
-  switch (operand) {
-    case Operand::sign:
-      return block<Operand::sign, rows>(task, row, tile);
-    case Operand::ternary:
-      return block<Operand::ternary, rows>(task, row, tile);
-    case Operand::bool_:
-      return block<Operand::bool_, rows>(task, row, tile);
-  }
+  block<Operand::sign, rows, tiles>(task, c, row);
 }
 
-}  // namespace
+// Rows [begin, end) times `tiles` tiles.
+template <int tiles>
+void columns(const Task& task, int64_t tile, int64_t begin, int64_t end) {
+  const Columns c = load_columns(task, tile, tiles);
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) block<kRows, tiles>(task, c, row);
+  for (; row < end; ++row) block<1, tiles>(task, c, row);
+}
 
-void binary_matmul_tiles_avx512(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
-  if (p.weight_nonzero || p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
+// [m, groups]: columns of the group where the activation is not 0. The caller deletes it.
+int32_t* count_present(const BinaryMatmulParams& p, int64_t groups, int64_t group_words) {
   const int64_t words = word_count(p.k);
-  const int64_t group_words = p.group_size > 0 && !p.dot ? p.group_size / 32 : words;
-  const int64_t groups = ceil_div(words, group_words);
   int32_t* present = new int32_t[p.m * groups];
   for (int64_t row = 0; row < p.m; ++row) {
     for (int64_t group = 0; group < groups; ++group) {
@@ -216,11 +272,27 @@ void binary_matmul_tiles_avx512(const BinaryMatmulParams& p, int64_t begin, int6
       present[row * groups + group] = static_cast<int32_t>(count);
     }
   }
-  const Task task{p, words, groups, group_words, end, present};
-  for (int64_t tile = begin; tile < end; tile += kTiles) {
-    int64_t row = 0;
-    for (; row + 4 <= p.m; row += 4) block<4>(task, row, tile);
-    for (; row < p.m; ++row) block<1>(task, row, tile);
+  return present;
+}
+
+}  // namespace
+
+void binary_matmul_tiles_avx512(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
+  if (p.weight_nonzero || p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
+  const int64_t words = word_count(p.k);
+  const int64_t group_words = p.group_size > 0 && !p.dot ? p.group_size / 32 : words;
+  const int64_t groups = ceil_div(words, group_words);
+  const bool plain = groups == 1 && (p.dot || p.out_dtype == Dtype::f32);
+  int32_t* present = plain && p.operand == Operand::sign ? nullptr : count_present(p, groups, group_words);
+  const bool far = plain && p.m * p.n * 4 > kNearBytes;
+  const Task task{p, words, groups, group_words, present, plain, far};
+  for (int64_t row = 0; row < p.m; row += kRowChunk) {
+    const int64_t last = row + kRowChunk < p.m ? row + kRowChunk : p.m;
+    int64_t tile = begin;
+    for (; tile + kTiles <= end; tile += kTiles) columns<kTiles>(task, tile, row, last);
+    if (end - tile == 3) columns<3>(task, tile, row, last);
+    if (end - tile == 2) columns<2>(task, tile, row, last);
+    if (end - tile == 1) columns<1>(task, tile, row, last);
   }
   delete[] present;
 }
