@@ -9,10 +9,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "floats.h"
@@ -158,8 +160,23 @@ inline int64_t group_count(const char* op, int64_t k, int64_t group_size) {
   return group_size > 0 ? ceil_div(k, group_size) : 1;
 }
 
-inline Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+// An uninitialised, contiguous CPU tensor.
+inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype) {
+  Sizes strides = sizes;
+  int64_t step = 1;
+  for (size_t i = strides.size(); i-- > 0;) step *= std::max<int64_t>(std::exchange(strides[i], step), 1);
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), code, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  return Tensor(handle);
+}
+
+// Uninitialised memory for the length of a call; cheaper than a tensor.
+template <class T>
+std::unique_ptr<T[]> scratch(int64_t count) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
 }
 
 inline void torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context) {

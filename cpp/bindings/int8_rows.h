@@ -13,23 +13,17 @@ inline bool multiplies_int8(const char* op, const std::string& activations) {
   fail(op, ": activations must be \"float\" or \"int8\", got \"", activations, "\"");
 }
 
-struct Int8Rows {
-  Tensor values, scale;  // int8 [..., k], float32 [...]
-};
-
-inline Int8Rows int8_rows(const char* op, const Rows& rows) {
+// q int8 [m, k] and scale float32 [m] of rows.
+inline void int8_rows(const char* op, const Rows& rows, int8_t* q, float* scale) {
   Int8QuantizeParams p;
-  p.dtype = float_dtype(op, rows.x);
-  const Int8Rows q{new_tensor(rows.x, with_last(rows.leading, rows.k), ScalarType::Char),
-                   new_tensor(rows.x, rows.leading, ScalarType::Float)};
   p.x = rows.x.const_data_ptr();
+  p.dtype = float_dtype(op, rows.x);
   p.m = rows.m;
   p.k = rows.k;
-  p.q = mutable_data<int8_t>(q.values);
-  p.scale = mutable_data<float>(q.scale);
+  p.q = q;
+  p.scale = scale;
   p.parallel_for = torch_parallel_for;
   require(op, int8_quantize(p));
-  return q;
 }
 
 }  // namespace bitmill

@@ -35,19 +35,9 @@ void check_tile_padding(const char* op, const char* name, const Tensor& tiles, i
   }
 }
 
-struct Packed {
-  Tensor sign, nonzero, count, mean;
-};
-
-Packed pack_rows(const char* op, const Rows& rows, const std::optional<Tensor>& shift, Levels levels, double threshold,
-                 bool with_mean) {
-  const Sizes plane = with_last(rows.leading, word_count(rows.k));
-  const bool two_planes = levels == Levels::sign;
-  const auto shift_row = checked(op, "shift", shift, ScalarType::Float, {rows.k});
-  Packed packed{new_tensor(rows.x, plane, ScalarType::Int),
-                new_tensor(rows.x, two_planes ? plane : Sizes{0}, ScalarType::Int),
-                new_tensor(rows.x, rows.leading, ScalarType::Int),
-                new_tensor(rows.x, with_mean ? rows.leading : Sizes{0}, ScalarType::Float)};
+// What packing rows asks for; the planes go where the caller says.
+BitpackParams pack_rows(const char* op, const Rows& rows, const std::optional<Tensor>& shift_row, Levels levels,
+                        double threshold) {
   BitpackParams p;
   p.x = rows.x.const_data_ptr();
   p.dtype = float_dtype(op, rows.x);
@@ -56,20 +46,28 @@ Packed pack_rows(const char* op, const Rows& rows, const std::optional<Tensor>& 
   p.shift = data_or_null<float>(shift_row);
   p.threshold = static_cast<float>(threshold);
   p.levels = levels;
-  p.sign = mutable_data<int32_t>(packed.sign);
-  p.nonzero = two_planes ? mutable_data<int32_t>(packed.nonzero) : nullptr;
-  p.count = mutable_data<int32_t>(packed.count);
-  p.mean = with_mean ? mutable_data<float>(packed.mean) : nullptr;
   p.parallel_for = torch_parallel_for;
-  require(op, bitpack(p));
-  return packed;
+  return p;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bitpack_cpu(Tensor x, std::optional<Tensor> shift, std::string levels,
                                                        double threshold, bool mean) {
-  const Levels kind = levels_of("bitpack", levels);
-  const Packed packed = pack_rows("bitpack", rows_of("bitpack", x), shift, kind, threshold, mean);
-  return {packed.sign, packed.nonzero, packed.count, packed.mean};
+  const char* op = "bitpack";
+  const Levels kind = levels_of(op, levels);
+  const Rows rows = rows_of(op, x);
+  const auto shift_row = checked(op, "shift", shift, ScalarType::Float, {rows.k});
+  BitpackParams p = pack_rows(op, rows, shift_row, kind, threshold);
+  const Sizes plane = with_last(rows.leading, word_count(rows.k));
+  const bool two_planes = kind == Levels::sign;
+  const Tensor sign = new_tensor(plane, ScalarType::Int), count = new_tensor(rows.leading, ScalarType::Int);
+  const Tensor nonzero = new_tensor(two_planes ? plane : Sizes{0}, ScalarType::Int);
+  const Tensor means = new_tensor(mean ? rows.leading : Sizes{0}, ScalarType::Float);
+  p.sign = mutable_data<int32_t>(sign);
+  p.nonzero = two_planes ? mutable_data<int32_t>(nonzero) : nullptr;
+  p.count = mutable_data<int32_t>(count);
+  p.mean = mean ? mutable_data<float>(means) : nullptr;
+  require(op, bitpack(p));
+  return {sign, nonzero, count, means};
 }
 
 Tensor bitunpack_cpu(Tensor sign, std::optional<Tensor> nonzero, int64_t k) {
@@ -79,7 +77,7 @@ Tensor bitunpack_cpu(Tensor sign, std::optional<Tensor> nonzero, int64_t k) {
   }
   checked("bitunpack", "sign", sign, ScalarType::Int, sizes_of(sign));
   const auto plane = checked("bitunpack", "nonzero", nonzero, ScalarType::Int, sizes_of(sign));
-  const Tensor values = new_tensor(rows.x, with_last(rows.leading, k), ScalarType::Char);
+  const Tensor values = new_tensor(with_last(rows.leading, k), ScalarType::Char);
   require("bitunpack",
           bitunpack(data<int32_t>(rows.x), data_or_null<int32_t>(plane), rows.m, k, mutable_data<int8_t>(values)));
   return values;
@@ -94,7 +92,7 @@ Tensor tile_pack_cpu(Tensor codes, int64_t bits) {
   if (codes.dim() != 2) fail("tile_pack: codes must have shape [n, k], got ", to_string(sizes_of(codes)));
   const Tensor rows = checked("tile_pack", "codes", codes, ScalarType::Byte, sizes_of(codes));
   const int64_t n = rows.size(0), k = rows.size(1);
-  const Tensor tiles = new_tensor(rows, tile_sizes(n, k, tile_bits("tile_pack", bits)), ScalarType::Int);
+  const Tensor tiles = new_tensor(tile_sizes(n, k, tile_bits("tile_pack", bits)), ScalarType::Int);
   require("tile_pack", tile_pack(data<uint8_t>(rows), n, k, static_cast<int>(bits), mutable_data<int32_t>(tiles)));
   return tiles;
 }
@@ -104,7 +102,7 @@ Tensor tile_unpack_cpu(Tensor tiles, int64_t n, int64_t k, int64_t bits) {
     fail("tile_unpack: n must be at least 0 and k between 0 and 16777216, got n = ", n, ", k = ", k);
   const Sizes sizes = tile_sizes(n, k, tile_bits("tile_unpack", bits));
   const Tensor words = checked("tile_unpack", "tiles", tiles, ScalarType::Int, sizes);
-  const Tensor codes = new_tensor(words, {n, k}, ScalarType::Byte);
+  const Tensor codes = new_tensor({n, k}, ScalarType::Byte);
   require("tile_unpack", tile_unpack(data<int32_t>(words), n, k, static_cast<int>(bits), mutable_data<uint8_t>(codes)));
   return codes;
 }
@@ -126,7 +124,7 @@ Tensor binary_matmul_cpu(Tensor a, Tensor weight, int64_t n, int64_t k, std::opt
   check_tile_padding(op, "weight", tiles, n, k);
   if (k > 0) check_row_padding(op, "a", rows.x, rows.m, k);
   if (k > 0 && nonzero) check_row_padding(op, "a_nonzero", *nonzero, rows.m, k);
-  const Tensor dot = new_tensor(rows.x, with_last(rows.leading, n), ScalarType::Int);
+  const Tensor dot = new_tensor(with_last(rows.leading, n), ScalarType::Int);
   BinaryMatmulParams p;
   p.a = data<int32_t>(rows.x);
   p.a_nonzero = data_or_null<int32_t>(nonzero);
@@ -157,12 +155,19 @@ Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Te
   check_tile_padding(op, "weight", tiles, n, k);
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
   const auto step = checked(op, "alpha", alpha, ScalarType::Float, {});
-  const double threshold = (step ? *data<float>(*step) : 1.0f) / 2;
-  const Packed packed = pack_rows(op, rows, shift, kind, threshold, row_scale);
-  const Tensor out = new_tensor(rows.x, with_last(rows.leading, n), x.scalar_type());
+  const auto shift_row = checked(op, "shift", shift, ScalarType::Float, {k});
+  BitpackParams pack = pack_rows(op, rows, shift_row, kind, (step ? *data<float>(*step) : 1.0f) / 2);
+  const int64_t words = rows.m * word_count(k);
+  const auto sign = scratch<int32_t>(words), nonzero = scratch<int32_t>(kind == Levels::sign ? words : 0);
+  const auto mean = scratch<float>(row_scale ? rows.m : 0);
+  pack.sign = sign.get();
+  pack.nonzero = kind == Levels::sign ? nonzero.get() : nullptr;
+  pack.mean = row_scale ? mean.get() : nullptr;
+  require(op, bitpack(pack));
+  const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
   BinaryMatmulParams p;
-  p.a = data<int32_t>(packed.sign);
-  p.a_nonzero = kind == Levels::sign ? data<int32_t>(packed.nonzero) : nullptr;
+  p.a = pack.sign;
+  p.a_nonzero = pack.nonzero;
   p.operand = kind == Levels::sign ? Operand::ternary : kind == Levels::plus ? Operand::sign : Operand::bool_;
   p.weight = data<int32_t>(tiles);
   p.weight_nonzero = data_or_null<int32_t>(tiles_nonzero);
@@ -173,7 +178,7 @@ Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Te
   p.out_dtype = float_dtype(op, rows.x);
   p.scale = data<float>(scale_rows);
   p.group_size = group_size;
-  p.row_scale = row_scale ? data<float>(packed.mean) : nullptr;
+  p.row_scale = pack.mean;
   p.bias = data_or_null<float>(bias_row);
   p.parallel_for = torch_parallel_for;
   require(op, binary_matmul(p));
@@ -192,12 +197,14 @@ Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::opti
   const auto tiles_nonzero = checked(op, "weight_nonzero", weight_nonzero, ScalarType::Int, tile_sizes(n, k));
   check_tile_padding(op, "weight", tiles, n, k);
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
-  const Tensor out = new_tensor(rows.x, with_last(rows.leading, n), x.scalar_type());
+  const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
   if (int8) {
-    const Int8Rows q = int8_rows(op, rows);
+    const auto q = scratch<int8_t>(rows.m * k);
+    const auto row_scale = scratch<float>(rows.m);
+    int8_rows(op, rows, q.get(), row_scale.get());
     BinaryInt8MatmulParams p;
-    p.q = data<int8_t>(q.values);
-    p.row_scale = data<float>(q.scale);
+    p.q = q.get();
+    p.row_scale = row_scale.get();
     p.weight = data<int32_t>(tiles);
     p.weight_nonzero = data_or_null<int32_t>(tiles_nonzero);
     p.m = rows.m;

@@ -34,7 +34,7 @@ Tensor fp4_cast_cpu(Tensor x, std::string format, std::string nan) {
   p.format = format_of(op, format);
   p.nan = nan_policy_of(op, nan);
   const Rows rows = rows_of(op, x);
-  const Tensor packed = new_tensor(rows.x, with_last(rows.leading, ceil_div(rows.k, 2)), ScalarType::Byte);
+  const Tensor packed = new_tensor(with_last(rows.leading, ceil_div(rows.k, 2)), ScalarType::Byte);
   p.x = rows.x.const_data_ptr();
   p.dtype = float_dtype(op, rows.x);
   p.m = rows.m;
@@ -65,7 +65,7 @@ Tensor fp4_uncast_cpu(Tensor packed, int64_t k, std::string format) {
   const char* op = "fp4_uncast";
   const Fp4Format kind = format_of(op, format);
   const Rows rows = packed_rows(op, packed, k);
-  const Tensor values = new_tensor(rows.x, with_last(rows.leading, k), ScalarType::Float);
+  const Tensor values = new_tensor(with_last(rows.leading, k), ScalarType::Float);
   require(op, fp4_uncast(data<uint8_t>(rows.x), rows.m, k, kind, mutable_data<float>(values), torch_parallel_for));
   return values;
 }
@@ -77,7 +77,7 @@ Tensor e8m0_cast_cpu(Tensor x, std::string rounding) {
   }
   const Dtype dtype = float_dtype(op, x);
   const Tensor values = as_contiguous(x);
-  const Tensor codes = new_tensor(values, sizes_of(x), ScalarType::Byte);
+  const Tensor codes = new_tensor(sizes_of(x), ScalarType::Byte);
   require(op,
           e8m0_cast(values.const_data_ptr(), dtype, values.numel(), rounding == "up", mutable_data<uint8_t>(codes)));
   return codes;
@@ -85,7 +85,7 @@ Tensor e8m0_cast_cpu(Tensor x, std::string rounding) {
 
 Tensor e8m0_uncast_cpu(Tensor codes) {
   const Tensor bytes = checked("e8m0_uncast", "codes", codes, ScalarType::Byte, sizes_of(codes));
-  const Tensor values = new_tensor(bytes, sizes_of(codes), ScalarType::Float);
+  const Tensor values = new_tensor(sizes_of(codes), ScalarType::Float);
   require("e8m0_uncast", e8m0_uncast(data<uint8_t>(bytes), bytes.numel(), mutable_data<float>(values)));
   return values;
 }
@@ -95,8 +95,8 @@ std::tuple<Tensor, Tensor> mxfp4_quantize_cpu(Tensor x, std::string scale_rule) 
   Mxfp4QuantizeParams p;
   p.rule = scale_rule_of(op, scale_rule);
   const Rows rows = rows_of(op, x);
-  const Tensor packed = new_tensor(rows.x, with_last(rows.leading, ceil_div(rows.k, 2)), ScalarType::Byte);
-  const Tensor scale = new_tensor(rows.x, with_last(rows.leading, ceil_div(rows.k, kMxBlock)), ScalarType::Byte);
+  const Tensor packed = new_tensor(with_last(rows.leading, ceil_div(rows.k, 2)), ScalarType::Byte);
+  const Tensor scale = new_tensor(with_last(rows.leading, ceil_div(rows.k, kMxBlock)), ScalarType::Byte);
   p.x = rows.x.const_data_ptr();
   p.dtype = float_dtype(op, rows.x);
   p.m = rows.m;
@@ -112,7 +112,7 @@ Tensor mxfp4_dequantize_cpu(Tensor packed, Tensor scale, int64_t k) {
   const char* op = "mxfp4_dequantize";
   const Rows rows = packed_rows(op, packed, k);
   const Tensor bytes = checked(op, "scale", scale, ScalarType::Byte, with_last(rows.leading, ceil_div(k, kMxBlock)));
-  const Tensor values = new_tensor(rows.x, with_last(rows.leading, k), ScalarType::Float);
+  const Tensor values = new_tensor(with_last(rows.leading, k), ScalarType::Float);
   require(op, mxfp4_dequantize(data<uint8_t>(rows.x), data<uint8_t>(bytes), rows.m, k, mutable_data<float>(values),
                                torch_parallel_for));
   return values;
@@ -162,7 +162,7 @@ Tensor fp4_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tenso
   const int64_t k = rows.k, n = scale.dim() > 0 ? scale.size(0) : 0;
   const WeightArguments arguments = weight_arguments(op, weight, scale, n, k, format, group_size, codebook);
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
-  const Tensor out = new_tensor(rows.x, with_last(rows.leading, n), x.scalar_type());
+  const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
   Fp4MatmulParams p;
   p.x = rows.x.const_data_ptr();
   p.dtype = dtype;
@@ -181,7 +181,7 @@ Tensor fp4_weight_cpu(Tensor weight, Tensor scale, int64_t n, int64_t k, std::st
   if (n < 0 || k < 0 || k > kMaxColumns)
     fail(op, ": n must be at least 0 and k between 0 and 16777216, got n = ", n, ", k = ", k);
   const WeightArguments arguments = weight_arguments(op, weight, scale, n, k, format, group_size, codebook);
-  const Tensor values = new_tensor(arguments.tiles, {n, k}, ScalarType::Float);
+  const Tensor values = new_tensor({n, k}, ScalarType::Float);
   require(op, fp4_weight(arguments.weight(n, k, group_size), mutable_data<float>(values), torch_parallel_for));
   return values;
 }

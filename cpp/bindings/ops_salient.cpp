@@ -71,7 +71,7 @@ Tensor salient_linear_cpu(Tensor x, Tensor weight, Tensor mask, Tensor value, Te
   p.dtype = float_dtype(op, rows.x);
   p.m = rows.m;
   p.bias = data_or_null<float>(bias_row);
-  const Tensor out = new_tensor(rows.x, with_last(rows.leading, n), x.scalar_type());
+  const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
   p.out = out.mutable_data_ptr();
   p.parallel_for = torch_parallel_for;
   require(op, salient_matmul(p));
@@ -85,7 +85,7 @@ Tensor salient_weight_cpu(Tensor weight, Tensor mask, Tensor value, Tensor start
   if (k < 0 || k > kMaxColumns) fail(op, ": k must be in [0, ", kMaxColumns, "], got ", k);
   const SalientArrays arrays =
       salient_arrays(op, weight, mask, value, start, alpha, mu, value_scale, value_zero, k, group_size);
-  const Tensor dense = new_tensor(arrays.alpha, {arrays.view.n, k}, ScalarType::Float);
+  const Tensor dense = new_tensor({arrays.view.n, k}, ScalarType::Float);
   require(op, salient_dequantize(arrays.view, mutable_data<float>(dense), torch_parallel_for));
   return dense;
 }

@@ -7,6 +7,7 @@ its config, its arguments and its tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ L = TypeVar("L", bound="LatentLinear")
 
 
 def as_float32(t: Tensor | None) -> Tensor | None:
-    """The ops take scales and biases in float32; a layer moved by .half() or .bfloat16() holds them rounded."""
+    """The ops take scales and biases in float32; a training layer moved by .half() or .bfloat16() has them rounded."""
     return t if t is None or t.dtype == torch.float32 else t.float()
 
 
@@ -82,6 +83,15 @@ class PackedModule(nn.Module):
         """Register buffers, the absent ones last: torch.export (2.13) miscounts buffers that follow a None."""
         for name, t in sorted(buffers.items(), key=lambda item: item[1] is None):
             self.register_buffer(name, t)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        """Move buffers to another device. Their dtypes are the format: .half() and .bfloat16() leave them alone."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
 
     def arguments(self) -> dict[str, int | bool]:
         """Keyword arguments besides `config` that rebuild this layer's empty buffers."""

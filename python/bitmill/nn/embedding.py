@@ -93,6 +93,7 @@ class PackedBinaryEmbedding(PackedModule):
 
     config: BinaryConfig
     kernel = "bitunpack"
+    _apply = nn.Module._apply  # .half() and .bfloat16() do change the scale's dtype, which is the output's
     weight: Tensor
     weight_nonzero: Tensor | None
     scale: Tensor
