@@ -46,13 +46,14 @@ def test_int8_quantize_rounds_ties_to_even_and_keeps_the_largest() -> None:
 
 def test_int8_quantize_defines_rows_that_are_not_finite() -> None:
     nan, inf = math.nan, math.inf
-    x = torch.tensor([[0.0, -0.0, 0.0], [1.0, nan, 2.0], [1.0, inf, -2.0], [1e-45, 0.0, -1e-45], [3e38, 1.0, -3e38]])
+    x = torch.tensor([[0.0, -0.0, 0.0], [1.0, nan, 2.0], [1.0, inf, -2.0], [1e-40, 0.0, -1e-37], [3e38, 1.0, -3e38]])
     assert_rounded_alike(x)
     assert_rounded_alike(x.repeat(1, 20))
     q, scale = ops.int8_quantize(x)
     assert q[0].tolist() == [0, 0, 0] and scale[0] == 0
     assert scale[1].isnan() and q[1].tolist() == [0, 0, 0]
     assert scale[2] == inf and q[2].tolist() == [0, 0, 0]
+    assert q[3].tolist() == [0, 0, 0]
     assert q[4].tolist() == [127, 0, -127]
 
 

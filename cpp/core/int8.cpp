@@ -23,8 +23,7 @@ void int8_quantize_rows_generic(const Int8QuantizeParams& p, int64_t begin, int6
       int32_t total = 0;
       for (int64_t i = row * p.k; i < (row + 1) * p.k; ++i) {
         const float scaled = to_float(x[i]) * inverse;
-        const float level = scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled;
-        p.q[i] = std::isnan(level) ? int8_t{0} : static_cast<int8_t>(std::nearbyint(level));
+        p.q[i] = std::isfinite(scaled) ? static_cast<int8_t>(std::nearbyint(scaled)) : int8_t{0};
         total += p.q[i];
       }
       p.scale[row] = amax / 127.0f;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of floats to int8 with one scale a row: the activations of every integer product with packed weights.
-//   amax = max |x|,  scale = fl(amax / 127),  q = rint(fl(x * fl(127 / amax))) within -127 ... 127
-// Ties go to even. Where the product is not a number (x = 0 in a row of zeros, an infinity) q is 0; a NaN in the row
-// makes its scale NaN, so that it reaches the result.
+//   amax = max |x|,  scale = fl(amax / 127),  q = rint(fl(x * fl(127 / amax))), which is within -127 ... 127
+// Ties go to even. Where the product is not finite (a row of zeros, an infinity, amax below 4e-37) q is 0; a NaN in the
+// row makes its scale NaN, so that it reaches the result.
 #pragma once
 
 #include <cstdint>

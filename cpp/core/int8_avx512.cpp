@@ -7,27 +7,28 @@
 namespace bitmill::detail {
 namespace {
 
+__m512i magnitude(__m512 x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)); }
+
+// A product that is not finite converts to INT32_MIN, whose low byte is 0.
+__m128i round16(__m512 x, __m512 inverse, __m512i& sum) {
+  const __m128i q = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)));
+  sum = _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(q));
+  return q;
+}
+
 template <class T>
 void quantize_row(const T* x, int64_t k, int8_t* q, float* scale, int32_t* total) {
-  const __m512i magnitude_bits = _mm512_set1_epi32(0x7FFFFFFF);
-  __m512i largest = _mm512_setzero_si512();
-  for (int64_t i = 0; i < k; i += 16) {
-    const __m512i bits = _mm512_castps_si512(load16(x + i, first_lanes(k - i)));
-    largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, magnitude_bits));
-  }
+  const int64_t whole = k / 16 * 16;
+  const __mmask16 rest = first_lanes(k - whole);
+  __m512i largest = rest ? magnitude(load16(x + whole, rest)) : _mm512_setzero_si512();
+  for (int64_t i = 0; i < whole; i += 16) largest = _mm512_max_epu32(largest, magnitude(load16(x + i)));
   const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(largest))));
-  const __m512 inverse = _mm512_set1_ps(127.0f / amax), top = _mm512_set1_ps(127.0f);
-  const __m512 bottom = _mm512_set1_ps(-127.0f);
+  const __m512 inverse = _mm512_set1_ps(127.0f / amax);
   __m512i sum = _mm512_setzero_si512();
-  for (int64_t i = 0; i < k; i += 16) {
-    const __mmask16 lanes = first_lanes(k - i);
-    const __m512 scaled = _mm512_mul_ps(load16(x + i, lanes), inverse);
-    const __mmask16 numbers = _mm512_mask_cmp_ps_mask(lanes, scaled, scaled, _CMP_ORD_Q);
-    const __m512 level = _mm512_maskz_max_ps(numbers, _mm512_min_ps(scaled, top), bottom);
-    const __m512i integers = _mm512_cvtps_epi32(level);
-    _mm512_mask_cvtepi32_storeu_epi8(q + i, lanes, integers);
-    sum = _mm512_add_epi32(sum, integers);
+  for (int64_t i = 0; i < whole; i += 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), round16(load16(x + i), inverse, sum));
   }
+  if (rest) _mm_mask_storeu_epi8(q + whole, rest, round16(load16(x + whole, rest), inverse, sum));
   *scale = amax / 127.0f;
   *total = _mm512_reduce_add_epi32(sum);
 }

@@ -2,7 +2,7 @@
 """Rows of floats to int8 with one scale a row: the activations of integer products with packed weights.
 
 amax = max |x|,  scale = fl(amax / 127),  q = rint(fl(x * fl(127 / amax))) in [-127, 127], ties to even; x ~ scale q.
-q is 0 where that product is not a number; a NaN in the row makes its scale NaN. All arithmetic is float32.
+q is 0 where that product is not finite; a NaN in the row makes its scale NaN. All arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def _int8_quantize_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     values = x.float()
     amax = values.abs().amax(-1) if x.shape[-1] else values.new_zeros(x.shape[:-1])
     top = torch.full_like(amax, 127.0)  # torch may divide by a number as a product with its reciprocal
-    q = (values * (top / amax).unsqueeze(-1)).clamp(-127, 127).round().nan_to_num(0.0)
+    q = (values * (top / amax).unsqueeze(-1)).round()
+    q = torch.where(q.isfinite(), q, 0.0)
     return q.to(torch.int8), amax / top
 
 
