@@ -109,35 +109,65 @@ Tensor tile_unpack_cpu(Tensor tiles, int64_t n, int64_t k, int64_t bits) {
 
 constexpr const char* kPackRemedy = "; pack the weight with bitmill.ops.tile_pack";
 
-Tensor binary_matmul_cpu(Tensor a, Tensor weight, int64_t n, int64_t k, std::optional<Tensor> a_nonzero,
-                         std::optional<Tensor> weight_nonzero, std::string levels) {
-  const char* op = "binary_matmul";
+// The operands of an integer product, checked; `params` points into them.
+struct Operands {
+  Rows rows;
+  Tensor tiles;
+  std::optional<Tensor> nonzero, tiles_nonzero;
+  BinaryMatmulParams params;
+};
+
+Operands operands(const char* op, const Tensor& a, const Tensor& weight, int64_t n, int64_t k,
+                  const std::optional<Tensor>& a_nonzero, const std::optional<Tensor>& weight_nonzero,
+                  const std::string& levels) {
   const Levels kind = levels_of(op, levels);
   if (n < 0 || k < 0 || k > kMaxColumns)
     fail(op, ": n must be at least 0 and k between 0 and 16777216, got n = ", n, ", k = ", k);
   if (a_nonzero && kind != Levels::sign) fail(op, ": a_nonzero goes with levels=\"sign\" only, got \"", levels, "\"");
-  const Rows rows = rows_of(op, a);
-  checked(op, "a", a, ScalarType::Int, with_last(rows.leading, word_count(k)));
-  const auto nonzero = checked(op, "a_nonzero", a_nonzero, ScalarType::Int, sizes_of(a));
-  const Tensor tiles = checked(op, "weight", weight, ScalarType::Int, tile_sizes(n, k), kPackRemedy);
-  const auto tiles_nonzero = checked(op, "weight_nonzero", weight_nonzero, ScalarType::Int, tile_sizes(n, k));
-  check_tile_padding(op, "weight", tiles, n, k);
-  if (k > 0) check_row_padding(op, "a", rows.x, rows.m, k);
-  if (k > 0 && nonzero) check_row_padding(op, "a_nonzero", *nonzero, rows.m, k);
-  const Tensor dot = new_tensor(with_last(rows.leading, n), ScalarType::Int);
-  BinaryMatmulParams p;
-  p.a = data<int32_t>(rows.x);
-  p.a_nonzero = data_or_null<int32_t>(nonzero);
-  p.operand = kind == Levels::bool_ ? Operand::bool_ : nonzero ? Operand::ternary : Operand::sign;
-  p.weight = data<int32_t>(tiles);
-  p.weight_nonzero = data_or_null<int32_t>(tiles_nonzero);
-  p.m = rows.m;
+  Operands o{rows_of(op, a), weight, std::nullopt, std::nullopt, {}};
+  checked(op, "a", a, ScalarType::Int, with_last(o.rows.leading, word_count(k)));
+  o.nonzero = checked(op, "a_nonzero", a_nonzero, ScalarType::Int, sizes_of(a));
+  o.tiles = checked(op, "weight", weight, ScalarType::Int, tile_sizes(n, k), kPackRemedy);
+  o.tiles_nonzero = checked(op, "weight_nonzero", weight_nonzero, ScalarType::Int, tile_sizes(n, k));
+  check_tile_padding(op, "weight", o.tiles, n, k);
+  if (k > 0) check_row_padding(op, "a", o.rows.x, o.rows.m, k);
+  if (k > 0 && o.nonzero) check_row_padding(op, "a_nonzero", *o.nonzero, o.rows.m, k);
+  BinaryMatmulParams& p = o.params;
+  p.a = data<int32_t>(o.rows.x);
+  p.a_nonzero = data_or_null<int32_t>(o.nonzero);
+  p.operand = kind == Levels::bool_ ? Operand::bool_ : o.nonzero ? Operand::ternary : Operand::sign;
+  p.weight = data<int32_t>(o.tiles);
+  p.weight_nonzero = data_or_null<int32_t>(o.tiles_nonzero);
+  p.m = o.rows.m;
   p.n = n;
   p.k = k;
-  p.dot = mutable_data<int32_t>(dot);
   p.parallel_for = torch_parallel_for;
-  require(op, binary_matmul(p));
+  return o;
+}
+
+Tensor binary_matmul_cpu(Tensor a, Tensor weight, int64_t n, int64_t k, std::optional<Tensor> a_nonzero,
+                         std::optional<Tensor> weight_nonzero, std::string levels) {
+  Operands o = operands("binary_matmul", a, weight, n, k, a_nonzero, weight_nonzero, levels);
+  const Tensor dot = new_tensor(with_last(o.rows.leading, n), ScalarType::Int);
+  o.params.dot = mutable_data<int32_t>(dot);
+  require("binary_matmul", binary_matmul(o.params));
   return dot;
+}
+
+std::tuple<Tensor, Tensor> binary_matmul_bits_cpu(Tensor a, Tensor weight, Tensor positive, std::optional<Tensor> zero,
+                                                  int64_t n, int64_t k, std::optional<Tensor> a_nonzero,
+                                                  std::optional<Tensor> weight_nonzero, std::string levels) {
+  const char* op = "binary_matmul_bits";
+  Operands o = operands(op, a, weight, n, k, a_nonzero, weight_nonzero, levels);
+  const Tensor ones = checked(op, "positive", positive, ScalarType::Int, {2, n});
+  const auto zeros = checked(op, "zero", zero, ScalarType::Int, {2, n});
+  const Sizes plane = with_last(o.rows.leading, word_count(n));
+  const Tensor sign = new_tensor(plane, ScalarType::Int);
+  const Tensor nonzero = new_tensor(zeros ? plane : Sizes{0}, ScalarType::Int);
+  o.params.bits = {mutable_data<int32_t>(sign), zeros ? mutable_data<int32_t>(nonzero) : nullptr, data<int32_t>(ones),
+                   data_or_null<int32_t>(zeros)};
+  if (o.rows.m > 0 && n > 0) require(op, binary_matmul(o.params));
+  return {sign, nonzero};
 }
 
 Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias,
@@ -245,6 +275,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) {
   m.impl("tile_pack", TORCH_BOX(&bitmill::tile_pack_cpu));
   m.impl("tile_unpack", TORCH_BOX(&bitmill::tile_unpack_cpu));
   m.impl("binary_matmul", TORCH_BOX(&bitmill::binary_matmul_cpu));
+  m.impl("binary_matmul_bits", TORCH_BOX(&bitmill::binary_matmul_bits_cpu));
   m.impl("binary_linear", TORCH_BOX(&bitmill::binary_linear_cpu));
   m.impl("binary_weight_linear", TORCH_BOX(&bitmill::binary_weight_linear_cpu));
 }

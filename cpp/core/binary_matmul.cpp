@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "bit_output.h"
 #include "cpu.h"
 #include "layout.h"
 #include "panel_matmul.h"
@@ -48,24 +49,32 @@ void binary_matmul_tiles_generic(const BinaryMatmulParams& p, int64_t begin, int
   for (int64_t row = 0; row < p.m; ++row) {
     const int32_t* a = p.a + row * words;
     const int32_t* nonzero = p.operand == Operand::ternary ? p.a_nonzero + row * words : nullptr;
-    for (int64_t column = begin * kTileRows; column < std::min(p.n, end * kTileRows); ++column) {
+    const auto dot_of = [&](int64_t column, int64_t from, int64_t to) {
       const int64_t lane = (column / kTileRows) * words * kTileRows + column % kTileRows;
-      const int32_t* weight = p.weight + lane;
       const int32_t* weight_nonzero = p.weight_nonzero ? p.weight_nonzero + lane : nullptr;
-      if (p.dot) {
-        p.dot[row * p.n + column] = dot_words(p, a, nonzero, weight, weight_nonzero, 0, words);
+      return dot_words(p, a, nonzero, p.weight + lane, weight_nonzero, from, to);
+    };
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kTileRows, count = std::min(kTileRows, p.n - first);
+      if (p.dot || p.bits.sign) {
+        int32_t dot[kTileRows];
+        for (int64_t lane = 0; lane < count; ++lane) dot[lane] = dot_of(first + lane, 0, words);
+        if (p.dot) std::copy_n(dot, count, p.dot + row * p.n + first);
+        if (p.bits.sign) store_bits(p, row, tile, dot, count);
         continue;
       }
-      float value = 0.0f;
-      for (int64_t group = 0; group < groups; ++group) {
-        const int64_t from = group * group_words, to = std::min(words, from + group_words);
-        const float dot = static_cast<float>(dot_words(p, a, nonzero, weight, weight_nonzero, from, to));
-        float scale = p.scale[column * groups + group];
-        if (p.row_scale) scale *= p.row_scale[row];
-        value = group == 0 ? scale * dot : value + scale * dot;
+      for (int64_t column = first; column < first + count; ++column) {
+        float value = 0.0f;
+        for (int64_t group = 0; group < groups; ++group) {
+          const int64_t from = group * group_words, to = std::min(words, from + group_words);
+          float scale = p.scale[column * groups + group];
+          if (p.row_scale) scale *= p.row_scale[row];
+          const float term = scale * static_cast<float>(dot_of(column, from, to));
+          value = group == 0 ? term : value + term;
+        }
+        if (p.bias) value += p.bias[column];
+        with_dtype(p.out_dtype, p.out, [&](auto* out) { store(value, out + row * p.n + column); });
       }
-      if (p.bias) value += p.bias[column];
-      with_dtype(p.out_dtype, p.out, [&](auto* out) { store(value, out + row * p.n + column); });
     }
   }
 }
@@ -104,7 +113,10 @@ Status binary_matmul(const BinaryMatmulParams& p) {
   if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
   if (p.m == 0 || p.n == 0) return Status::ok;  // an array without elements may be null, here and below
   if (p.k > 0 && (p.operand == Operand::ternary) != (p.a_nonzero != nullptr)) return Status::bad_argument;
-  if (!p.dot && (!p.out || (p.k > 0 && !p.scale))) return Status::bad_argument;
+  if (p.bits.sign && (p.dot || !p.bits.positive || (p.bits.nonzero == nullptr) != (p.bits.zero == nullptr))) {
+    return Status::bad_argument;
+  }
+  if (!p.dot && !p.bits.sign && (!p.out || (p.k > 0 && !p.scale))) return Status::bad_argument;
   const auto [tiles, nanoseconds_per_word] = detail::choose_kernel();
   const double words = static_cast<double>(p.m) * static_cast<double>(word_count(p.k) + 2) * kTileRows;
   split(p.parallel_for, tile_count(p.n), words * nanoseconds_per_word,

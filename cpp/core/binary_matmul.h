@@ -17,6 +17,15 @@ enum class Operand {
   bool_     // activations 0, 1
 };
 
+// The results as packed rows: what a layer with 1-bit activations reads, so that a chain of layers never returns to
+// floats. An output is positive (bit 1) where first <= dot <= last of its range, and 0 likewise.
+struct BitOutput {
+  int32_t* sign = nullptr;            // [m, word_count(n)], or null: no bits are asked for
+  int32_t* nonzero = nullptr;         // the same, or null
+  const int32_t* positive = nullptr;  // [2, n]: first and last
+  const int32_t* zero = nullptr;      // [2, n], with `nonzero`
+};
+
 struct BinaryMatmulParams {
   const int32_t* a = nullptr;          // [m, word_count(k)]
   const int32_t* a_nonzero = nullptr;  // the same, for Operand::ternary
@@ -25,7 +34,9 @@ struct BinaryMatmulParams {
   const int32_t* weight_nonzero = nullptr;
   int64_t m = 0, n = 0, k = 0;
 
-  int32_t* dot = nullptr;  // [m, n]: the integers; or null, then the float result is written:
+  int32_t* dot = nullptr;  // [m, n]: the integers
+  BitOutput bits;          // or bits
+                           // or, with neither, floats:
   void* out = nullptr;     // [m, n]: fl(fl(scale * dot) + bias), summed over the groups of columns first to last
   Dtype out_dtype = Dtype::f32;
   const float* scale = nullptr;      // [n, groups]

@@ -4,6 +4,7 @@
 // with zeros are rare and take the generic form.
 #include "avx512.h"
 #include "binary_matmul.h"
+#include "bit_output.h"
 #include "layout.h"
 
 namespace bitmill::detail {
@@ -76,6 +77,8 @@ struct Columns {
   __mmask16 lanes;  // of the last tile
   __m512 scale[kTiles];
   __m512 bias[kTiles];
+  __m512i positive[2][kTiles];  // first and last, for bits
+  __m512i zero[2][kTiles];
 };
 
 template <Operand operand>
@@ -101,6 +104,14 @@ Columns load_columns(const Task& task, int64_t tile, int tiles) {
     const __mmask16 lanes = inside == tiles - 1 ? c.lanes : __mmask16{0xFFFF};
     c.weight[t] = task.p.weight + (tile + inside) * task.words * kTileRows;
     if (task.p.dot) continue;
+    if (task.p.bits.sign) {
+      for (int edge = 0; edge < 2; ++edge) {
+        const int64_t at = edge * task.p.n + column;
+        c.positive[edge][t] = _mm512_maskz_loadu_epi32(lanes, task.p.bits.positive + at);
+        if (task.p.bits.zero) c.zero[edge][t] = _mm512_maskz_loadu_epi32(lanes, task.p.bits.zero + at);
+      }
+      continue;
+    }
     c.scale[t] = load_scale(task, column, 0, lanes);
     // x + -0 is x, for every x
     c.bias[t] = task.p.bias ? _mm512_maskz_loadu_ps(lanes, task.p.bias + column) : _mm512_set1_ps(-0.0f);
@@ -140,6 +151,25 @@ template <Operand operand, int tiles>
   if constexpr (tiles > 1) finish_tile<tiles == 2>(o, 1, to_dot<operand>(counts.c1, present), row_scale, factor);
   if constexpr (tiles > 2) finish_tile<tiles == 3>(o, 2, to_dot<operand>(counts.c2, present), row_scale, factor);
   if constexpr (tiles > 3) finish_tile<tiles == 4>(o, 3, to_dot<operand>(counts.c3, present), row_scale, factor);
+}
+
+__mmask16 inside(__mmask16 lanes, const __m512i (&range)[2][kTiles], int t, __m512i dot) {
+  return _mm512_mask_cmple_epi32_mask(_mm512_mask_cmple_epi32_mask(lanes, range[0][t], dot), dot, range[1][t]);
+}
+
+// Counts [tiles][16] of one row to bits.
+template <Operand operand>
+void finish_bits(const Task& task, const Columns& c, int tiles, int64_t row, const int32_t* counts) {
+  const BinaryMatmulParams& p = task.p;
+  const __m512i present = _mm512_set1_epi32(task.present[row]);
+  const int64_t tile = c.first / kTileRows;
+  for (int t = 0; t < tiles; ++t) {
+    const __mmask16 lanes = t + 1 < tiles ? __mmask16{0xFFFF} : c.lanes;
+    const __m512i dot = to_dot<operand>(_mm512_load_si512(counts + t * kTileRows), present);
+    store_half_word(p.bits.sign, p, row, tile + t, inside(lanes, c.positive, t, dot));
+    if (!p.bits.nonzero) continue;
+    store_half_word(p.bits.nonzero, p, row, tile + t, static_cast<uint16_t>(lanes & ~inside(lanes, c.zero, t, dot)));
+  }
 }
 
 // Counts [tiles][16] of one row and one of any number of groups, to any dtype. `sums` carries floats between groups.
@@ -231,7 +261,13 @@ void block(const Task& task, const Columns& c, int64_t row) {
     }
     keep(r0, counts[0]);
     if constexpr (rows > 1) keep(r1, counts[1]), keep(r2, counts[2]), keep(r3, counts[3]);
-    for (int r = 0; r < rows; ++r) add_group<operand>(task, c, tiles, row + r, group, counts[r], sums[r]);
+    for (int r = 0; r < rows; ++r) {
+      if (p.bits.sign) {
+        finish_bits<operand>(task, c, tiles, row + r, counts[r]);
+      } else {
+        add_group<operand>(task, c, tiles, row + r, group, counts[r], sums[r]);
+      }
+    }
   }
 }
 
@@ -280,9 +316,9 @@ int32_t* count_present(const BinaryMatmulParams& p, int64_t groups, int64_t grou
 void binary_matmul_tiles_avx512(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
   if (p.weight_nonzero || p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
   const int64_t words = word_count(p.k);
-  const int64_t group_words = p.group_size > 0 && !p.dot ? p.group_size / 32 : words;
+  const int64_t group_words = p.group_size > 0 && !p.dot && !p.bits.sign ? p.group_size / 32 : words;
   const int64_t groups = ceil_div(words, group_words);
-  const bool plain = groups == 1 && (p.dot || p.out_dtype == Dtype::f32);
+  const bool plain = groups == 1 && !p.bits.sign && (p.dot || p.out_dtype == Dtype::f32);
   int32_t* present = plain && p.operand == Operand::sign ? nullptr : count_present(p, groups, group_words);
   const bool far = plain && p.m * p.n * 4 > kNearBytes;
   const Task task{p, words, groups, group_words, present, plain, far};

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "binary_matmul.h"
+#include "bit_output.h"
 #include "layout.h"
 
 namespace bitmill::detail {
@@ -38,7 +39,7 @@ static inline uint32_t nonzero_word(const BinaryMatmulParams& p, int64_t word) {
 // The caller deletes `present`.
 static inline BinaryTask make_task(const BinaryMatmulParams& p) {
   const int64_t words = word_count(p.k);
-  const int64_t group_words = p.group_size > 0 && !p.dot ? p.group_size / 32 : words;
+  const int64_t group_words = p.group_size > 0 && !p.dot && !p.bits.sign ? p.group_size / 32 : words;
   const int64_t groups = ceil_div(words, group_words);
   const BinaryTask task{p, words, groups, group_words, new int32_t[p.m * groups]};
   for (int64_t row = 0; row < p.m; ++row) {
@@ -63,7 +64,7 @@ static void load_block(const BinaryTask& task, int64_t tile, int64_t end, Output
   const int64_t first = tile * kTileRows, left = (p.n < end * kTileRows ? p.n : end * kTileRows) - first;
   block.first = first;
   block.count = left < columns ? left : columns;
-  if (p.dot) return;
+  if (p.dot || p.bits.sign) return;
   for (int64_t i = 0; i < columns; ++i) {
     const bool inside = i < block.count;
     block.bias[i] = inside && p.bias ? p.bias[first + i] : -0.0f;  // x + -0 is x, for every x
@@ -87,6 +88,15 @@ static inline void finish_row(const BinaryTask& task, const OutputBlock<columns>
     int32_t* out = whole ? p.dot + at : part;
     for (int i = 0; i < columns; ++i) out[i] = present - 2 * opposite[i];
     if (!whole) std::memcpy(p.dot + at, part, static_cast<size_t>(block.count) * sizeof(int32_t));
+    return;
+  }
+  if (p.bits.sign) {
+    int32_t dot[columns];
+    for (int i = 0; i < columns; ++i) dot[i] = present - 2 * opposite[i];
+    for (int64_t i = 0; i < block.count; i += kTileRows) {
+      const int64_t left = block.count - i;
+      store_bits(p, row, (block.first + i) / kTileRows, dot + i, left < kTileRows ? left : kTileRows);
+    }
     return;
   }
   const float factor = p.row_scale ? p.row_scale[row] : 1.0f;  // times 1 is exact

@@ -3,6 +3,7 @@
 
 from . import _library
 from . import _machine as _machine  # defines an op
+from .binary_bits import binary_matmul_bits, bit_ranges
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
 from .fp4 import (
@@ -25,7 +26,9 @@ _library.load()
 __all__ = [
     "binary_linear",
     "binary_matmul",
+    "binary_matmul_bits",
     "binary_weight_linear",
+    "bit_ranges",
     "bitpack",
     "bitunpack",
     "code_values",

@@ -38,7 +38,7 @@ def kernel_of(op: str) -> str:
     """What runs for an op on CPU tensors: "avx512", "generic", or "torch" for the default kernel."""
     if not library.has_compiled_kernel(op):
         return "torch"
-    function = {"binary_linear": "binary_matmul"}.get(op, op)
+    function = {"binary_linear": "binary_matmul", "binary_matmul_bits": "binary_matmul"}.get(op, op)
     try:
         from .. import _C
     except ImportError:

@@ -147,8 +147,7 @@ def _binary_weight_linear_reference(
     return (out if bias is None else out + bias).to(x.dtype)
 
 
-def _check_binary_matmul(a, weight, n, k, a_nonzero, weight_nonzero, levels) -> None:
-    op = "binary_matmul"
+def _check_binary_matmul(a, weight, n, k, a_nonzero, weight_nonzero, levels, op="binary_matmul") -> None:
     check_one_of(op, "levels", levels, LEVELS)
     require(
         n >= 0 and 0 <= k <= MAX_COLUMNS,
