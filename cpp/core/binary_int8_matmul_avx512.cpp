@@ -84,7 +84,8 @@ void finish_whole(const Int8Task& task, int64_t row, int64_t count, int64_t tile
 }
 
 template <int rows>
-void block(const Int8Task& task, int64_t row, int64_t count, int64_t tile, const int16_t* tables) {
+[[gnu::noinline]] void block(const Int8Task& task, int64_t row, int64_t count, int64_t tile, const int16_t* tables,
+                             Joined* joined) {
   static_assert(rows == 8 || rows == 4);
   const int32_t *weight0 = task.tile(tile), *weight1 = task.tile(tile + 1);
   const int64_t stride = task.words * kTableEntries;
@@ -92,7 +93,6 @@ void block(const Int8Task& task, int64_t row, int64_t count, int64_t tile, const
   const __m512i sixteenth = _mm512_set1_epi16(1 << 12), zero = _mm512_setzero_si512();
   const bool whole = task.groups == 1 && task.p.out_dtype == Dtype::f32 && tile + kTilePair <= task.end &&
                      (tile + kTilePair) * kTileRows <= task.p.n;
-  Joined joined[rows];
   float partial[rows][kTilePair][kTileRows];
   for (int64_t group = 0; group < task.groups; ++group) {
     const int64_t begin = group * task.group_words, end = task.group_end(group);
@@ -145,11 +145,12 @@ void binary_int8_matmul_tiles_avx512(const BinaryInt8MatmulParams& p, int64_t be
   const Int8Task task = make_int8_task(p, end, total);
   const int64_t stride = task.words * kTableEntries;
   int16_t* tables = new (std::align_val_t{64}) int16_t[8 * stride]();
+  Joined joined[8];
   for (int64_t row = 0; row < p.m; row += 8) {
     const int64_t count = p.m - row < 8 ? p.m - row : 8;
     for (int64_t r = 0; r < count; ++r) build_tables(p.q + (row + r) * p.k, p.k, tables + r * stride);
     for (int64_t tile = begin; tile < end; tile += kTilePair) {  // rows that are missing are not stored
-      count > 4 ? block<8>(task, row, count, tile, tables) : block<4>(task, row, count, tile, tables);
+      count > 4 ? block<8>(task, row, count, tile, tables, joined) : block<4>(task, row, count, tile, tables, joined);
     }
   }
   ::operator delete[](tables, std::align_val_t{64});

@@ -29,24 +29,13 @@ struct Sums {  // named, not an array: g++ keeps an indexed array of accumulator
   __m512i s0, s1, s2, s3, s4, s5, s6, s7;
 };
 
+// Bit j of a word of either tile.
 template <int j>
-__m512i add_bit(__m512i sum, __m512i word, __m512i q) {
-  const __m512i mask = _mm512_set1_epi8(static_cast<char>(1 << j));
-  return _mm512_dpbusd_epi32(sum, _mm512_and_si512(word, mask), q);
-}
-
-void add_lower(Sums& sums, __m512i word, __m512i q0, __m512i q1, __m512i q2, __m512i q3) {
-  sums.s0 = add_bit<0>(sums.s0, word, q0);
-  sums.s1 = add_bit<1>(sums.s1, word, q1);
-  sums.s2 = add_bit<2>(sums.s2, word, q2);
-  sums.s3 = add_bit<3>(sums.s3, word, q3);
-}
-
-void add_upper(Sums& sums, __m512i word, __m512i q4, __m512i q5, __m512i q6, __m512i q7) {
-  sums.s4 = add_bit<4>(sums.s4, word, q4);
-  sums.s5 = add_bit<5>(sums.s5, word, q5);
-  sums.s6 = add_bit<6>(sums.s6, word, q6);
-  sums.s7 = add_bit<7>(sums.s7, word, q7);
+void add_bit(__m512i& a, __m512i& b, __m512i x, __m512i y, const int32_t* q) {
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>(1 << j)), activations = _mm512_set1_epi32(q[j]);
+  a = _mm512_dpbusd_epi32(a, _mm512_and_si512(x, mask), activations);
+  b = _mm512_dpbusd_epi32(b, _mm512_and_si512(y, mask), activations);
+  asm volatile("" : "+v"(a), "+v"(b));  // one bit after the other; otherwise g++ runs out of registers
 }
 
 __m512i join(const Sums& s) {
@@ -71,15 +60,14 @@ void pair_of_tiles(const Int8Task& task, int64_t row, int64_t tile, const int32_
         const __m512i x = _mm512_loadu_si512(w0 + w * kTileRows), y = _mm512_loadu_si512(w1 + w * kTileRows);
         _mm_prefetch(reinterpret_cast<const char*>(w0 + (w + kPrefetchWords) * kTileRows), _MM_HINT_T0);
         _mm_prefetch(reinterpret_cast<const char*>(w1 + (w + kPrefetchWords) * kTileRows), _MM_HINT_T0);
-        const int32_t* v = q + 8 * w;
-        __m512i q0 = _mm512_set1_epi32(v[0]), q1 = _mm512_set1_epi32(v[1]);
-        __m512i q2 = _mm512_set1_epi32(v[2]), q3 = _mm512_set1_epi32(v[3]);
-        add_lower(a, x, q0, q1, q2, q3);
-        add_lower(b, y, q0, q1, q2, q3);
-        q0 = _mm512_set1_epi32(v[4]), q1 = _mm512_set1_epi32(v[5]);
-        q2 = _mm512_set1_epi32(v[6]), q3 = _mm512_set1_epi32(v[7]);
-        add_upper(a, x, q0, q1, q2, q3);
-        add_upper(b, y, q0, q1, q2, q3);
+        add_bit<0>(a.s0, b.s0, x, y, q + 8 * w);
+        add_bit<1>(a.s1, b.s1, x, y, q + 8 * w);
+        add_bit<2>(a.s2, b.s2, x, y, q + 8 * w);
+        add_bit<3>(a.s3, b.s3, x, y, q + 8 * w);
+        add_bit<4>(a.s4, b.s4, x, y, q + 8 * w);
+        add_bit<5>(a.s5, b.s5, x, y, q + 8 * w);
+        add_bit<6>(a.s6, b.s6, x, y, q + 8 * w);
+        add_bit<7>(a.s7, b.s7, x, y, q + 8 * w);
       }
       plus0 = _mm512_add_epi32(plus0, join(a));
       plus1 = _mm512_add_epi32(plus1, join(b));
