@@ -45,7 +45,7 @@ struct Kernel {
   double nanoseconds_per_word;  // of one row and one output
 };
 
-Kernel choose_kernel(const BinaryInt8MatmulParams& p) {
+Kernel choose_kernel([[maybe_unused]] const BinaryInt8MatmulParams& p) {
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512 && !p.weight_nonzero && p.k > 0) {
     if (p.m < kRowsOfTables && has_int8_dot()) return {binary_int8_matmul_tiles_avx512vnni, 0.2};
