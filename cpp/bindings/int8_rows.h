@@ -13,8 +13,8 @@ inline bool multiplies_int8(const char* op, const std::string& activations) {
   fail(op, ": activations must be \"float\" or \"int8\", got \"", activations, "\"");
 }
 
-// q int8 [m, k] and scale float32 [m] of rows.
-inline void int8_rows(const char* op, const Rows& rows, int8_t* q, float* scale) {
+// Rounding of rows to q int8 [m, k] and scale float32 [m].
+inline Int8QuantizeParams int8_rows(const char* op, const Rows& rows, int8_t* q, float* scale) {
   Int8QuantizeParams p;
   p.x = rows.x.const_data_ptr();
   p.dtype = float_dtype(op, rows.x);
@@ -23,7 +23,7 @@ inline void int8_rows(const char* op, const Rows& rows, int8_t* q, float* scale)
   p.q = q;
   p.scale = scale;
   p.parallel_for = torch_parallel_for;
-  require(op, int8_quantize(p));
+  return p;
 }
 
 }  // namespace bitmill

@@ -193,7 +193,6 @@ Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Te
   pack.sign = sign.get();
   pack.nonzero = kind == Levels::sign ? nonzero.get() : nullptr;
   pack.mean = row_scale ? mean.get() : nullptr;
-  require(op, bitpack(pack));
   const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
   BinaryMatmulParams p;
   p.a = pack.sign;
@@ -211,7 +210,7 @@ Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Te
   p.row_scale = pack.mean;
   p.bias = data_or_null<float>(bias_row);
   p.parallel_for = torch_parallel_for;
-  require(op, binary_matmul(p));
+  require(op, binary_linear(pack, p));
   return out;
 }
 
@@ -231,7 +230,6 @@ Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::opti
   if (int8) {
     const auto q = scratch<int8_t>(rows.m * k);
     const auto row_scale = scratch<float>(rows.m);
-    int8_rows(op, rows, q.get(), row_scale.get());
     BinaryInt8MatmulParams p;
     p.q = q.get();
     p.row_scale = row_scale.get();
@@ -246,7 +244,7 @@ Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::opti
     p.out = out.mutable_data_ptr();
     p.out_dtype = float_dtype(op, rows.x);
     p.parallel_for = torch_parallel_for;
-    require(op, binary_int8_matmul(p));
+    require(op, binary_int8_linear(int8_rows(op, rows, q.get(), row_scale.get()), p));
     return out;
   }
   BinaryWeightMatmulParams p;

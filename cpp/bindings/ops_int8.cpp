@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor> int8_quantize_cpu(Tensor x) {
   const char* op = "int8_quantize";
   const Rows rows = rows_of(op, x);
   const Tensor q = new_tensor(sizes_of(rows.x), ScalarType::Char), scale = new_tensor(rows.leading, ScalarType::Float);
-  int8_rows(op, rows, mutable_data<int8_t>(q), mutable_data<float>(scale));
+  require(op, int8_quantize(int8_rows(op, rows, mutable_data<int8_t>(q), mutable_data<float>(scale))));
   return {q, scale};
 }
 

@@ -58,13 +58,53 @@ Kernel choose_kernel([[maybe_unused]] const BinaryInt8MatmulParams& p) {
 }  // namespace
 }  // namespace detail
 
-Status binary_int8_matmul(const BinaryInt8MatmulParams& p) {
+namespace {
+
+Status check(const BinaryInt8MatmulParams& p) {
   if (p.m < 0 || p.n < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
-  if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
+  return p.group_size < 0 || p.group_size % 32 != 0 ? Status::bad_argument : Status::ok;
+}
+
+BinaryInt8MatmulParams rows_of(BinaryInt8MatmulParams p, int64_t begin, int64_t end) {
+  p.m = end - begin;
+  p.q += begin * p.k;
+  p.row_scale += begin;
+  p.out = static_cast<char*>(p.out) + begin * p.n * bytes_of(p.out_dtype);
+  return p;
+}
+
+}  // namespace
+
+Status binary_int8_matmul(const BinaryInt8MatmulParams& p) {
+  const Status status = check(p);
+  if (status != Status::ok) return status;
   const auto [tiles, nanoseconds_per_word] = detail::choose_kernel(p);
-  const double words = static_cast<double>(p.m) * static_cast<double>(word_count(p.k) + 2) * kTileRows;
-  split(p.parallel_for, tile_count(p.n), words * nanoseconds_per_word,
-        [&, tiles = tiles](int64_t begin, int64_t end) { tiles(p, begin, end); });
+  const double cost = static_cast<double>(word_count(p.k) + 2) * nanoseconds_per_word;
+  if (p.m >= kManyRows) {
+    split_rows(p.parallel_for, p.m, cost * static_cast<double>(p.n),
+               [&, tiles = tiles](int64_t begin, int64_t end) { tiles(rows_of(p, begin, end), 0, tile_count(p.n)); });
+  } else {
+    split(p.parallel_for, tile_count(p.n), cost * static_cast<double>(p.m * kTileRows),
+          [&, tiles = tiles](int64_t begin, int64_t end) { tiles(p, begin, end); });
+  }
+  return Status::ok;
+}
+
+Status binary_int8_linear(const Int8QuantizeParams& quantize, const BinaryInt8MatmulParams& product) {
+  Status status = check(product);
+  if (status != Status::ok) return status;
+  if (product.m < kManyRows) {
+    status = int8_quantize(quantize);
+    return status == Status::ok ? binary_int8_matmul(product) : status;
+  }
+  const double cost = static_cast<double>(product.k) * (static_cast<double>(product.n) * 0.004 + 0.1);
+  split_rows(product.parallel_for, product.m, cost, [&](int64_t begin, int64_t end) {
+    Int8QuantizeParams rows = rows_of(quantize, begin, end);
+    BinaryInt8MatmulParams part = rows_of(product, begin, end);
+    rows.parallel_for = part.parallel_for = serial_for;
+    int8_quantize(rows);  // checked with the whole
+    binary_int8_matmul(part);
+  });
   return Status::ok;
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "floats.h"
+#include "int8.h"
 #include "parallel.h"
 #include "status.h"
 
@@ -27,6 +28,10 @@ struct BinaryInt8MatmulParams {
   ParallelFor parallel_for = serial_for;
 };
 Status binary_int8_matmul(const BinaryInt8MatmulParams& params);
+
+// The product of rows that are rounded to int8 first: `product.q` and `row_scale` are what `quantize` writes. One
+// parallel region for both, where there are many rows.
+Status binary_int8_linear(const Int8QuantizeParams& quantize, const BinaryInt8MatmulParams& product);
 
 namespace detail {
 // Tiles [begin, end) of the output columns, all rows. The kernel without VNNI is the faster one from a few rows on.

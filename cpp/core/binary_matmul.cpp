@@ -108,7 +108,9 @@ Kernel choose_kernel() {
 }  // namespace
 }  // namespace detail
 
-Status binary_matmul(const BinaryMatmulParams& p) {
+namespace {
+
+Status check(const BinaryMatmulParams& p) {
   if (p.m < 0 || p.n < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
   if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
   if (p.m == 0 || p.n == 0) return Status::ok;  // an array without elements may be null, here and below
@@ -117,10 +119,65 @@ Status binary_matmul(const BinaryMatmulParams& p) {
     return Status::bad_argument;
   }
   if (!p.dot && !p.bits.sign && (!p.out || (p.k > 0 && !p.scale))) return Status::bad_argument;
+  return Status::ok;
+}
+
+BinaryMatmulParams rows_of(BinaryMatmulParams p, int64_t begin, int64_t end) {
+  const int64_t words = word_count(p.k), bits = begin * word_count(p.n);
+  p.m = end - begin;
+  p.a += begin * words;
+  if (p.a_nonzero) p.a_nonzero += begin * words;
+  if (p.row_scale) p.row_scale += begin;
+  if (p.dot) p.dot += begin * p.n;
+  if (p.bits.sign) p.bits.sign += bits;
+  if (p.bits.nonzero) p.bits.nonzero += bits;
+  if (p.out) p.out = static_cast<char*>(p.out) + begin * p.n * bytes_of(p.out_dtype);
+  return p;
+}
+
+BinaryWeightMatmulParams rows_of(BinaryWeightMatmulParams p, int64_t begin, int64_t end) {
+  p.m = end - begin;
+  p.x = static_cast<const char*>(p.x) + begin * p.k * bytes_of(p.dtype);
+  p.out = static_cast<char*>(p.out) + begin * p.n * bytes_of(p.dtype);
+  return p;
+}
+
+double nanoseconds_per_output(const BinaryMatmulParams& p, double nanoseconds_per_word) {
+  return static_cast<double>(word_count(p.k) + 2) * nanoseconds_per_word;
+}
+
+}  // namespace
+
+Status binary_matmul(const BinaryMatmulParams& p) {
+  const Status status = check(p);
+  if (status != Status::ok || p.m == 0 || p.n == 0) return status;
   const auto [tiles, nanoseconds_per_word] = detail::choose_kernel();
-  const double words = static_cast<double>(p.m) * static_cast<double>(word_count(p.k) + 2) * kTileRows;
-  split(p.parallel_for, tile_count(p.n), words * nanoseconds_per_word,
-        [&, tiles = tiles](int64_t begin, int64_t end) { tiles(p, begin, end); });
+  const double cost = nanoseconds_per_output(p, nanoseconds_per_word);
+  if (p.m >= kManyRows) {
+    split_rows(p.parallel_for, p.m, cost * static_cast<double>(p.n),
+               [&, tiles = tiles](int64_t begin, int64_t end) { tiles(rows_of(p, begin, end), 0, tile_count(p.n)); });
+  } else {
+    split(p.parallel_for, tile_count(p.n), cost * static_cast<double>(p.m * kTileRows),
+          [&, tiles = tiles](int64_t begin, int64_t end) { tiles(p, begin, end); });
+  }
+  return Status::ok;
+}
+
+Status binary_linear(const BitpackParams& pack, const BinaryMatmulParams& product) {
+  Status status = check(product);
+  if (status != Status::ok) return status;
+  if (product.m < kManyRows || product.n == 0) {
+    status = bitpack(pack);
+    return status == Status::ok ? binary_matmul(product) : status;
+  }
+  const double cost = nanoseconds_per_output(product, detail::choose_kernel().nanoseconds_per_word);
+  split_rows(product.parallel_for, product.m, cost * static_cast<double>(product.n), [&](int64_t begin, int64_t end) {
+    BitpackParams rows = rows_of(pack, begin, end);
+    BinaryMatmulParams part = rows_of(product, begin, end);
+    rows.parallel_for = part.parallel_for = serial_for;
+    bitpack(rows);  // checked with the whole
+    binary_matmul(part);
+  });
   return Status::ok;
 }
 
@@ -129,9 +186,15 @@ Status binary_weight_matmul(const BinaryWeightMatmulParams& p) {
   if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512 && !p.weight_nonzero && p.k > 0) {
-    const double nanoseconds = static_cast<double>(p.m + 1) * static_cast<double>(p.k) * kTileRows * 0.01;
-    split(p.parallel_for, tile_count(p.n), nanoseconds,
-          [&](int64_t begin, int64_t end) { detail::binary_weight_matmul_tiles_avx512(p, begin, end); });
+    const double cost = static_cast<double>(p.k) * 0.01;
+    if (p.m >= kManyRows) {
+      split_rows(p.parallel_for, p.m, cost * static_cast<double>(p.n), [&](int64_t begin, int64_t end) {
+        detail::binary_weight_matmul_tiles_avx512(rows_of(p, begin, end), 0, tile_count(p.n));
+      });
+    } else {
+      split(p.parallel_for, tile_count(p.n), cost * static_cast<double>((p.m + 1) * kTileRows),
+            [&](int64_t begin, int64_t end) { detail::binary_weight_matmul_tiles_avx512(p, begin, end); });
+    }
     return Status::ok;
   }
 #endif

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "bitpack.h"
 #include "floats.h"
 #include "parallel.h"
 #include "status.h"
@@ -46,6 +47,10 @@ struct BinaryMatmulParams {
   ParallelFor parallel_for = serial_for;
 };
 Status binary_matmul(const BinaryMatmulParams& params);
+
+// The product of rows that are packed first: `product.a`, `a_nonzero` and `row_scale` are what `pack` writes. One
+// parallel region for both, where there are many rows.
+Status binary_linear(const BitpackParams& pack, const BinaryMatmulParams& product);
 
 struct BinaryWeightMatmulParams {
   const void* x = nullptr;  // [m, k], contiguous

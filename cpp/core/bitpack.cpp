@@ -92,6 +92,17 @@ Status bitpack(const BitpackParams& p) {
   return Status::ok;
 }
 
+BitpackParams rows_of(BitpackParams p, int64_t begin, int64_t end) {
+  const int64_t words = word_count(p.k);
+  p.x = static_cast<const char*>(p.x) + begin * p.row_stride * bytes_of(p.dtype);
+  p.m = end - begin;
+  p.sign += begin * words;
+  if (p.nonzero) p.nonzero += begin * words;
+  if (p.count) p.count += begin;
+  if (p.mean) p.mean += begin;
+  return p;
+}
+
 Status bitunpack(const int32_t* sign, const int32_t* nonzero, int64_t m, int64_t k, int8_t* values) {
   if (m < 0 || k < 0 || k > kMaxColumns) return Status::bad_size;
   const int64_t words = word_count(k);

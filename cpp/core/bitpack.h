@@ -31,6 +31,7 @@ struct BitpackParams {
   ParallelFor parallel_for = serial_for;
 };
 Status bitpack(const BitpackParams& params);
+BitpackParams rows_of(BitpackParams params, int64_t begin, int64_t end);
 
 // Signs (and nonzero bits, or null) of [m, k] to int8 -1, 0, +1.
 Status bitunpack(const int32_t* sign, const int32_t* nonzero, int64_t m, int64_t k, int8_t* values);

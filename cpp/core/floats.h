@@ -57,6 +57,8 @@ static inline void store(float x, Float16* out) {
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
+static inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
 // Calls f with a pointer of the type that `dtype` names.
 template <class F>
 auto with_dtype(Dtype dtype, const void* data, F&& f) {

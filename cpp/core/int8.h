@@ -23,6 +23,7 @@ struct Int8QuantizeParams {
   ParallelFor parallel_for = serial_for;
 };
 Status int8_quantize(const Int8QuantizeParams& params);
+Int8QuantizeParams rows_of(Int8QuantizeParams params, int64_t begin, int64_t end);
 
 namespace detail {
 void int8_quantize_rows_generic(const Int8QuantizeParams& params, int64_t begin, int64_t end);

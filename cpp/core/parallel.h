@@ -24,4 +24,16 @@ void split(ParallelFor parallel_for, int64_t count, double cost, const Body& bod
   (count <= grain ? serial_for : parallel_for)(0, count, grain, call, const_cast<Body*>(&body));
 }
 
+// From so many rows on a product is split by rows: every part then prepares the activations of its own rows only.
+// Below, it is split by outputs.
+inline constexpr int64_t kManyRows = 64;
+inline constexpr int64_t kRowUnit = 8;  // parts are whole blocks of the kernels
+
+// Runs body(begin, end) over parts of `rows` rows that begin at multiples of kRowUnit; `cost` as for split, of one row.
+template <class Body>
+void split_rows(ParallelFor parallel_for, int64_t rows, double cost, const Body& body) {
+  split(parallel_for, (rows + kRowUnit - 1) / kRowUnit, cost * kRowUnit,
+        [&](int64_t begin, int64_t end) { body(begin * kRowUnit, end * kRowUnit < rows ? end * kRowUnit : rows); });
+}
+
 }  // namespace bitmill
