@@ -147,6 +147,19 @@ def test_binary_linear_of_any_memory_layout(layout: str) -> None:
         assert_same_bits(ops.binary_weight_linear(view, weight, *tables, 32), want, layout)
 
 
+def test_binary_ops_of_misaligned_storage() -> None:
+    """Every tensor one element into a longer buffer: nothing is aligned to a vector, or to a cache line."""
+    odd = LAYOUTS["odd offset"]
+    for m, k in itertools.product((1, 6, 70), (33, 197)):
+        arguments = linear_arguments(m, 50, k, "sign", torch.float32, False, True, True, True, True, 32)
+        moved = [odd(a) if isinstance(a, Tensor) and a.dim() else a for a in arguments]
+        assert moved[1].data_ptr() % 64 != 0
+        assert_same_bits(ops.binary_linear(*moved), ops.binary_linear(*arguments))
+        for activations in ("float", "int8"):
+            answers = [ops.binary_weight_linear(*a[:5], 32, activations) for a in (moved, arguments)]
+            assert_same_bits(*answers)
+
+
 def test_binary_matmul_of_strided_planes() -> None:
     sign, nonzero, _, _ = ops.bitpack(values(6, 100))
     weight, weight_nonzero, _ = tiles(20, 100, True)
