@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
-from bitmill import binarize
-from bitmill.binarize import WeightRule
+from bitmill import BinaryConfig, binarize
+from bitmill.binarize import WeightRule, rules
+from bitmill.nn import BinaryLinear
 from bitmill.ops.binary_matmul import SURROGATES, surrogate_slope
 
 EDGES = torch.tensor([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 2.0, 1 + 1e-6, float("nan"), float("inf")])
@@ -113,3 +116,61 @@ def test_exact_linear_is_the_scaled_product() -> None:
 def test_unknown_method_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="expected one of bibert, bit, bivit"):
         binarize.method("bnext")
+
+
+def test_register_method() -> None:
+    new = binarize.Method(
+        "median_free",
+        "a test",
+        weight=WeightRule(centre="row", scale="row_centred", surrogate="polynomial"),
+        activation=binarize.ActivationRule(shift="added", surrogate="clip_open"),
+        embedding=WeightRule(),
+    )
+    binarize.register_method(new)
+    try:
+        assert binarize.method("median_free") is new and "median_free" in binarize.method_names()
+        layer = BinaryLinear(40, 7, config=BinaryConfig("median_free"))
+        x = torch.randn(3, 40)
+        layer(x).sum().backward()
+        assert layer.weight.grad is not None and layer.shift.grad is not None
+        assert torch.equal(layer.eval().pack()(x), layer(x))
+        with pytest.raises(ValueError, match="the name 'median_free' is taken"):
+            binarize.register_method(new)
+    finally:
+        rules._METHODS.pop("median_free")
+    with pytest.raises(ValueError, match="expected a Method whose name is an identifier"):
+        binarize.register_method(dataclasses.replace(new, name="two words"))
+
+
+def test_rules_refuse_what_they_do_not_know() -> None:
+    for make, message in (
+        (lambda: WeightRule(centre="median"), "WeightRule: centre must be one of none, row, global, got 'median'"),
+        (lambda: WeightRule(scale="max"), "WeightRule: scale must be one of"),
+        (lambda: WeightRule(surrogate="sine"), "WeightRule: surrogate must be one of"),
+        (
+            lambda: binarize.ActivationRule(shift=True),
+            "ActivationRule: shift must be one of none, added, gradient, got True",
+        ),
+        (lambda: binarize.ActivationRule(scale="row"), "ActivationRule: scale must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_a_shift_of_the_gradient_leaves_the_level_alone() -> None:
+    """BiBench's linear ReActNet: the sign of x, with the window at x + shift, whose gradient also reaches the shift."""
+    layer = BinaryLinear(40, 7, bias=False, config=BinaryConfig("react_bibench"))
+    plain = BinaryLinear(40, 7, bias=False, config=BinaryConfig("bireal"))
+    with torch.no_grad():
+        plain.weight.copy_(layer.weight)
+        layer.shift.normal_()
+    x = leaf(torch.randn(5, 40))
+    y = layer(x)
+    assert torch.equal(y, plain(x.detach()))
+    y.sum().backward()
+    window = (2 - 2 * (x + layer.shift).abs()).clamp_min(0).detach()
+    want = window * binarize.binarize_weight(layer.weight, binarize.method("react_bibench").weight).value.detach().sum(
+        0
+    )
+    torch.testing.assert_close(x.grad, want)
+    torch.testing.assert_close(layer.shift.grad, want.sum(0))

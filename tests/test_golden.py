@@ -61,10 +61,11 @@ def leaf(t: Tensor) -> Tensor:
 
 def linear_layer(case: Case, config: BinaryConfig) -> BinaryLinear:
     weight = case["par_weight"]
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], "par_bias" in case)
     with torch.no_grad():
         linear.weight.copy_(weight)
-        linear.bias.copy_(case["par_bias"])
+        if "par_bias" in case:
+            linear.bias.copy_(case["par_bias"])
     return BinaryLinear.from_linear(linear, config)
 
 
@@ -75,7 +76,7 @@ def backward(layer: torch.nn.Module, case: Case) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def check_packed(layer: BinaryLinear, case: Case, y: Tensor) -> None:
+def check_packed(layer: BinaryLinear, case: Case, y: Tensor, gradient: bool = True) -> None:
     """The packed form of the same layer gives the same floats, bit for bit, and the same gradient to x."""
     layer.eval()
     packed = layer.pack()
@@ -83,7 +84,8 @@ def check_packed(layer: BinaryLinear, case: Case, y: Tensor) -> None:
     got = packed(x)
     assert_exact(got, y.detach(), "packed output")
     got.backward(case["gout_y"])
-    assert_relative(x.grad, case["grad_x"], 2e-5, "packed grad_x")
+    if gradient:
+        assert_relative(x.grad, case["grad_x"], 2e-5, "packed grad_x")
 
 
 def bibert_quantizers(case: Case) -> None:
@@ -203,14 +205,25 @@ def bivit_linear(case: Case, method: str, act_bits: int) -> None:
         assert_relative(layer.pack()(case["in_x"]), case["out_y"], 2e-5, "packed output")
 
 
-def xnor_linear(case: Case) -> None:
-    layer = linear_layer(case, BinaryConfig("xnor"))
+def registry_linear(case: Case, method: str, **parameters: str) -> None:
+    """A row of the registry; `parameters` names the file's learned parameters: ours = theirs."""
+    layer = linear_layer(case, BinaryConfig(method))
+    with torch.no_grad():
+        for ours, theirs in parameters.items():
+            parameter = layer.get_parameter(ours)
+            parameter.copy_(case[f"par_{theirs}"].reshape(parameter.shape))
     x, y = backward(layer, case)
+    if "out_wsign" in case:
+        weight = binarize.binarize_weight(layer.weight.detach(), binarize.method(method).weight)
+        assert_exact(weight.signs.to(torch.int8), case["out_wsign"], "signs")
     assert_relative(y, case["out_y"], 2e-5, "y")
-    for name, got in (("x", x.grad), ("weight", layer.weight.grad), ("bias", layer.bias.grad)):
-        assert_relative(got, case[f"grad_{name}"], 2e-5, f"grad_{name}")
-    assert_zeros(x.grad, case["grad_x"], "grad_x")
-    check_packed(layer, case, y)
+    gradients = {"x": x.grad, "weight": layer.weight.grad}
+    gradients |= {} if layer.bias is None else {"bias": layer.bias.grad}
+    gradients |= {theirs: layer.get_parameter(ours).grad for ours, theirs in parameters.items()}
+    for name, got in gradients.items():
+        assert_relative(got.reshape(case[f"grad_{name}"].shape), case[f"grad_{name}"], 2e-5, f"grad_{name}")
+        assert_zeros(got.reshape(case[f"grad_{name}"].shape), case[f"grad_{name}"], f"grad_{name}")
+    check_packed(layer, case, y, gradient=method != "react_bibench")  # its packed form knows no shift
 
 
 def fp4_cast_e2m1(case: Case) -> None:
@@ -273,7 +286,12 @@ COMPARISONS: dict[str, Callable[[Case], None]] = {
     "bivit/linear-pws": lambda case: bivit_linear(case, "bivit_pws", 1),
     "bivit/linear-w1a32": lambda case: bivit_linear(case, "bivit", 32),
     "bivit/linear-pws-w1a32": lambda case: bivit_linear(case, "bivit_pws", 32),
-    "bibench/xnor-linear": xnor_linear,
+    "bibench/bnn-linear": lambda case: registry_linear(case, "bnn"),
+    "bibench/xnor-linear": lambda case: registry_linear(case, "xnor"),
+    "bibench/dorefa-linear": lambda case: registry_linear(case, "dorefa"),
+    "bibench/bireal-linear": lambda case: registry_linear(case, "bireal"),
+    "bibench/xnorplusplus-linear": lambda case: registry_linear(case, "xnorpp", weight_scale="o_scale"),
+    "bibench/react-linear": lambda case: registry_linear(case, "react_bibench", shift="threshold"),
     "fp4/cast-e2m1": fp4_cast_e2m1,
     "fp4/pack": fp4_pack,
     "fp4/e8m0": fp4_e8m0,

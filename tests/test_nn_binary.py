@@ -115,6 +115,8 @@ def test_packed_equals_training_form(config: BinaryConfig, bias: bool) -> None:
 
 @every_config
 def test_packed_gradient_equals_training_gradient(config: BinaryConfig) -> None:
+    if config.method == "react_bibench" and config.act_bits == 1:
+        pytest.skip("its shift moves the window of the training gradient only; the packed form does not hold it")
     layer = trained(config)
     packed = layer.pack()
     for dtype in FLOATS:
@@ -400,7 +402,7 @@ def test_unsigned_levels_of_an_empty_batch(act_bits: int) -> None:
 @every_method
 @pytest.mark.parametrize("group_size", [None, 32])
 def test_constant_rows_and_scattered_zeros_pack_exactly(config: BinaryConfig, group_size: int | None) -> None:
-    if group_size and config.method in ("bit", "bivit_pws"):
+    if group_size and config.method in ("bit", "bivit_pws", "bnn", "xnorpp"):
         pytest.skip("this method has no groups")
     config = BinaryConfig(config.method, group_size=group_size)
     linear = nn.Linear(64, 20)

@@ -11,7 +11,7 @@ from .functions import (
     sign,
     weight_scale,
 )
-from .rules import ActivationRule, Method, WeightRule, method, method_names
+from .rules import ActivationRule, Method, WeightRule, method, method_names, register_method
 
 __all__ = [
     "ActivationRule",
@@ -25,6 +25,7 @@ __all__ = [
     "exact_linear",
     "method",
     "method_names",
+    "register_method",
     "sign",
     "weight_scale",
 ]

@@ -8,6 +8,15 @@ activation is shifted, becomes levels of its scale, and its gradient passes anot
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+from ..ops.binary_matmul import SURROGATES
+
+
+def _require_one_of(rule: Any, field: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(rule, field)
+    if value not in allowed:
+        raise ValueError(f"{type(rule).__name__}: {field} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,20 +36,31 @@ class WeightRule:
     surrogate: str = "clip"
     carries_scale: bool = False
 
+    def __post_init__(self) -> None:
+        _require_one_of(self, "centre", ("none", "row", "global"))
+        _require_one_of(self, "scale", ("none", "row", "row_centred", "tensor", "learned"))
+        _require_one_of(self, "surrogate", SURROGATES)
+
 
 @dataclasses.dataclass(frozen=True)
 class ActivationRule:
     """How an activation [..., k] is binarised.
 
     Attributes:
-        shift: whether a learned vector [k] is added first.
+        shift: a learned vector [k] that is added first: "none", "added", or "gradient" if only the window of the
+            gradient sees it, as in BiBench's linear layer of ReActNet.
         scale: "none" 1, "row_mean" mean |x| of each row (detached), or "learned": one elastic step per layer.
         surrogate: window on the shifted activation (divided by a learned scale).
     """
 
-    shift: bool = False
+    shift: str = "none"
     scale: str = "none"
     surrogate: str = "clip"
+
+    def __post_init__(self) -> None:
+        _require_one_of(self, "shift", ("none", "added", "gradient"))
+        _require_one_of(self, "scale", ("none", "row_mean", "learned"))
+        _require_one_of(self, "surrogate", SURROGATES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +76,8 @@ class Method:
 
 _BIVIT = WeightRule(centre="row", scale="row", surrogate="clip_open", carries_scale=True)
 
+_DOREFA = WeightRule(surrogate="clip_open", carries_scale=True)
+
 _METHODS = {
     m.name: m
     for m in (
@@ -70,7 +92,7 @@ _METHODS = {
             "bit",
             "Liu et al., BiT: Robustly Binarized Multi-distilled Transformer, NeurIPS 2022",
             weight=WeightRule(centre="global", scale="tensor", surrogate="identity"),
-            activation=ActivationRule(shift=True, scale="learned", surrogate="clip"),
+            activation=ActivationRule(shift="added", scale="learned", surrogate="clip"),
             embedding=WeightRule(centre="global", scale="row", surrogate="identity"),
         ),
         Method(
@@ -95,6 +117,55 @@ _METHODS = {
             embedding=WeightRule(centre="row", scale="row_centred", surrogate="clip", carries_scale=True),
         ),
         Method(
+            "bnn",
+            "Courbariaux et al., Binarized Neural Networks, NeurIPS 2016: signs without a scale",
+            weight=WeightRule(scale="none"),
+            activation=ActivationRule(),
+            embedding=WeightRule(scale="none"),
+        ),
+        Method(
+            "dorefa",
+            "Zhou et al., DoReFa-Net, 2016, 1 bit, a scale a row as in BiBench (the paper has one a layer)",
+            weight=_DOREFA,
+            activation=ActivationRule(surrogate="clip_open"),
+            embedding=_DOREFA,
+        ),
+        Method(
+            "bireal",
+            "Liu et al., Bi-Real Net, ECCV 2018: a polynomial window on activations",
+            weight=WeightRule(),
+            activation=ActivationRule(surrogate="polynomial"),
+            embedding=WeightRule(),
+        ),
+        Method(
+            "xnorpp",
+            "Bulat and Tzimiropoulos, XNOR-Net++, BMVC 2019: learned output scales, here from the row means on",
+            weight=WeightRule(scale="learned", surrogate="clip_open", carries_scale=True),
+            activation=ActivationRule(surrogate="clip_open"),
+            embedding=WeightRule(surrogate="clip_open", carries_scale=True),
+        ),
+        Method(
+            "react",
+            "Liu et al., ReActNet, ECCV 2020: a learned shift before the sign",
+            weight=WeightRule(),
+            activation=ActivationRule(shift="added", surrogate="polynomial"),
+            embedding=WeightRule(),
+        ),
+        Method(
+            "react_bibench",
+            "ReActNet as BiBench's linear layer computes it: the shift moves the window of the gradient only",
+            weight=WeightRule(),
+            activation=ActivationRule(shift="gradient", surrogate="polynomial"),
+            embedding=WeightRule(),
+        ),
+        Method(
+            "binaryvit",
+            "Le and Li, BinaryViT, CVPRW 2023",
+            weight=WeightRule(centre="row"),
+            activation=ActivationRule(surrogate="polynomial"),
+            embedding=WeightRule(centre="row"),
+        ),
+        Method(
             "sign",
             "the sign times the mean magnitude of the row (binary weight networks; Courbariaux et al. 2016)",
             weight=WeightRule(),
@@ -103,6 +174,19 @@ _METHODS = {
         ),
     )
 }
+
+
+def register_method(new: Method) -> None:
+    """Add a method under its name, so that BinaryConfig accepts it. Files that name it load where it is registered.
+
+    Raises:
+        ValueError: if the name is taken, or no Python identifier.
+    """
+    if not isinstance(new, Method) or not new.name.isidentifier():
+        raise ValueError(f"register_method: expected a Method whose name is an identifier, got {new!r}")
+    if new.name in _METHODS:
+        raise ValueError(f"register_method: the name {new.name!r} is taken; choose another one")
+    _METHODS[new.name] = new
 
 
 def method_names() -> tuple[str, ...]:

@@ -50,7 +50,7 @@ class BinaryLinear(LatentLinear):
     def create_state(self, device: torch.device, dtype: torch.dtype) -> None:
         activation, rule = activation_rule(self.config), method(self.config.method).weight
         shift = alpha = ready = scale = None
-        if activation.shift:
+        if activation.shift != "none":
             shift = nn.Parameter(torch.zeros(self.in_features, device=device, dtype=dtype))
         if activation.scale == "learned":
             alpha = nn.Parameter(torch.ones((), device=device, dtype=dtype))
@@ -77,6 +77,7 @@ class BinaryLinear(LatentLinear):
             return exact_linear(value, weight, bias, rows=rows, group_size=config.group_size, level=int8_levels(q))
         if config.act_bits == 32:
             return nn.functional.linear(x, weight.value, bias)
+        unshifted = x
         if self.shift is not None:
             x = x + self.shift
         if activation.scale == "learned":
@@ -86,6 +87,8 @@ class BinaryLinear(LatentLinear):
                 return nn.functional.linear(value, weight.value, bias)
             return exact_linear(value, weight, bias, step=alpha.clamp_min(ALPHA_FLOOR), group_size=config.group_size)
         level = sign(x, activation.surrogate, config.zero)
+        if activation.shift == "gradient":
+            level = level + (sign(unshifted, zero=config.zero) - level).detach()
         if activation.scale == "row_mean":
             rows = mean_by_halves(x.detach().abs()).unsqueeze(-1)
             return exact_linear(rows * level, weight, bias, rows=rows, group_size=config.group_size)
@@ -137,7 +140,8 @@ class BinaryLinear(LatentLinear):
         packed.weight_nonzero = tile_pack((~zeros).to(torch.uint8), 1) if packed.weight_zeros else None
         packed.scale = scale
         packed.bias = None if self.bias is None else self.bias.detach().float().clone()
-        packed.shift = None if self.shift is None else self.shift.detach().float().clone()
+        if packed.shift is not None and self.shift is not None:
+            packed.shift = self.shift.detach().float().clone()
         return packed.train(self.training)
 
     @torch.no_grad()
@@ -187,7 +191,7 @@ class PackedBinaryLinear(PackedModule):
             weight_nonzero=words() if weight_zeros else None,
             scale=torch.zeros(out_features, groups, device=device),
             bias=torch.zeros(out_features, device=device) if bias else None,
-            shift=torch.zeros(in_features, device=device) if activation.shift else None,
+            shift=torch.zeros(in_features, device=device) if activation.shift == "added" else None,
             alpha=torch.ones((), device=device) if elastic_step else None,
         )
         self._width, self._group = (in_features,), self.config.group_size or 0
