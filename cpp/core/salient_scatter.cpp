@@ -179,10 +179,10 @@ struct Kernel {
 
 Kernel choose_kernel(const SalientMatmulParams& p) {
 #ifdef BITMILL_AVX512
-  if (selected() == InstructionSet::avx512) {
+  if (selected() == InstructionSet::avx512 && has_int8_dot()) {  // VBMI2 is for float activations too
     const SalientWeight& w = p.weight;
     const bool integers = p.int8 && w.value_scale && group_count(w) == 1 && w.k <= detail::kMaxInt8Columns;
-    if (integers && has_int8_dot()) return {detail::salient_tiles_avx512vnni, 0.02, true};
+    if (integers) return {detail::salient_tiles_avx512vnni, 0.02, true};
     return {detail::salient_tiles_avx512, 0.05, false};
   }
 #endif

@@ -10,7 +10,6 @@ namespace {
 constexpr int64_t kFewRows = 4;      // from so many rows on they are transposed
 constexpr int64_t kBlockRows = 32;   // rows transposed together
 constexpr int64_t kChunkSteps = 64;  // steps of a list, or columns, that are decoded together
-constexpr int64_t kPrefetch = 1024;  // bytes ahead in a stream
 
 struct Rows {
   const SalientTask& task;
@@ -60,8 +59,8 @@ struct ListStep {
     const SalientWeight& w = task.weight;
     const uint8_t* gap = w.gap + step * kTileRows;
     const __m128i gaps = _mm_loadu_si128(reinterpret_cast<const __m128i*>(gap));
-    _mm_prefetch(reinterpret_cast<const char*>(gap) + kPrefetch, _MM_HINT_T0);
-    _mm_prefetch(static_cast<const char*>(w.value) + step * kTileRows * (codes ? 1 : 2) + kPrefetch, _MM_HINT_T0);
+    prefetch(gap);
+    prefetch(static_cast<const char*>(w.value) + step * kTileRows * (codes ? 1 : 2));
     entries = _mm_cmpneq_epu8_mask(gaps, _mm_set1_epi8(static_cast<char>(kNoEntry)));
     state = next_columns(state, gaps, entries);
     column = _mm256_min_epu16(state, last);
@@ -109,8 +108,8 @@ __m512 columns_single(const Rows& rows, int64_t tile, const float* x, const Tile
   for (int64_t j = 0; j < rows.width; ++j) {
     if (j % 4 == 0) {
       const int32_t* ahead = values + j / (codes ? 4 : 2) * kTileRows;
-      _mm_prefetch(reinterpret_cast<const char*>(ahead) + kPrefetch, _MM_HINT_T0);
-      if (!codes) _mm_prefetch(reinterpret_cast<const char*>(ahead) + kPrefetch + 64, _MM_HINT_T0);
+      prefetch(ahead);
+      if (!codes) prefetch(ahead + kTileRows);
     }
     sum = _mm512_fmadd_ps(_mm512_set1_ps(x[j]), column_difference<codes>(rows, values, j, factors), sum);
   }
@@ -135,53 +134,68 @@ void row_differences(const SalientWeight& w, int64_t row, int64_t i, int64_t cou
   }
 }
 
-// Row by row: the activations that meet a salient weight move together, then lie beside the values.
+struct Spread {
+  __m512 low, high;
+};
+
+// The values from `entry` on, one for each set bit, at the places of the bits; 0 elsewhere. Codes without their zero.
 template <bool codes>
-__m512 bitmap_single(const SalientTask& task, int64_t tile, const float* x, const TileFactors& factors, float* packed) {
+Spread spread(const SalientWeight& w, int64_t entry, uint32_t bits) {
+  const int64_t left = w.entries - entry;
+  const auto first = [left](int64_t size) { return left > 0 ? (uint64_t{1} << (left < size ? left : size)) - 1 : 0; };
+  if constexpr (codes) {
+    const uint8_t* value = static_cast<const uint8_t*>(w.value) + entry;
+    __m256i bytes = left >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(value))
+                               : _mm256_maskz_loadu_epi8(static_cast<__mmask32>(first(32)), value);
+    asm("" : "+v"(bytes));  // an expansion from memory is many times slower
+    prefetch(value);
+    const __m256i apart = _mm256_mask_expand_epi8(_mm512_castsi512_si256(fresh_zeros()), bits, bytes);
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(apart))),
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(apart, 1)))};
+  }
+  const uint16_t* value = static_cast<const uint16_t*>(w.value) + entry;
+  __m512i halves =
+      left >= 32 ? _mm512_loadu_si512(value) : _mm512_maskz_loadu_epi16(static_cast<__mmask32>(first(32)), value);
+  asm("" : "+v"(halves));
+  prefetch(value);
+  const __m512i apart = _mm512_mask_expand_epi16(fresh_zeros(), bits, halves);
+  return {_mm512_cvtph_ps(_mm512_castsi512_si256(apart)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(apart, 1))};
+}
+
+// Row by row: the values of a word's 32 columns move apart to where their activations are. x: with zeros up to a
+// multiple of 32, which is why bits past k do not matter.
+template <bool codes>
+__m512 bitmap_single(const SalientTask& task, int64_t tile, const float* x, const TileFactors& factors) {
   const SalientWeight& w = task.weight;
-  const int64_t words = word_count(w.k), group_words = task.group_width / 32;
-  alignas(64) float result[kTileRows] = {};
+  const int64_t words = word_count(w.k), group_words = ceil_div(task.group_width, 32);
+  const int32_t* mask = w.mask + tile * words * kTileRows;
+  const int32_t* next_mask = tile + 1 < tile_count(w.n) ? mask + words * kTileRows : mask;
+  alignas(64) float value[kTileRows] = {}, from_signs[kTileRows] = {};
   for (int64_t lane = 0; lane < kTileRows && tile * kTileRows + lane < w.n; ++lane) {
+    for (int64_t word = lane; word < words; word += kTileRows) prefetch(next_mask + word * kTileRows);
     const int64_t row = tile * kTileRows + lane;
-    int64_t count = 0;
-    float from_signs = 0.0f;  // what the sign plane gave the salient weights
+    int64_t entry = w.start[row];
+    __m512 even = _mm512_setzero_ps(), odd = even, all = even;
     for (int64_t group = 0; group < task.groups; ++group) {
-      const int64_t last = (group + 1) * group_words, end = task.groups > 1 && last < words ? last : words;
+      const int64_t last = (group + 1) * group_words, end = last < words ? last : words;
       __m512 total = _mm512_setzero_ps();
       for (int64_t word = group * group_words; word < end; ++word) {
-        const uint32_t bits = mask_word(w, tile, lane, word);
-        const __mmask16 low = static_cast<__mmask16>(bits), high = static_cast<__mmask16>(bits >> 16);
-        const __m512 a = _mm512_maskz_loadu_ps(low, x + 32 * word);
-        const __m512 b = _mm512_maskz_loadu_ps(high, x + 32 * word + 16);
-        total = _mm512_add_ps(total, _mm512_add_ps(a, b));
-        _mm512_storeu_ps(packed + count, _mm512_maskz_compress_ps(low, a));
-        count += __builtin_popcount(bits & 0xFFFFu);
-        _mm512_storeu_ps(packed + count, _mm512_maskz_compress_ps(high, b));
-        count += __builtin_popcount(bits >> 16);
+        const uint32_t bits = static_cast<uint32_t>(mask[word * kTileRows + lane]);
+        const __m512 a = _mm512_loadu_ps(x + 32 * word), b = _mm512_loadu_ps(x + 32 * word + 16);
+        const Spread v = spread<codes>(w, entry, bits);
+        even = _mm512_fmadd_ps(a, v.low, even);
+        odd = _mm512_fmadd_ps(b, v.high, odd);
+        total = _mm512_mask_add_ps(total, static_cast<__mmask16>(bits), total, a);
+        total = _mm512_mask_add_ps(total, static_cast<__mmask16>(bits >> 16), total, b);
+        entry += __builtin_popcount(bits);
       }
-      from_signs += factors.base[group * kTileRows + lane] * _mm512_reduce_add_ps(total);
-    }
-    const int64_t first = w.start[row], most = w.start[row + 1] - first;
-    if (count > most) count = most;  // contradictory arrays
-    __m512 even = _mm512_setzero_ps(), odd = even;
-    const auto add = [&](__m512 sum, int64_t j) {
-      const __mmask16 lanes = first_lanes(count - j);
-      const __m512 a = _mm512_maskz_loadu_ps(lanes, packed + j);
-      if constexpr (codes) {
-        const __m128i bytes = _mm_maskz_loadu_epi8(lanes, static_cast<const uint8_t*>(w.value) + first + j);
-        const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-        return _mm512_fmadd_ps(a, _mm512_sub_ps(code, _mm512_set1_ps(w.value_zero[row])), sum);
-      }
-      return _mm512_fmadd_ps(a, load16(static_cast<const Float16*>(w.value) + first + j, lanes), sum);
-    };
-    for (int64_t j = 0; j < count; j += 32) {
-      even = add(even, j);
-      odd = add(odd, j + 16);
+      all = _mm512_add_ps(all, total);
+      from_signs[lane] += factors.base[group * kTileRows + lane] * _mm512_reduce_add_ps(total);
     }
     const float sum = _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
-    result[lane] = (codes ? w.value_scale[row] * sum : sum) - from_signs;
+    value[lane] = codes ? w.value_scale[row] * (sum - w.value_zero[row] * _mm512_reduce_add_ps(all)) : sum;
   }
-  return _mm512_load_ps(result);
+  return _mm512_sub_ps(_mm512_load_ps(value), _mm512_load_ps(from_signs));
 }
 
 // Entries decoded to columns and differences: of a list or of salient columns [kChunkSteps][16], of a bitmap one row.
@@ -297,9 +311,8 @@ void transpose_rows(const float* x, int64_t width, int64_t count, float* out) {
 }
 
 template <bool codes>
-__m512 single(const Rows& rows, int64_t row, int64_t tile, const TileFactors& factors, float* packed) {
+__m512 single(const Rows& rows, int64_t tile, const float* x, const TileFactors& factors) {
   const SalientTask& task = rows.task;
-  const float* x = rows.x + row * rows.width;
   switch (task.weight.encoding) {
     case SalientEncoding::list:
       if (task.groups == 1) return list_single<codes, false>(task, tile, x, factors);
@@ -307,7 +320,7 @@ __m512 single(const Rows& rows, int64_t row, int64_t tile, const TileFactors& fa
     case SalientEncoding::columns:
       return columns_single<codes>(rows, tile, x, factors);
     default:
-      return bitmap_single<codes>(task, tile, x, factors, packed);
+      return bitmap_single<codes>(task, tile, x, factors);
   }
 }
 
@@ -331,20 +344,25 @@ void multiply(const Rows& rows, int64_t begin, int64_t end, TileFactors& factors
   const __m512i lane_of = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                              _mm512_set1_epi32(kBlockRows));
   const bool few = task.m < kFewRows;
-  float* scratch = new_scratch<float>(few ? rows.width + 32 : (rows.width + 1) * kBlockRows);
+  float* x = new_scratch<float>(few ? ceil_div(rows.width, 32) * 32 : (rows.width + 1) * kBlockRows);
   float* sums = new_scratch<float>(kTileRows * kBlockRows);
   for (int64_t row = 0; row < task.m; row += few ? 1 : kBlockRows) {
     const int64_t count = task.m - row < kBlockRows ? task.m - row : kBlockRows;
-    if (!few) transpose_rows(rows.x + row * rows.width, rows.width, count, scratch);
+    const float* from = rows.x + row * rows.width;
+    if (few) {
+      __builtin_memcpy(x, from, static_cast<size_t>(rows.width) * sizeof(float));
+    } else {
+      transpose_rows(from, rows.width, count, x);
+    }
     for (int64_t tile = begin; tile < end; ++tile) {
       factors.load(task, tile);
       if (few) {
-        const __m512 sum = single<codes>(rows, row, tile, factors, scratch);
+        const __m512 sum = single<codes>(rows, tile, x, factors);
         finish(task, row, tile, sum, factors, rows.totals + row * task.groups);
         continue;
       }
       for (int64_t i = 0; i < kTileRows * kBlockRows; ++i) sums[i] = 0.0f;
-      block<codes>(rows, tile, scratch, factors, sums);
+      block<codes>(rows, tile, x, factors, sums);
       for (int64_t r = 0; r < count; ++r) {
         const __m512 sum = _mm512_i32gather_ps(lane_of, sums + r, 4);
         finish(task, row + r, tile, sum, factors, rows.totals + (row + r) * task.groups);
@@ -352,7 +370,7 @@ void multiply(const Rows& rows, int64_t begin, int64_t end, TileFactors& factors
     }
   }
   delete_scratch(sums);
-  delete_scratch(scratch);
+  delete_scratch(x);
 }
 
 void row_totals(const SalientTask& task, float* totals) {

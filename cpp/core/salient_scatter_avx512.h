@@ -13,6 +13,17 @@ namespace bitmill::detail {
 inline constexpr int64_t kSegmentWords = 16;  // words of a mask that are decoded together
 inline constexpr int64_t kSegmentColumns = 32 * kSegmentWords;
 
+// What will be read 1 KiB further on in a stream.
+static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + 1024, _MM_HINT_T0); }
+
+// A register of zeros that the compiler does not look through: what an expansion or a compression with zeroing goes to.
+// Zen 4 lets these wait for the old content of their target, which a loop would turn into a chain.
+static inline __m512i fresh_zeros() {
+  __m512i zeros = _mm512_setzero_si512();
+  asm volatile("" : "+v"(zeros));
+  return zeros;
+}
+
 template <class T>
 static T* new_scratch(int64_t count) {
   return new (std::align_val_t{64}) T[static_cast<size_t>(count)]();
@@ -90,9 +101,10 @@ static inline int64_t columns_of_words(const SalientWeight& w, int64_t tile, int
     const uint32_t bits = mask_word(w, tile, lane, word);
     const __m512i low = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(32 * word)));
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16));
-    _mm512_storeu_si512(column + count, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), low));
+    _mm512_storeu_si512(column + count, _mm512_mask_compress_epi32(fresh_zeros(), static_cast<__mmask16>(bits), low));
     count += __builtin_popcount(bits & 0xFFFFu);
-    _mm512_storeu_si512(column + count, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits >> 16), high));
+    _mm512_storeu_si512(column + count,
+                        _mm512_mask_compress_epi32(fresh_zeros(), static_cast<__mmask16>(bits >> 16), high));
     count += __builtin_popcount(bits >> 16);
   }
   return count;
@@ -104,17 +116,32 @@ static inline __m256i next_columns(__m256i column, __m128i gap, __mmask16 entrie
   return _mm256_mask_add_epi16(moved, entries, moved, _mm256_set1_epi16(1));
 }
 
-// Fetches x[column] for 16 columns in 16 bits each. Single loads and inserts: the gather instruction takes twice the
-// time on Zen 4, and a third more on what the compiler makes of 16-bit loads from memory.
+// Lane 1, 2 or 3 of v from memory, in one instruction: the compiler takes two.
+template <int lane>
+static inline void insert(__m128& v, const float* p) {
+  asm("vinsertps %2, %1, %0, %0" : "+v"(v) : "m"(*p), "i"(lane << 4));
+}
+
+// 4 columns of 16 bits each, as numbers.
+struct FourColumns {
+  uint64_t first, second, third, fourth;
+
+  explicit FourColumns(int64_t columns) {
+    const uint64_t c = static_cast<uint64_t>(columns);
+    first = c & 0xFFFF, second = _bextr_u64(c, 16, 16), third = _bextr_u64(c, 32, 16), fourth = c >> 48;
+  }
+};
+
+// x[column] for 16 columns. Single loads and inserts: the gather instruction takes twice the time on Zen 4.
 static inline __m512 fetch16(const float* x, __m256i column) {
   const __m128i low = _mm256_castsi256_si128(column), high = _mm256_extracti128_si256(column, 1);
   const auto four = [x](int64_t columns) {
-    const uint64_t c = static_cast<uint64_t>(columns);
-    const uint64_t second = _bextr_u64(c, 16, 16), third = _bextr_u64(c, 32, 16);
-    __m128 v = _mm_load_ss(x + (c & 0xFFFF));
-    v = _mm_insert_ps(v, _mm_load_ss(x + second), 0x10);
-    v = _mm_insert_ps(v, _mm_load_ss(x + third), 0x20);
-    return _mm_insert_ps(v, _mm_load_ss(x + (c >> 48)), 0x30);
+    const FourColumns c(columns);
+    __m128 v = _mm_load_ss(x + c.first);
+    insert<1>(v, x + c.second);
+    insert<2>(v, x + c.third);
+    insert<3>(v, x + c.fourth);
+    return v;
   };
   const __m256 lower = _mm256_set_m128(four(_mm_extract_epi64(low, 1)), four(_mm_cvtsi128_si64(low)));
   const __m256 upper = _mm256_set_m128(four(_mm_extract_epi64(high, 1)), four(_mm_cvtsi128_si64(high)));

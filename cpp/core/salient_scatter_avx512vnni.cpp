@@ -10,7 +10,6 @@ namespace {
 constexpr int64_t kFewRows = 8;      // from so many rows on they are transposed
 constexpr int64_t kBlockRows = 64;   // rows transposed together
 constexpr int64_t kChunkSteps = 64;  // steps of a list that are decoded together
-constexpr int64_t kPrefetch = 1024;  // bytes ahead in a stream
 
 struct Rows {
   const SalientTask& task;
@@ -28,26 +27,31 @@ __m512 to_sum(Integers sums, const TileFactors& factors) {
   return _mm512_fnmadd_ps(_mm512_loadu_ps(factors.base), t, value);
 }
 
-void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + kPrefetch, _MM_HINT_T0); }
+// `x`: the row as floats, in which sums of up to kExactSteps products are exact integers.
+constexpr int64_t kExactSteps = 512;  // 512 x 255 x 127 < 2^24
 
-// `wide`: the row as int32.
-Integers list_single(const SalientWeight& w, int64_t tile, const int32_t* wide) {
+Integers list_single(const SalientWeight& w, int64_t tile, const float* x) {
   const __m256i last = _mm256_set1_epi16(static_cast<int16_t>(w.k - 1));
   __m256i column = _mm256_set1_epi16(-1);
   Integers sums{_mm512_setzero_si512(), _mm512_setzero_si512()};
-  for (int64_t step = w.start[tile]; step < w.start[tile + 1]; ++step) {
-    const uint8_t* gap = w.gap + step * kTileRows;
-    const uint8_t* value = static_cast<const uint8_t*>(w.value) + step * kTileRows;
-    prefetch(gap);
-    prefetch(value);
-    const __m128i gaps = _mm_loadu_si128(reinterpret_cast<const __m128i*>(gap));
-    const __mmask16 entries = _mm_cmpneq_epu8_mask(gaps, _mm_set1_epi8(static_cast<char>(kNoEntry)));
-    column = next_columns(column, gaps, entries);
-    const __m512 bits = fetch16(reinterpret_cast<const float*>(wide), _mm256_min_epu16(column, last));
-    const __m512i q = _mm512_maskz_mov_epi32(entries, _mm512_castps_si512(bits));
-    const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(value)));
-    sums.code = _mm512_dpwssd_epi32(sums.code, q, code);  // the upper half of a code is 0
-    sums.plain = _mm512_add_epi32(sums.plain, q);
+  for (int64_t step = w.start[tile]; step < w.start[tile + 1];) {
+    const int64_t pause = step + kExactSteps < w.start[tile + 1] ? step + kExactSteps : w.start[tile + 1];
+    __m512 code_sum = _mm512_setzero_ps(), plain_sum = code_sum;
+    for (; step < pause; ++step) {
+      const auto* gap = reinterpret_cast<const __m128i*>(w.gap) + step;
+      const auto* value = static_cast<const __m128i*>(w.value) + step;
+      prefetch(gap);
+      prefetch(value);
+      const __m128i gaps = _mm_loadu_si128(gap);
+      const __mmask16 entries = _mm_cmpneq_epu8_mask(gaps, _mm_set1_epi8(static_cast<char>(kNoEntry)));
+      column = next_columns(column, gaps, entries);
+      const __m512 q = fetch16(x, _mm256_min_epu16(column, last));
+      const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(value)));
+      code_sum = _mm512_mask3_fmadd_ps(q, code, code_sum, entries);
+      plain_sum = _mm512_mask_add_ps(plain_sum, entries, plain_sum, q);
+    }
+    sums.code = _mm512_add_epi32(sums.code, _mm512_cvtps_epi32(code_sum));
+    sums.plain = _mm512_add_epi32(sums.plain, _mm512_cvtps_epi32(plain_sum));
   }
   return sums;
 }
@@ -72,37 +76,38 @@ Integers columns_single(const Rows& rows, int64_t tile, const int8_t* q, int32_t
   return {_mm512_add_epi32(even, odd), _mm512_set1_epi32(total)};
 }
 
-// Row by row: the codes of 64 columns move apart to where their activations are. q: with zeros up to a multiple of 64.
+// Row by row: the codes of 64 columns move apart to where their activations are. q: with zeros up to a
+// multiple of 64, which is why bits past k do not matter.
 Integers bitmap_single(const SalientWeight& w, int64_t tile, const int8_t* q) {
   const int64_t words = word_count(w.k);
   const uint8_t* value = static_cast<const uint8_t*>(w.value);
-  const int32_t* next_mask = w.mask + (tile + 1 < tile_count(w.n) ? tile + 1 : tile) * words * kTileRows;
+  const int32_t* mask_of_tile = w.mask + tile * words * kTileRows;
+  const int32_t* next_mask = tile + 1 < tile_count(w.n) ? mask_of_tile + words * kTileRows : mask_of_tile;
   const __m512i ones = _mm512_set1_epi8(1);
   alignas(64) int32_t code[kTileRows] = {}, plain[kTileRows] = {};
   for (int64_t lane = 0; lane < kTileRows && tile * kTileRows + lane < w.n; ++lane) {
-    for (int64_t word = lane; word < words; word += kTileRows) {
-      _mm_prefetch(reinterpret_cast<const char*>(next_mask + word * kTileRows), _MM_HINT_T0);
-    }
+    for (int64_t word = lane; word < words; word += kTileRows) prefetch(next_mask + word * kTileRows);
     const int64_t row = tile * kTileRows + lane;
     int64_t entry = w.start[row];
     __m512i c = _mm512_setzero_si512(), t = c;
-    for (int64_t word = 0; word < words; word += 2) {
-      const uint64_t upper = word + 1 < words ? mask_word(w, tile, lane, word + 1) : 0;
-      const __mmask64 mask = upper << 32 | mask_word(w, tile, lane, word);
-      __m512i codes;
-      if (entry + 64 <= w.entries) {
-        codes = _mm512_loadu_si512(value + entry);
-        asm("" : "+v"(codes));  // vpexpandb from memory is many times slower
-      } else {
-        const int64_t left = w.entries > entry ? w.entries - entry : 0;
-        codes = _mm512_maskz_loadu_epi8((__mmask64{1} << left) - 1, value + (left ? entry : 0));
-      }
+    const auto add = [&](int64_t word, uint64_t mask) {
+      const int64_t left = w.entries - entry;
+      __m512i codes = left >= 64 ? _mm512_loadu_si512(value + entry)
+                      : left > 0 ? _mm512_maskz_loadu_epi8((__mmask64{1} << left) - 1, value + entry)
+                                 : _mm512_setzero_si512();
+      asm("" : "+v"(codes));  // an expansion from memory is many times slower
       prefetch(value + entry);
-      const __m512i activations = _mm512_loadu_si512(q + 32 * word);
-      c = _mm512_dpbusd_epi32(c, _mm512_maskz_expand_epi8(mask, codes), activations);
+      const __m512i activations = _mm512_load_si512(q + 32 * word);
+      c = _mm512_dpbusd_epi32(c, _mm512_mask_expand_epi8(fresh_zeros(), mask, codes), activations);
       t = _mm512_dpbusd_epi32(t, _mm512_maskz_mov_epi8(mask, ones), activations);
       entry += __builtin_popcountll(mask);
-    }
+    };
+    const auto bits = [&](int64_t word) {
+      return uint64_t{static_cast<uint32_t>(mask_of_tile[word * kTileRows + lane])};
+    };
+    int64_t word = 0;
+    for (; word + 2 <= words; word += 2) add(word, bits(word + 1) << 32 | bits(word));
+    if (word < words) add(word, bits(word));
     code[lane] = _mm512_reduce_add_epi32(c);
     plain[lane] = _mm512_reduce_add_epi32(t);
   }
@@ -246,12 +251,12 @@ void transpose_rows(const int8_t* q, int64_t width, int64_t count, int8_t* out) 
 void multiply_few(const Rows& rows, int64_t begin, int64_t end, TileFactors& factors) {
   const SalientTask& task = rows.task;
   const SalientWeight& w = task.weight;
-  int32_t* wide = new_scratch<int32_t>(rows.width + 1);
+  float* wide = new_scratch<float>(rows.width);
   int8_t* padded = new_scratch<int8_t>(ceil_div(rows.width, 64) * 64);
   for (int64_t row = 0; row < task.m; ++row) {
     const int8_t* q = rows.q + row * rows.width;
     int32_t total = 0;
-    for (int64_t i = 0; i < rows.width; ++i) total += wide[i] = padded[i] = q[i];
+    for (int64_t i = 0; i < rows.width; ++i) total += q[i], padded[i] = q[i], wide[i] = static_cast<float>(q[i]);
     const float all = static_cast<float>(task.total[row]);
     for (int64_t tile = begin; tile < end; ++tile) {
       factors.load(task, tile);

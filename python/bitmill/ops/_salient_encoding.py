@@ -55,19 +55,33 @@ def encode(salient: Tensor, value: Tensor) -> Encoded:
     """The salient ones of value [n, k], uint8 or float16, as a list or a bitmap, whichever is smaller.
 
     A list takes 2 or 3 bytes a step and row, a bitmap a bit a weight and 1 or 2 bytes an entry: the list is smaller up
-    to about 11 % of codes and 9 % of float16 values, if the rows of a tile have about as many. There it is also the
-    faster one, because time follows the bytes that are read.
+    to about 11 % of codes and 9 % of float16 values, if the rows of a tile have about as many.
     """
     n, k = salient.shape
-    rows, columns = salient.nonzero(as_tuple=True)
-    steps, start = _list_positions(salient, rows, columns)
-    size = value.element_size()
-    list_bytes = int(start[-1]) * TILE_ROWS * (1 + size) + 4 * start.numel()
-    words = tile_shape(n, k)
-    if k <= MAX_LIST_COLUMNS and list_bytes < 4 * words[0] * words[1] * TILE_ROWS + rows.numel() * size + 4 * (n + 1):
-        return _encode_list(steps, start, rows, columns, value)
+    tiles, words, lanes = tile_shape(n, k)
+    bitmap_bytes = 4 * tiles * words * lanes + int(salient.sum()) * value.element_size() + 4 * (n + 1)
+    if k <= MAX_LIST_COLUMNS:
+        steps = int(_list_positions(salient)[1][-1])
+        if steps * TILE_ROWS * (1 + value.element_size()) + 4 * (tiles + 1) < bitmap_bytes:
+            return encode_list(salient, value)
+    return encode_bitmap(salient, value)
+
+
+def encode_bitmap(salient: Tensor, value: Tensor) -> Encoded:
     counts = pad(salient.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     return tile_pack(salient.to(torch.uint8), 1), value[salient], counts
+
+
+def encode_list(salient: Tensor, value: Tensor) -> Encoded:
+    rows, columns = salient.nonzero(as_tuple=True)
+    position, start = _list_positions(salient)
+    shape = (int(start[-1]), TILE_ROWS)
+    index = torch.full(shape, NO_ENTRY, dtype=torch.uint8, device=value.device)
+    stored = torch.zeros(shape, dtype=value.dtype, device=value.device)
+    where = start.long()[rows // TILE_ROWS] + position, rows % TILE_ROWS
+    index[where] = (_distances(rows, columns) % NO_ENTRY).to(torch.uint8)
+    stored[where] = value[rows, columns]
+    return index, stored, start
 
 
 def encode_columns(columns: Tensor, value: Tensor) -> Encoded:
@@ -115,8 +129,9 @@ def _agree(op: str, condition: bool) -> None:
     require(condition, f"{op}: the packed arrays contradict each other")
 
 
-def _list_positions(salient: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """For entries in order of (row, column): each one's step within its tile; and the starts of the tiles."""
+def _list_positions(salient: Tensor) -> tuple[Tensor, Tensor]:
+    """For the entries in order of (row, column) each one's step within its tile; and the starts of the tiles."""
+    rows, columns = salient.nonzero(as_tuple=True)
     n = salient.shape[0]
     step = _distances(rows, columns) // NO_ENTRY + 1
     of_row = torch.zeros(ceil_div(n, TILE_ROWS) * TILE_ROWS, dtype=torch.int64, device=rows.device)
@@ -131,16 +146,6 @@ def _distances(rows: Tensor, columns: Tensor) -> Tensor:
     """Columns between an entry and the one before it in its row."""
     previous = torch.where(rows.diff(prepend=rows.new_full((1,), -1)) == 0, columns.roll(1), -1)
     return columns - previous - 1
-
-
-def _encode_list(position: Tensor, start: Tensor, rows: Tensor, columns: Tensor, value: Tensor) -> Encoded:
-    shape = (int(start[-1]), TILE_ROWS)
-    index = torch.full(shape, NO_ENTRY, dtype=torch.uint8, device=value.device)
-    stored = torch.zeros(shape, dtype=value.dtype, device=value.device)
-    where = start.long()[rows // TILE_ROWS] + position, rows % TILE_ROWS
-    index[where] = (_distances(rows, columns) % NO_ENTRY).to(torch.uint8)
-    stored[where] = value[rows, columns]
-    return index, stored, start
 
 
 def _tiles(value: Tensor) -> Tensor:
