@@ -215,8 +215,9 @@ void detail::salient_tiles_generic(const SalientTask& task, int64_t begin, int64
       differences.push_back(value - binary_value(w, output, column / task.group_width, -1.0f));
     });
     for (int64_t row = 0; row < task.m; ++row) {
-      float sum = 0.0f;
-      for (size_t i = 0; i < columns.size(); ++i) sum += task.x[row * w.k + columns[i]] * differences[i];
+      double exact = 0.0;
+      for (size_t i = 0; i < columns.size(); ++i) exact += double{task.x[row * w.k + columns[i]]} * differences[i];
+      float sum = static_cast<float>(exact);
       for (int64_t group = 0; w.mu && group < task.groups; ++group) {
         sum += w.mu[output * task.groups + group] * totals[row * task.groups + group];
       }
