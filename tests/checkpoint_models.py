@@ -22,9 +22,16 @@ CONFIGS: list[Config] = [
     *(BinaryConfig(method=m, embeddings=True) for m in ("bibert", "bit")),
     SalientConfig(),
     SalientConfig(fraction=0.3, bits=16, centre=False, group_size=32),
+    SalientConfig(structure="column", activations="int8"),
+    SalientConfig(fraction=0.02),
     *(FP4Config(format=f) for f in FP4Config.FORMATS),
 ]
-KINDS: list[Config] = [BinaryConfig(method="bit", embeddings=True), BinaryConfig(), SalientConfig(), FP4Config("mxfp4")]
+KINDS: list[Config] = [
+    BinaryConfig(method="bit", embeddings=True),
+    BinaryConfig(),
+    SalientConfig(fraction=0.3),  # always a bitmap
+    FP4Config("mxfp4"),
+]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 each_kind = pytest.mark.parametrize("config", KINDS, ids=repr)
 each_form = pytest.mark.parametrize("packed", [False, True], ids=["training", "packed"])

@@ -355,7 +355,7 @@ def test_packed_arrays_that_contradict_themselves(tmp_path: Path, files: dict[st
         ("BinaryConfig-False-True", "fc.weight"),
         ("BinaryConfig-True-True", "embedding.weight"),
         ("SalientConfig--True", "fc.weight"),
-        ("SalientConfig--True", "fc.mask"),
+        ("SalientConfig--True", "fc.index"),
     ):
         metadata, tensors = contents(files[kind])
         for where in ((0, 1, 0, 8), (0, 1, 3, 31), (2 if name != "embedding.weight" else 1, 0, 8, 0)):
@@ -369,13 +369,13 @@ def test_packed_arrays_that_contradict_themselves(tmp_path: Path, files: dict[st
     craft(path, metadata, {**tensors, "fc.scale": scale})
     assert_refused(model, path, "layer 'fc': scale")
     metadata, tensors = contents(files["SalientConfig--True"])
-    start, mask = tensors["fc.start"], tensors["fc.mask"]
+    start, mask = tensors["fc.start"], tensors["fc.index"]
     for wrong in (start + 1, start - 1, start * 0, start.flip(0), start.index_fill(0, torch.tensor([1]), 2**31 - 1)):
         craft(path, metadata, {**tensors, "fc.start": wrong.to(torch.int32)})
         assert_refused(model, path, "layer 'fc'")
-    craft(path, metadata, {**tensors, "fc.mask": changed_bit(mask, 0, 0, 0, 0)})
+    craft(path, metadata, {**tensors, "fc.index": changed_bit(mask, 0, 0, 0, 0)})
     assert_refused(model, path, "layer 'fc'")
-    craft(path, metadata, {**tensors, "fc.mask": mask * 0})
+    craft(path, metadata, {**tensors, "fc.index": mask * 0})
     assert_refused(model, path, "layer 'fc'")
     for entries in (0, 1, 10**6):
         entry = metadata["modules"]["fc"]
@@ -508,14 +508,21 @@ def test_kinds_are_the_layers_that_exist() -> None:
 
 
 def test_metadata_is_small_and_readable(tmp_path: Path) -> None:
-    save(quantised(SalientConfig(), True), tmp_path / "a")
+    config = SalientConfig(fraction=0.3)
+    save(quantised(config, True), tmp_path / "a")
     metadata, tensors = contents(tmp_path / "a")
     assert metadata["format_version"] == FORMAT_VERSION == 1
     entries = tensors["fc.value"].numel()
-    assert metadata["configs"] == [SalientConfig().to_dict()]
+    assert metadata["configs"] == [config.to_dict()]
     assert metadata["modules"]["fc"] == {
         "kind": "PackedSalientLinear",
         "config": 0,
-        "arguments": {"in_features": 40, "out_features": 40, "bias": True, "entries": entries},
+        "arguments": {
+            "in_features": 40,
+            "out_features": 40,
+            "bias": True,
+            "encoding": "bitmap",
+            "entries": entries,
+        },
     }
-    assert abs(entries - 160) <= 1 and "hidden" not in tensors
+    assert abs(entries - 480) <= 1 and "hidden" not in tensors

@@ -20,6 +20,7 @@ VALID = [
     *(BinaryConfig(method=m, group_size=64, zero="plus") for m in ("bibert", "bivit", "xnor", "sign")),
     *(SalientConfig(fraction=f, bits=b) for f in (0.0, 0.1, 1, 1.0) for b in (8, 16)),
     SalientConfig(scale="official"),
+    SalientConfig(structure="column", activations="int8"),
     SalientConfig(group_size=1 << 24, centre=False),
     *(FP4Config(format=f, scale_rule=r) for f in FP4Config.FORMATS for r in FP4Config.SCALE_RULES),
 ]
@@ -55,9 +56,11 @@ FIELDS = [
     (SalientConfig, "fraction", [True, False, None, -0.01, 1.01, -1, 2, "0.1", 0.1j]),
     (SalientConfig, "bits", [True, None, 4, 8.0, "8"]),
     (SalientConfig, "metric", [None, "hessian"]),
+    (SalientConfig, "structure", [None, "row", "columns"]),
     (SalientConfig, "scale", [None, "biased"]),
     (SalientConfig, "centre", [None, 0, 1]),
     (SalientConfig, "group_size", [True, 0, -32, 100, 128.0]),
+    (SalientConfig, "activations", [None, 8, "int4"]),
     (FP4Config, "format", [None, "e4m3", "E2M1", 4]),
     (FP4Config, "scale_rule", [None, "round", 0]),
 ]

@@ -15,8 +15,15 @@ from torch import Tensor, nn
 
 from bitmill.config import BinaryConfig, SalientConfig
 from bitmill.nn.salient import PackedSalientLinear, SalientLinear
-from bitmill.ops import tile_unpack
-from bitmill.ops.salient_scatter import binary_statistics, high_bit_codes, rounded_to_float16, salient_mask
+from bitmill.ops import int8_fake_quant
+from bitmill.ops._salient_encoding import decode
+from bitmill.ops.salient_scatter import (
+    binary_statistics,
+    high_bit_codes,
+    rounded_to_float16,
+    salient_columns,
+    salient_mask,
+)
 
 CONFIGS = (
     SalientConfig(),
@@ -25,8 +32,14 @@ CONFIGS = (
     SalientConfig(fraction=0.05, centre=False),
     SalientConfig(fraction=0.0),
     SalientConfig(fraction=1.0, bits=16, centre=False),
+    SalientConfig(fraction=0.2, structure="column"),
+    SalientConfig(fraction=0.1, structure="column", bits=16, group_size=32, activations="int8"),
+    SalientConfig(fraction=0.05, activations="int8"),
+    SalientConfig(fraction=0.3, group_size=64, activations="int8"),
 )
-configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.fraction}-{c.bits}-{c.group_size}")
+configs = pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda c: f"{c.fraction}-{c.bits}-{c.group_size}-{c.structure}-{c.activations}"
+)
 
 
 def layer_of(config: SalientConfig, k: int = 70, n: int = 19, bias: bool = True) -> SalientLinear:
@@ -87,7 +100,8 @@ def test_salient_linear_gradients(config: SalientConfig, dtype: torch.dtype) -> 
     out = layer(x)
     g = torch.randn_like(out)
     out.backward(g)
-    expected = g.float().flatten(0, 1).T @ x.detach().float().flatten(0, 1)
+    rows = x.detach().float().flatten(0, 1)
+    expected = g.float().flatten(0, 1).T @ (int8_fake_quant(rows) if config.activations == "int8" else rows)
     got = layer.weight.grad
     assert got is not None and got.dtype == dtype
     assert (got[layer.mask] == 0).all()
@@ -120,8 +134,9 @@ def test_pack_keeps_weight_and_output(config: SalientConfig, bias: bool) -> None
     assert not packed.training and not list(packed.parameters())
     assert torch.equal(packed.dequantize().weight, layer.quantised_weight())
     assert torch.equal(packed.dequantize().weight, layer.dequantize().weight)
-    assert torch.equal(tile_unpack(packed.mask, 19, 70, 1).bool(), layer.mask)
-    assert packed.weight_shape() == (19, 70) and packed.arguments()["entries"] == int(layer.mask.sum())
+    encoded = packed.index, packed.value, packed.start
+    assert torch.equal(decode("test", encoded, 19, 70, config.bits == 8)[0], layer.mask)
+    assert packed.weight_shape() == (19, 70)
     packed.validate()
     for shape in ((70,), (0, 70), (3, 70), (2, 3, 70), (2, 1, 2, 70)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -134,7 +149,7 @@ def test_pack_keeps_weight_and_output(config: SalientConfig, bias: bool) -> None
 
 def test_pack_of_extreme_fractions() -> None:
     nothing, everything = (layer_of(SalientConfig(fraction=f)).pack() for f in (0.0, 1.0))
-    assert nothing.value.numel() == 0 and not nothing.mask.any() and not nothing.start.any()
+    assert nothing.value.numel() == 0 and nothing.index.numel() == 0 and not nothing.start.any()
     assert everything.value.numel() == 19 * 70 and not everything.weight.any() and int(everything.start[-1]) == 1330
 
 
@@ -192,9 +207,12 @@ def test_layers_survive_copy_pickle_and_state_dict(config: SalientConfig) -> Non
 
 def test_empty_packed_layer_is_valid() -> None:
     for config in CONFIGS:
-        packed = PackedSalientLinear(40, 5, config=config)
-        packed.validate()
-        assert torch.equal(packed(torch.randn(2, 40)), torch.zeros(2, 5))
+        for encoding in ("bitmap", "list", "columns"):
+            packed = PackedSalientLinear(40, 5, config=config, encoding=encoding)
+            packed.validate()
+            assert torch.equal(packed(torch.randn(2, 40)), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="encoding must be one of"):
+        PackedSalientLinear(40, 5, encoding="csr")
 
 
 def test_validate_finds_what_contradicts() -> None:
@@ -209,10 +227,29 @@ def test_validate_finds_what_contradicts() -> None:
         ("start", lambda t: t[3].add_(1)),
         ("start", lambda t: t[-1].add_(1)),
         ("start", lambda t: t[0].sub_(1)),
-        ("mask", lambda t: t[0, 0, 0].bitwise_xor_(1)),
+        ("index", lambda t: t[0, 0, 0].bitwise_xor_(1)),
         ("weight", lambda t: t.fill_(-1)),
-        ("mask", lambda t: t[0, 2, 0].bitwise_or_(1 << 20)),  # past k
+        ("index", lambda t: t[0, 2, 0].bitwise_or_(1 << 20)),  # past k
         ("weight", lambda t: t[1, 0, 9].fill_(1)),  # past n
+    ):
+        with pytest.raises(ValueError):
+            broken(name, change).validate()
+    packed.validate()
+    packed = layer_of(SalientConfig(fraction=0.03)).pack()
+    for name, change in (
+        ("start", lambda t: t[1].add_(1)),
+        ("index", lambda t: t.fill_(254)),
+        ("weight", lambda t: t.fill_(-1)),
+    ):
+        with pytest.raises(ValueError):
+            broken(name, change).validate()
+    packed.validate()
+    packed = layer_of(SalientConfig(structure="column")).pack()
+    for name, change in (
+        ("index", lambda t: t[-1].fill_(70)),
+        ("index", lambda t: t[0].fill_(-1)),
+        ("index", lambda t: t[1].copy_(t[0])),
+        ("weight", lambda t: t.fill_(-1)),
     ):
         with pytest.raises(ValueError):
             broken(name, change).validate()
@@ -368,6 +405,23 @@ def test_salient_mask_takes_the_largest() -> None:
     for shape in ((0, 5), (5, 0)):
         assert salient_mask(torch.empty(shape), 0.3).shape == shape
     assert salient_mask(torch.empty(3, 4, device="meta"), 0.3).is_meta
+
+
+def test_salient_columns_are_those_of_the_largest_sums() -> None:
+    weight = torch.randn(13, 50)
+    for fraction, count in ((0.0, 0), (0.1, 5), (0.33, 16), (1.0, 50)):
+        mask = salient_columns(weight, fraction)
+        assert torch.equal(mask, mask[:1].expand(13, 50)) and int(mask[0].sum()) == count
+        sums = weight.abs().sum(0)
+        if 0 < count < 50:
+            assert sums[mask[0]].min() > sums[~mask[0]].max()
+    for shape in ((0, 5), (5, 0)):
+        assert salient_columns(torch.empty(shape), 0.3).shape == shape
+    assert salient_columns(torch.empty(3, 4, device="meta"), 0.3).is_meta
+    layer = layer_of(SalientConfig(structure="column", fraction=0.2))
+    layer.mask[3, 3] ^= True
+    with pytest.raises(ValueError, match="whole columns"):
+        layer.pack()
 
 
 def test_binary_statistics_by_hand() -> None:

@@ -60,8 +60,12 @@ PLANE = 4 * 2 * 3 * 16  # bytes of one bit for each weight
         (BinaryConfig(group_size=32), PLANE + 4 * N * 3),
         (BinaryConfig(method="bit"), PLANE + 4 * N + 4 * K + 4),  # shift and alpha
         (BinaryConfig(method="bivit_pws"), PLANE + 4 * N),
-        (SalientConfig(), 2 * PLANE + 4 * (N + 1) + 4 * N * 2 + 4 * N * 2),  # start, alpha and mu, scale and zero
-        (SalientConfig(bits=16, centre=False, group_size=32), 2 * PLANE + 4 * (N + 1) + 4 * N * 3),
+        (
+            SalientConfig(fraction=0.3),
+            2 * PLANE + 4 * (N + 1) + 4 * N * 2 + 4 * N * 2,
+        ),  # start, alpha and mu, scale, zero
+        (SalientConfig(fraction=0.3, bits=16, centre=False, group_size=32), 2 * PLANE + 4 * (N + 1) + 4 * N * 3),
+        (SalientConfig(structure="column"), PLANE + 4 * 7 + 4 * 2 * 2 * 16 + 4 * N * 4),  # 7 columns, 2 words of 4
         *((FP4Config(format=f), 4 * 2 * 9 * 16 + 4 * N) for f in ("e2m1", "e1m2", "e3m0")),
         (FP4Config(format="mxfp4"), 4 * 2 * 9 * 16 + N * 3),
     ],
@@ -69,7 +73,7 @@ PLANE = 4 * 2 * 3 * 16  # bytes of one bit for each weight
 )
 def test_bits_a_weight_by_hand(config: Config, expected: int, bias: bool) -> None:
     model = quantised(config, bias=bias)
-    if isinstance(config, SalientConfig):
+    if isinstance(config, SalientConfig) and config.structure == "element":
         expected += entries_of(model) * config.bits // 8
     layer = layer_of(model)
     assert layer.bits_per_weight == 8 * expected / (N * K)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops of the salient_scatter family: compiled kernel against the default kernel, and arrays that lie."""
+"""The ops of the salient_scatter family: compiled kernels against the default kernel, and arrays that lie."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
-from bitmill.ops import _library, salient_linear, salient_weight, tile_pack, tile_unpack
+from bitmill.ops import _library, int8_quantize, salient_linear, salient_weight, tile_pack, tile_unpack
+from bitmill.ops import _salient_encoding as encoding
 from bitmill.ops.salient_scatter import _salient_linear_reference, _salient_weight_reference
+from problems import LAYOUTS, UGLY, on_every_machine
 
 OP, WEIGHT_OP = torch.ops.bitmill.salient_linear.default, torch.ops.bitmill.salient_weight.default
 WIDTHS = (1, 7, 31, 32, 33, 63, 64, 65, 100, 197, 768)
 ROWS = (1, 2, 15, 16, 17, 100)
+ENCODINGS = ("bitmap", "list", "columns")
 TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 compiled = pytest.mark.skipif(not _library.has_compiled_kernel("salient_linear"), reason="no compiled kernels")
+every_encoding = pytest.mark.parametrize("kind", ENCODINGS)
+every_activation = pytest.mark.parametrize("activations", ["float", "int8"])
 
 
 @dataclasses.dataclass
@@ -28,19 +34,27 @@ class Case:
     codes: bool = True
     centred: bool = True
     group_size: int = 0
+    kind: str = "bitmap"
 
-    def arrays(self) -> list[torch.Tensor | None]:
-        """weight, mask, value, start, alpha, mu, value_scale, value_zero: random, none of them a default."""
+    def arrays(self) -> list[Tensor | None]:
+        """weight, index, value, start, alpha, mu, value_scale, value_zero: random, none of them a default."""
         groups = -(-self.k // self.group_size) if self.group_size else 1
         salient = torch.rand(self.n, self.k) < self.fraction
+        if self.kind == "columns":
+            salient = (torch.rand(self.k) < self.fraction).expand(self.n, self.k)
         plus = torch.rand(self.n, self.k) < 0.5
-        entries = int(salient.sum())
-        start = torch.nn.functional.pad(salient.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-        value = torch.randint(0, 256, (entries,), dtype=torch.uint8) if self.codes else torch.randn(entries).half()
+        value = torch.randint(0, 256, (self.n, self.k), dtype=torch.uint8)
+        if not self.codes:
+            value = torch.randn(self.n, self.k).half()
+        if self.kind == "columns":
+            index, stored, start = encoding.encode_columns(salient.any(0), value)
+        else:
+            encode = encoding.encode_list if self.kind == "list" else encoding.encode_bitmap
+            index, stored, start = encode(salient, value)
         return [
             tile_pack((plus & ~salient).to(torch.uint8), 1),
-            tile_pack(salient.to(torch.uint8), 1),
-            value,
+            index,
+            stored,
             start,
             torch.rand(self.n, groups),
             torch.randn(self.n, groups) * 0.1 if self.centred else None,
@@ -49,39 +63,167 @@ class Case:
         ]
 
 
-def assert_agrees(x: torch.Tensor, arrays: list, bias: torch.Tensor | None, group_size: int) -> None:
-    """The compiled result is within float32 summation error of a float64 product with the default kernel's weight."""
-    out = OP(x, *arrays, bias, group_size)
-    reference = _salient_linear_reference(x, *arrays, bias, group_size)
-    assert out.dtype == reference.dtype == x.dtype and out.shape == reference.shape and out.is_contiguous()
+def assert_agrees(
+    x: Tensor, arrays: list, bias: Tensor | None, group_size: int, activations: str = "float", everywhere: bool = True
+) -> None:
+    """Results are within float32 summation error of a float64 product with the default kernel's weight."""
+    reference = _salient_linear_reference(x, *arrays, bias, group_size, activations)
     dense = _salient_weight_reference(*arrays, x.shape[-1], group_size).double()
-    exact = x.double() @ dense.T + (0 if bias is None else bias)
-    magnitude = x.double().abs() @ dense.abs().T + (0 if bias is None else bias.abs())
-    allowed = magnitude * 1e-5 + exact.abs() * TOLERANCE[x.dtype] + 1e-6
-    assert ((out.double() - exact).abs() <= allowed).all()
-    assert ((reference.double() - exact).abs() <= allowed).all()
+    rows = x.double()
+    if activations == "int8":
+        q, scale = int8_quantize(x)
+        rows = q.double() * scale.double().unsqueeze(-1)
+    exact = rows @ dense.T + (0 if bias is None else bias)
+    # Codes count from their zero only at the end of a sum, so the terms are as large as codes and zeros.
+    magnitude = dense.abs()
+    if arrays[6] is not None:
+        magnitude = magnitude + (arrays[6] * 255).unsqueeze(1) / 4
+    allowed = rows.abs() @ magnitude.T * 2e-6 + exact.abs() * TOLERANCE[x.dtype] + 1e-6
+    call = lambda: OP(x, *arrays, bias, group_size, activations)  # noqa: E731
+    for machine, out in [*(on_every_machine(call) if everywhere else [("", call())]), ("reference", reference)]:
+        assert out.dtype == x.dtype and out.shape == reference.shape and out.is_contiguous(), machine
+        assert ((out.double() - exact).abs() <= allowed).all(), machine
 
 
+@every_activation
+@every_encoding
 @pytest.mark.parametrize("k", WIDTHS)
-def test_salient_linear_equals_default_kernel(k: int) -> None:
+def test_salient_linear_equals_default_kernel(k: int, kind: str, activations: str) -> None:
     for i, (n, m) in enumerate(itertools.product(ROWS, (1, 17))):
-        case = Case(n, k, (0.1, 0.3, 0.0, 1.0)[i % 4], i % 3 != 0, i % 2 == 0, (0, 32, 64)[i % 3])
+        case = Case(n, k, (0.1, 0.3, 0.0, 1.0)[i % 4], i % 3 != 0, i % 2 == 0, (0, 32, 0, 64)[i % 4], kind)
         bias = torch.randn(n) if i % 2 else None
-        assert_agrees(torch.randn(m, k), case.arrays(), bias, case.group_size)
+        assert_agrees(torch.randn(m, k), case.arrays(), bias, case.group_size, activations, n <= 17)
 
 
-@pytest.mark.parametrize("m", [0, 1, 2, 15, 16, 17, 100, 300])
+@every_activation
+@every_encoding
+@pytest.mark.parametrize("m", [0, 1, 2, 3, 4, 7, 8, 9, 31, 32, 33, 63, 64, 65, 100, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_salient_linear_batches_and_dtypes(m: int, dtype: torch.dtype) -> None:
-    for codes in (True, False):
-        assert_agrees(torch.randn(m, 197).to(dtype), Case(33, 197, 0.2, codes).arrays(), torch.randn(33), 0)
+def test_salient_linear_batches_and_dtypes(m: int, dtype: torch.dtype, kind: str, activations: str) -> None:
+    for codes, k in ((True, 197), (False, 197), (True, 600)):
+        arrays = Case(33, k, 0.2, codes, kind=kind).arrays()
+        assert_agrees(torch.randn(m, k).to(dtype), arrays, torch.randn(33), 0, activations, m < 10)
 
 
+@every_activation
+@every_encoding
+def test_salient_linear_of_every_layout_and_ugly_size(kind: str, activations: str) -> None:
+    for _, m, n, k in UGLY:
+        assert_agrees(torch.randn(m, k), Case(n, k, 0.3, kind=kind).arrays(), torch.randn(n), 0, activations)
+    case = Case(18, 65, 0.2, kind=kind)
+    arrays, x = case.arrays(), torch.randn(6, 65)
+    expected = OP(x, *arrays, None, 0, activations)
+    for name, layout in LAYOUTS.items():
+        assert torch.equal(OP(layout(x), *arrays, None, 0, activations), expected), name
+
+
+@every_activation
+@every_encoding
+@pytest.mark.parametrize("fraction", [0.001, 0.01, 0.5])
+def test_salient_linear_of_wide_rows(fraction: float, kind: str, activations: str) -> None:
+    """Gaps above 255 columns, several segments and chunks, sums that need more than one flush."""
+    for k, group_size in ((3000, 0), (2100, 1024)):
+        arrays = Case(18, k, fraction, group_size=group_size, kind=kind).arrays()
+        for m in (1, 9):
+            assert_agrees(torch.randn(m, k), arrays, None, group_size, activations)
+
+
+@every_encoding
+def test_salient_int8_sums_are_exact(kind: str) -> None:
+    """Integers that add up to far more than 2^24: the largest codes and activations, 3000 times."""
+    case = Case(17, 3000, 1.0, kind=kind)
+    arrays = case.arrays()
+    arrays[2].fill_(255 if kind != "columns" else -1)
+    arrays[4].zero_()
+    arrays[5], arrays[6], arrays[7] = None, torch.ones(17), torch.zeros(17)
+    for m in (1, 8):
+        x = torch.ones(m, 3000) * 127
+        for _, out in on_every_machine(lambda: OP(x, *arrays, None, 0, "int8")):  # noqa: B023
+            expected = torch.full((m, 17), 127.0 * 255 * 3000)
+            assert ((out - expected).abs() <= expected * 2e-7).all()
+
+
+@every_encoding
+def test_salient_int8_of_nan_zeros_and_infinity(kind: str) -> None:
+    arrays, x = Case(17, 65, 0.3, kind=kind).arrays(), torch.randn(9, 65)
+    x[1, 3], x[2], x[3, 5] = float("nan"), 0.0, float("inf")
+    for m in (9, 4):
+        for _, out in on_every_machine(lambda: OP(x[:m], *arrays, None, 0, "int8")):  # noqa: B023
+            assert out[1].isnan().all() and (out[2] == 0).all() and not out[3].isfinite().any()
+            assert torch.isfinite(out[[0, *range(4, m)]]).all()
+
+
+@every_activation
+@every_encoding
 @pytest.mark.parametrize("n,k,group_size", [(0, 40, 0), (3, 0, 0), (3, 0, 32), (0, 0, 0)])
-def test_salient_linear_of_nothing(n: int, k: int, group_size: int) -> None:
-    arrays, bias = Case(n, k, group_size=group_size).arrays(), torch.randn(n)
-    assert torch.equal(OP(torch.randn(2, k), *arrays, bias, group_size), bias.expand(2, n))
+def test_salient_linear_of_nothing(n: int, k: int, group_size: int, kind: str, activations: str) -> None:
+    arrays, bias = Case(n, k, group_size=group_size, kind=kind).arrays(), torch.randn(n)
+    for m in (0, 2, 40):
+        for _, out in on_every_machine(lambda: OP(torch.randn(m, k), *arrays, bias, group_size, activations)):  # noqa: B023
+            assert torch.equal(out, bias.expand(m, n))
     assert salient_weight(*arrays, k, group_size).shape == (n, k)
+
+
+@every_encoding
+def test_encodings_hold_what_was_given(kind: str) -> None:
+    for n, k, fraction, codes in (
+        (17, 70, 0.2, True),
+        (40, 3000, 0.002, False),
+        (5, 300, 1.0, True),
+        (3, 256, 0.0, True),
+    ):
+        salient = torch.rand(n, k) < fraction
+        if kind == "columns":
+            salient = (torch.rand(k) < fraction).expand(n, k)
+        value = torch.randint(0, 256, (n, k), dtype=torch.uint8) if codes else torch.randn(n, k).half()
+        if kind == "columns":
+            encoded = encoding.encode_columns(salient.any(0), value)
+        else:
+            encoded = (encoding.encode_list if kind == "list" else encoding.encode_bitmap)(salient, value)
+        assert encoding.encoding_of("test", encoded[0]) == kind
+        where, stored = encoding.decode("test", encoded, n, k, codes)
+        assert torch.equal(where, salient)
+        assert torch.equal(stored, torch.where(salient, value.float(), 0.0))
+
+
+def test_list_of_every_distance() -> None:
+    """An entry that lies 1 ... 800 columns after the one before it."""
+    for distance in (1, 2, 254, 255, 256, 257, 509, 510, 511, 512, 766, 800):
+        salient = torch.zeros(3, 2000, dtype=torch.bool)
+        salient[1, ::distance] = True
+        salient[2, distance - 1] = True
+        value = torch.randint(0, 256, (3, 2000), dtype=torch.uint8)
+        encoded = encoding.encode_list(salient, value)
+        where, stored = encoding.decode("test", encoded, 3, 2000, True)
+        assert torch.equal(where, salient) and torch.equal(stored, torch.where(salient, value.float(), 0.0))
+
+
+def test_encode_takes_the_smaller() -> None:
+    for fraction, expected in ((0.02, "list"), (0.05, "list"), (0.1, "list"), (0.15, "bitmap"), (0.4, "bitmap")):
+        salient = torch.rand(64, 4096) < fraction
+        value = torch.zeros(64, 4096, dtype=torch.uint8)
+        chosen, other = encoding.encode(salient, value), encoding.encode_bitmap(salient, value)
+        if expected == "bitmap":
+            other = encoding.encode_list(salient, value)
+        assert encoding.encoding_of("test", chosen[0]) == expected
+        sizes = [sum(t.numel() * t.element_size() for t in arrays) for arrays in (chosen, other)]
+        assert sizes[0] <= sizes[1]
+    wide = torch.zeros(1, 70000, dtype=torch.bool)
+    assert encoding.encode(wide, wide.to(torch.uint8))[0].dim() == 3
+
+
+@every_activation
+def test_salient_linear_of_more_columns_than_a_list_or_int32_sums_hold(activations: str) -> None:
+    k = 70001
+    for kind in ("bitmap", "columns"):
+        arrays = Case(3, k, 0.01, kind=kind).arrays()
+        for m in (1, 9):
+            assert_agrees(torch.randn(m, k), arrays, None, 0, activations)
+    arrays = Case(3, 65535, 0.01, kind="list").arrays()
+    for m in (1, 9):
+        assert_agrees(torch.randn(m, 65535), arrays, None, 0, activations)
+    with pytest.raises(ValueError, match="fewer than 65536"):
+        OP(torch.randn(1, k), tile_pack(torch.zeros(3, k, dtype=torch.uint8), 1), *arrays[1:], None, 0, activations)
 
 
 @pytest.mark.parametrize("k", WIDTHS)
@@ -95,10 +237,11 @@ def test_salient_weight_is_exact(k: int) -> None:
         (1.0, False, True, 32),
         (1.0, True, True, 0),
     ]:
-        arrays = Case(17, k, fraction, codes, centred, group_size).arrays()
-        dense = salient_weight(*arrays, k, group_size)
-        assert dense.dtype == torch.float32
-        assert torch.equal(dense, _salient_weight_reference(*arrays, k, group_size))
+        for kind in ENCODINGS:
+            arrays = Case(17, k, fraction, codes, centred, group_size, kind).arrays()
+            dense = salient_weight(*arrays, k, group_size)
+            assert dense.dtype == torch.float32
+            assert torch.equal(dense, _salient_weight_reference(*arrays, k, group_size))
 
 
 def test_salient_weight_follows_the_formula() -> None:
@@ -138,101 +281,122 @@ def test_salient_linear_of_strided_and_stacked_inputs() -> None:
 
 
 @compiled
-def test_salient_linear_does_not_depend_on_threads() -> None:
-    arrays, x = Case(300, 768, 0.1, group_size=128).arrays(), torch.randn(70, 768)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append((OP(x, *arrays, None, 128), salient_weight(*arrays, 768, 128)))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+@every_activation
+@every_encoding
+def test_salient_linear_does_not_depend_on_threads(kind: str, activations: str) -> None:
+    arrays, x = Case(300, 768, 0.1, group_size=128, kind=kind).arrays(), torch.randn(70, 768)
+    results: dict[str, Tensor] = {}
+    for machine, out in on_every_machine(lambda: OP(x, *arrays, None, 128, activations)):
+        assert torch.equal(out, results.setdefault(machine.split(",")[0], out)), machine
 
 
-def test_salient_linear_rows_do_not_depend_on_the_batch() -> None:
-    if not _library.has_compiled_kernel("salient_linear"):
-        pytest.skip("the default kernel's matrix product chooses its order by the batch")
-    arrays, x = Case(20, 197, 0.2).arrays(), torch.randn(600, 197)
-    whole = OP(x, *arrays, None, 0)
-    for part in (slice(0, 1), slice(255, 258), slice(599, 600)):
-        assert torch.equal(OP(x[part], *arrays, None, 0), whole[part])
+@compiled
+@every_activation
+@every_encoding
+def test_salient_linear_rows_do_not_depend_on_the_batch(kind: str, activations: str) -> None:
+    """Except for a bitmap with float activations, which adds up single rows in another order."""
+    arrays, x = Case(20, 197, 0.2, kind=kind).arrays(), torch.randn(600, 197)
+    whole = OP(x, *arrays, None, 0, activations)
+    for part in (slice(0, 1), slice(255, 258), slice(599, 600), slice(3, 12)):
+        out = OP(x[part], *arrays, None, 0, activations)
+        if kind == "bitmap" and activations == "float":
+            torch.testing.assert_close(out, whole[part], rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(out, whole[part])
 
 
-def hostile() -> dict[str, list]:
-    """Arrays that contradict each other, all of the right shapes and dtypes."""
-    good = Case(19, 70, 0.3).arrays()
+Arrays = list
 
-    def changed(index: int, change) -> list:
-        arrays = list(good)
-        arrays[index] = arrays[index].clone()
-        change(arrays[index])
-        return arrays
 
-    def swap(start: torch.Tensor) -> None:
-        start[4], start[9] = start[9].item(), start[4].item()
+def hostile() -> dict[str, tuple[Arrays, bool]]:
+    """Arrays that contradict each other, all of the right shapes and dtypes; and whether every call finds out."""
+    cases: dict[str, tuple[Arrays, bool]] = {}
+    for kind in ENCODINGS:
+        good = Case(19, 70, 0.3, kind=kind).arrays()
+        while kind == "columns" and good[1].numel() < 9:
+            good = Case(19, 70, 0.3, kind=kind).arrays()
 
-    row_tail = (1, 2, 2)  # tile 1, word of columns 64 ... 95, row 18
+        def put(name: str, seen: bool, index: int, where, value, kind=kind, good=good) -> None:
+            arrays = list(good)
+            arrays[index] = arrays[index].clone()
+            arrays[index][where] = value
+            cases[f"{kind}: {name}"] = arrays, seen
 
-    def put(where, value):
-        def change(t: torch.Tensor) -> None:
-            t[where] = value
-
-        return change
-
-    mask = good[1]
-    return {
-        "first": changed(3, put(0, 1)),
-        "negative first": changed(3, put(0, -1)),
-        "last": changed(3, put(-1, good[2].numel() + 5)),
-        "not rising": changed(3, swap),
-        "row too long": changed(3, put(5, int(good[3][5]) + 1)),
-        "far beyond": changed(3, put(5, 2**31 - 1)),
-        "far below": changed(3, put(5, -(2**31))),
-        "full mask": changed(1, lambda t: t.fill_(-1)),
-        "empty mask": changed(1, lambda t: t.fill_(0)),
-        "one bit more": changed(1, put((0, 1, 2), int(mask[0, 1, 2]) ^ 1)),
-        "one bit in the last word": changed(1, put(row_tail, int(mask[row_tail]) ^ 32)),
-        "sign bits of salient weights": [mask, *good[1:]],
-        "value too short": [*good[:2], good[2][:-1], *good[3:]],
-        "value too long": [*good[:2], torch.cat([good[2], good[2]]), *good[3:]],
-        "no values": [*good[:2], good[2][:0], *good[3:]],
-    }
+        if kind == "columns":
+            column = good[1]
+            put("negative", True, 1, 0, -1)
+            put("past the end", True, 1, -1, 70)
+            put("far past the end", True, 1, -1, 2**31 - 1)
+            put("not rising", True, 1, 4, int(column[3]))
+            put("sign bits", False, 0, slice(None), -1)
+            continue
+        start, last = good[3], int(good[3][-1])
+        put("first", True, 3, 0, 1)
+        put("negative first", True, 3, 0, -1)
+        put("last", True, 3, -1, last + 5)
+        put("far beyond", True, 3, 1, 2**31 - 1)
+        put("far below", True, 3, 1, -(2**31))
+        put("sign bits of salient weights", False, 0, slice(None), -1)
+        cases[f"{kind}: value too short"] = [*good[:2], good[2][:-1], *good[3:]], True
+        cases[f"{kind}: no values"] = [*good[:2], good[2][:0], *good[3:]], True
+        if kind == "list":
+            put("columns past the end", False, 1, slice(None), 254)
+            put("random", False, 1, slice(None), torch.randint(0, 255, good[1].shape, dtype=torch.uint8))
+            continue
+        row_tail = (1, 2, 2)  # tile 1, word of columns 64 ... 95, row 18
+        put("row too long", False, 3, 5, int(start[5]) + 1)
+        put("full mask", False, 1, slice(None), -1)
+        put("empty mask", False, 1, slice(None), 0)
+        put("one bit more", False, 1, (0, 1, 2), int(good[1][0, 1, 2]) ^ 1)
+        put("one bit in the last word", False, 1, row_tail, int(good[1][row_tail]) ^ 32)
+        put("not rising", True, 3, 4, last)
+        cases["bitmap: value too long"] = [*good[:2], torch.cat([good[2], good[2]]), *good[3:]], True
+    return cases
 
 
 @pytest.mark.parametrize("name", list(hostile()))
 def test_salient_arrays_that_contradict_each_other(name: str) -> None:
-    arrays, x = hostile()[name], torch.randn(3, 70)
+    (arrays, seen), x = hostile()[name], torch.randn(40, 70)
     for call in (
-        lambda: OP(x, *arrays, None, 0),
-        lambda: OP(x[:0], *arrays, None, 0),
+        lambda: OP(x[:0], *arrays, None, 0, "float"),
         lambda: WEIGHT_OP(*arrays, 70, 0),
-        lambda: _salient_linear_reference(x, *arrays, None, 0),
+        lambda: _salient_linear_reference(x, *arrays, None, 0, "float"),
         lambda: _salient_weight_reference(*arrays, 70, 0),
     ):
-        with pytest.raises(ValueError, match="contradict each other"):
+        with pytest.raises(ValueError, match=r"contradict each other|shape"):
             call()
+    for activations, m in itertools.product(("float", "int8"), (1, 3, 40)):
+        if seen:
+            with pytest.raises(ValueError, match=r"contradict each other|shape"):
+                OP(x[:m], *arrays, None, 0, activations)
+        elif _library.has_compiled_kernel("salient_linear"):
+            for machine, out in on_every_machine(lambda: OP(x[:m], *arrays, None, 0, activations)):  # noqa: B023
+                assert out.shape == (m, 19), machine
 
 
 def test_salient_bits_past_the_end_are_ignored() -> None:
     arrays, x = Case(19, 70, 0.3).arrays(), torch.randn(3, 70)
-    expected = OP(x, *arrays, None, 0), salient_weight(*arrays, 70)
+    expected = OP(x, *arrays, None, 0, "float"), salient_weight(*arrays, 70)
     for index in (0, 1):
         arrays[index] = arrays[index].clone()
         arrays[index][:, -1] |= ~((1 << 6) - 1)  # columns 70 ... 95
         arrays[index][1, :, 3:] = -1  # rows 19 ... 31
-    assert torch.equal(OP(x, *arrays, None, 0), expected[0])
+    for activations, m in itertools.product(("float", "int8"), (1, 3, 40)):
+        wide = torch.randn(m, 70)
+        dense = salient_weight(*arrays, 70)
+        for machine, out in on_every_machine(lambda: OP(wide, *arrays, None, 0, activations)):  # noqa: B023
+            torch.testing.assert_close(out, wide @ dense.T, rtol=0.05, atol=0.1 * (70**0.5), msg=machine)
+    assert torch.equal(OP(x, *arrays, None, 0, "float"), expected[0])
     assert torch.equal(salient_weight(*arrays, 70), expected[1])
     assert torch.equal(_salient_weight_reference(*arrays, 70, 0), expected[1])
 
 
-NAMES = ("weight", "mask", "value", "start", "alpha", "mu", "value_scale", "value_zero")
+NAMES = ("weight", "index", "value", "start", "alpha", "mu", "value_scale", "value_zero")
 
 
 def wrong_arguments() -> list:
     good = dict(zip(NAMES, Case(19, 70, 0.3).arrays(), strict=True))
-    good |= {"x": torch.randn(3, 70), "bias": torch.randn(19), "group_size": 0}
+    good |= {"x": torch.randn(3, 70), "bias": torch.randn(19), "group_size": 0, "activations": "float"}
     cases = []
     for name in (*NAMES, "bias"):
         t = good[name]
@@ -243,14 +407,19 @@ def wrong_arguments() -> list:
         ("x", torch.tensor(1.0), "dimension"),
         ("x", torch.randn(3, 70).double(), "float32, bfloat16 or float16"),
         ("x", torch.randn(3, 102), "shape"),
-        ("value_scale", None, "uint8"),
-        ("value_zero", None, "uint8"),
+        ("value_scale", None, "together"),
+        ("value_zero", None, "together"),
         ("value", torch.zeros(good["value"].numel()).half(), "float16"),
         ("value", good["value"].to(torch.int8), "int8"),
+        ("start", None, "start must be given"),
+        ("index", torch.zeros(3, dtype=torch.int32), "start must be given"),
+        ("index", torch.zeros(3, 16, dtype=torch.uint8), "shape"),
+        ("index", torch.zeros(3, 16, dtype=torch.int16), "index must be"),
         ("alpha", torch.tensor(1.0), "shape"),
         ("group_size", 16, "group_size"),
         ("group_size", -32, "group_size"),
         ("group_size", 32, "shape"),
+        ("activations", "int4", "activations"),
     ]
     return [pytest.param({**good, name: wrong}, text, id=f"{name}-{i}") for i, (name, wrong, text) in enumerate(cases)]
 
@@ -288,27 +457,30 @@ def test_salient_weight_wants_a_possible_k() -> None:
 
 OPCHECKS = [
     Case(17, 65, 0.2),
-    Case(3, 33, 0.3, codes=False),
-    Case(5, 100, 0.2, centred=False, group_size=32),
+    Case(3, 33, 0.3, codes=False, kind="list"),
+    Case(5, 100, 0.2, centred=False, group_size=32, kind="columns"),
     Case(4, 64, 0.0, group_size=64),
+    Case(17, 300, 0.01, kind="list"),
 ]
 
 
+@every_activation
 @pytest.mark.parametrize("case", OPCHECKS, ids=str)
-def test_salient_ops_pass_opcheck(case: Case) -> None:
+def test_salient_ops_pass_opcheck(case: Case, activations: str) -> None:
     arrays = case.arrays()
     x, bias = torch.randn(2, 3, case.k, requires_grad=True), torch.randn(case.n, requires_grad=True)
-    torch.library.opcheck(OP, (x, *arrays, bias, case.group_size))
-    torch.library.opcheck(OP, (torch.randn(4, case.k).bfloat16(), *arrays, None, case.group_size))
+    torch.library.opcheck(OP, (x, *arrays, bias, case.group_size, activations))
+    torch.library.opcheck(OP, (torch.randn(4, case.k).bfloat16(), *arrays, None, case.group_size, activations))
     torch.library.opcheck(WEIGHT_OP, (*arrays, case.k, case.group_size))
 
 
+@every_activation
 @pytest.mark.parametrize("case", OPCHECKS, ids=str)
 @pytest.mark.parametrize("shape", [(), (4,), (0,), (2, 3)])
-def test_salient_linear_gradients(case: Case, shape: tuple[int, ...]) -> None:
+def test_salient_linear_gradients(case: Case, shape: tuple[int, ...], activations: str) -> None:
     arrays = case.arrays()
     x, bias = torch.randn(*shape, case.k, requires_grad=True), torch.randn(case.n, requires_grad=True)
-    out = salient_linear(x, *arrays, bias, case.group_size)
+    out = salient_linear(x, *arrays, bias, case.group_size, activations)
     g = torch.randn_like(out)
     got = torch.autograd.grad(out, (x, bias), g)
     dense = salient_weight(*arrays, case.k, case.group_size)
@@ -324,15 +496,21 @@ def test_salient_linear_gradient_dtype_is_that_of_x() -> None:
     assert x.grad is not None and x.grad.dtype == torch.bfloat16
 
 
-def test_salient_linear_compiles_with_a_dynamic_batch() -> None:
-    case = Case(20, 70, 0.2, group_size=32)
+@every_activation
+@every_encoding
+def test_salient_linear_compiles_with_a_dynamic_batch(kind: str, activations: str) -> None:
+    case = Case(20, 70, 0.2, group_size=32, kind=kind)
     arrays, bias = case.arrays(), torch.randn(20, requires_grad=True)
-    compiled_op = torch.compile(lambda x: salient_linear(x, *arrays, bias, 32) * 2, fullgraph=True, dynamic=True)
+    torch._dynamo.reset()
+
+    def call(x: Tensor) -> Tensor:
+        return salient_linear(x, *arrays, bias, 32, activations) * 2
+
+    compiled_op = torch.compile(call, fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for m in (11, 5, 8):  # the first unlike every other size, which torch would take for the same symbol
             x = torch.randn(m, 70, requires_grad=True)
-            out = compiled_op(x)
-            eager = salient_linear(x, *arrays, bias, 32) * 2
+            out, eager = compiled_op(x), call(x)
             assert torch.equal(out, eager)
             got, expected = (torch.autograd.grad(y.sum(), (x, bias)) for y in (out, eager))
             for a, b in zip(got, expected, strict=True):

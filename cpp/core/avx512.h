@@ -47,4 +47,20 @@ static inline void store16(BFloat16* out, __mmask16 lanes, __m512 value) {
   _mm256_mask_storeu_epi16(out, lanes, _mm512_cvtepi32_epi16(halves));
 }
 
+// 4 rows of 4 values in every 128-bit part, to columns.
+static inline void transpose4(__m512 (&z)[4]) {
+  const __m512 a = _mm512_unpacklo_ps(z[0], z[1]), b = _mm512_unpackhi_ps(z[0], z[1]);
+  const __m512 c = _mm512_unpacklo_ps(z[2], z[3]), d = _mm512_unpackhi_ps(z[2], z[3]);
+  const auto low = [](__m512 u, __m512 v) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(u), _mm512_castps_pd(v)));
+  };
+  const auto high = [](__m512 u, __m512 v) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(u), _mm512_castps_pd(v)));
+  };
+  z[0] = low(a, c);
+  z[1] = high(a, c);
+  z[2] = low(b, d);
+  z[3] = high(b, d);
+}
+
 }  // namespace bitmill::detail

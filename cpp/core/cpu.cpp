@@ -80,7 +80,8 @@ bool select(InstructionSet set) {
 
 bool has_int8_dot() {
 #ifdef BITMILL_AVX512
-  static const bool has = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+  static const bool has = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+                          __builtin_cpu_supports("avx512vbmi2");
   return has;
 #else
   return false;

@@ -22,7 +22,7 @@ InstructionSet selected();
 bool select(InstructionSet set);  // false, and no change, if this machine does not have it
 
 // Extensions that single kernels ask for on top of avx512.
-bool has_int8_dot();  // VNNI and VBMI
+bool has_int8_dot();  // VNNI, VBMI and VBMI2
 bool has_bf16_dot();  // BF16
 
 // Which functions have a kernel of their own for a set beyond the generic one. Everything else runs generic code.
@@ -38,6 +38,7 @@ inline constexpr KernelRow kKernels[] = {{InstructionSet::neon, "bitpack"},
                                          {InstructionSet::avx512, "binary_matmul"},
                                          {InstructionSet::avx512, "binary_weight_linear"},
                                          {InstructionSet::avx512, "fp4_linear"},
-                                         {InstructionSet::avx512, "int8_quantize"}};
+                                         {InstructionSet::avx512, "int8_quantize"},
+                                         {InstructionSet::avx512, "salient_linear"}};
 
 }  // namespace bitmill

@@ -49,22 +49,6 @@ struct Fp4Task {
   }
 };
 
-// 4 rows of 4 values in every 128-bit part, to columns.
-static inline void transpose4(__m512 (&z)[4]) {
-  const __m512 a = _mm512_unpacklo_ps(z[0], z[1]), b = _mm512_unpackhi_ps(z[0], z[1]);
-  const __m512 c = _mm512_unpacklo_ps(z[2], z[3]), d = _mm512_unpackhi_ps(z[2], z[3]);
-  const auto low = [](__m512 u, __m512 v) {
-    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(u), _mm512_castps_pd(v)));
-  };
-  const auto high = [](__m512 u, __m512 v) {
-    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(u), _mm512_castps_pd(v)));
-  };
-  z[0] = low(a, c);
-  z[1] = high(a, c);
-  z[2] = low(b, d);
-  z[3] = high(b, d);
-}
-
 // E8M0 in the lowest byte of each lane; the other bytes are ignored.
 static inline __m512 e8m0_to_floats(__m512i bytes) {
   const __m512i exponent = _mm512_slli_epi32(bytes, 23), all = _mm512_set1_epi32(0x7F800000);

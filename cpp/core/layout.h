@@ -9,10 +9,20 @@
 //   reduces across lanes; narrower machines take the 16 lanes in parts.
 // Activation rows: int32 [m, ceil(k / 32)], the lowest bits first, everything past k is 0.
 //   An operand that can be zero carries a second plane of the same shape: bit 1 where the value is not zero.
-// Salient weights (unstructured): three arrays beside the sign tiles (b = 1).
-//   mask   tiles like the sign plane; bit 1 where the weight is salient. The sign bit is 0 there.
-//   value  one entry a salient weight, row by row, columns ascending: uint8 codes, or float16.
-//   start  int32 [n + 1]: the entries of row r are value[start[r]] ... value[start[r + 1] - 1].
+// Salient weights: three encodings beside the sign tiles (b = 1), whose bit is 0 where a weight is salient. A value is a
+//   uint8 code or a float16.
+//   Bitmap, for any fraction: mask, tiles like the sign plane, bit 1 where the weight is salient. value: one entry a
+//     salient weight, row by row, columns ascending. start, int32 [n + 1]: the entries of row r are value[start[r]] ...
+//     value[start[r + 1] - 1].
+//   List, for few weights and k < 65536: a slice of steps for every tile, as long as the longest of its 16 rows.
+//     start, int32 [ceil(n / 16) + 1]: tile t has the steps start[t] ... start[t + 1] - 1. gap, uint8 [steps, 16] and
+//     value [steps, 16]: what step s holds for row 16 t + l is gap[s][l], value[s][l]. A gap g < 255 is an entry g + 1
+//     columns after the row's previous one (the first counts from -1); 255 goes on by 255 columns and holds none,
+//     which serves distances above 255 and rows that have ended.
+//   Columns, where whole columns are salient: column, int32 [c], ascending. value, tiles of b = 8 or 16 bits of the c
+//     columns, [ceil(n / 16), ceil(c / v), 16].
+//   A list costs 2 bytes an entry and 1.05 to 1.2 of padding, a bitmap 1/8 byte a weight and 1 an entry: the list is the
+//   smaller one, and with one row of activations the faster one, up to about a tenth of the weights.
 // MXFP4 block scales: uint8 [n, ceil(k / 32)], E8M0: byte e is 2^(e - 127), 255 is NaN.
 #pragma once
 
@@ -21,6 +31,9 @@
 namespace bitmill {
 
 inline constexpr int64_t kTileRows = 16;
+
+// The gap of a list that holds no entry.
+inline constexpr uint8_t kNoEntry = 255;
 
 // Largest k: every dot product of signs must be exact as a float, so that one rounding happens in the epilogue only.
 inline constexpr int64_t kMaxColumns = int64_t{1} << 24;

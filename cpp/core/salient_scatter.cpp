@@ -1,8 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The obvious form of the partially binarised product. No sign bit is looked up twice: the sign plane is multiplied as
-// if the salient weights were b = -1 (their bit is 0), and the scattered entries put that right afterwards:
-//   y = sum_g [ alpha_g S_g + mu_g X_g ] + sum_{salient c} x_c (value - (mu_g(c) - alpha_g(c)))
-// with S_g = sum of +-x over the sign bits of group g and X_g = sum of x over its columns (one for all outputs).
+// The obvious form of the partially binarised product, the check of its arrays, and the choice of the instruction set.
 #include "salient_scatter.h"
 
 #include <algorithm>
@@ -10,8 +7,11 @@
 #include <bit>
 #include <vector>
 
+#include "binary_int8_matmul.h"
+#include "binary_matmul.h"
+#include "cpu.h"
+#include "int8.h"
 #include "layout.h"
-#include "panel_matmul.h"
 
 namespace bitmill {
 namespace {
@@ -34,128 +34,208 @@ float binary_value(const SalientWeight& w, int64_t row, int64_t group, float sig
   return w.mu ? w.mu[i] + scaled : scaled;
 }
 
-float salient_value(const SalientWeight& w, int64_t row, int64_t entry) {
-  if (!w.value_scale) return to_float(static_cast<const Float16*>(w.value)[entry]);
-  const float code = static_cast<float>(static_cast<const uint8_t*>(w.value)[entry]);
+// Element i of `value` as a weight of this row.
+float salient_value(const SalientWeight& w, int64_t row, int64_t i) {
+  if (!w.value_scale) return to_float(static_cast<const Float16*>(w.value)[i]);
+  const float code = static_cast<float>(static_cast<const uint8_t*>(w.value)[i]);
   return w.value_scale[row] * (code - w.value_zero[row]);
 }
 
-// Calls each(column, value) for the salient weights of a row, columns ascending.
+// Calls each(column, value) for the salient weights of a row, columns ascending. Stays within the arrays if their
+// outline is right, whatever the bits are.
 template <class Each>
 void walk_row(const SalientWeight& w, int64_t row, const Each& each) {
-  const int64_t words = word_count(w.k);
-  const int32_t* mask = w.mask + (row / kTileRows) * words * kTileRows + row % kTileRows;
-  int64_t entry = w.start[row];
-  for (int64_t word = 0; word < words; ++word) {
-    uint32_t bits = static_cast<uint32_t>(mask[word * kTileRows]) & columns_of_word(w, word);
-    for (; bits; bits &= bits - 1) each(32 * word + std::countr_zero(bits), salient_value(w, row, entry++));
-  }
-}
-
-bool tile_is_consistent(const SalientWeight& w, int64_t tile) {
-  const int64_t words = word_count(w.k);
-  int64_t count[kTileRows] = {};
-  uint32_t both[kTileRows] = {};
-  for (int64_t word = 0; word < words; ++word) {
-    const uint32_t columns = columns_of_word(w, word);
-    const int64_t first = (tile * words + word) * kTileRows;
-    for (int64_t lane = 0; lane < kTileRows; ++lane) {
-      const uint32_t bits = static_cast<uint32_t>(w.mask[first + lane]) & columns;
-      count[lane] += std::popcount(bits);
-      both[lane] |= bits & static_cast<uint32_t>(w.sign[first + lane]);
-    }
-  }
-  for (int64_t lane = 0; lane < std::min(kTileRows, w.n - tile * kTileRows); ++lane) {
-    const int32_t* start = w.start + tile * kTileRows + lane;
-    if (both[lane] || count[lane] != int64_t{start[1]} - start[0]) return false;
-  }
-  return true;
-}
-
-// What the salient weights of outputs [begin, end) add: correction[row n + output].
-template <class T>
-void salient_sums(const SalientWeight& w, const T* x, int64_t m, int64_t begin, int64_t end, float* correction) {
-  const int64_t width = group_width(w);
-  std::vector<int64_t> columns;
-  std::vector<float> differences;
-  for (int64_t output = begin; output < end; ++output) {
-    columns.clear();
-    differences.clear();
-    walk_row(w, output, [&](int64_t column, float value) {
-      columns.push_back(column);
-      differences.push_back(value - binary_value(w, output, column / width, -1.0f));
-    });
-    for (int64_t row = 0; row < m; ++row) {
-      float sum = 0.0f;
-      for (size_t i = 0; i < columns.size(); ++i) sum += to_float(x[row * w.k + columns[i]]) * differences[i];
-      correction[row * w.n + output] = sum;
-    }
-  }
-}
-
-// X_g of activation rows [begin, end).
-template <class T>
-void group_totals(const SalientWeight& w, const T* x, int64_t begin, int64_t end, float* totals) {
-  const int64_t width = group_width(w), groups = group_count(w);
-  for (int64_t row = begin; row < end; ++row) {
-    for (int64_t group = 0; group < groups; ++group) {
-      float sum = 0.0f;
-      for (int64_t c = group * width; c < std::min(w.k, (group + 1) * width); ++c) sum += to_float(x[row * w.k + c]);
-      totals[row * groups + group] = sum;
-    }
-  }
-}
-
-template <class T>
-void multiply_rows(const SalientMatmulParams& p, const T* x, int64_t m, T* out) {
-  const SalientWeight& w = p.weight;
-  const int64_t words = word_count(w.k), groups = group_count(w);
-  std::vector<float> totals(w.mu ? m * groups : 0), correction(m * w.n);
-  if (w.mu) {
-    split(p.parallel_for, m, static_cast<double>(w.k),
-          [&](int64_t begin, int64_t end) { group_totals(w, x, begin, end, totals.data()); });
-  }
-  const double entries_a_row = w.n > 0 ? static_cast<double>(w.entries) / static_cast<double>(w.n) : 0.0;
-  split(p.parallel_for, w.n, static_cast<double>(words) + entries_a_row * static_cast<double>(m + 2),
-        [&](int64_t begin, int64_t end) { salient_sums(w, x, m, begin, end, correction.data()); });
-  const auto decode = [&](int64_t tile, int64_t begin, int64_t end, float* panel) {
-    for (int64_t j = begin; j < end; ++j) {
-      const int32_t* word = w.sign + (tile * words + j / 32) * kTileRows;
-      for (int64_t lane = 0; lane < kTileRows; ++lane) {
-        const bool plus = (static_cast<uint32_t>(word[lane]) >> (j % 32)) & 1u;
-        panel[(j - begin) * kTileRows + lane] = plus ? 1.0f : -1.0f;
+  const int64_t tile = row / kTileRows, lane = row % kTileRows, words = word_count(w.k);
+  if (w.encoding == SalientEncoding::bitmap) {
+    int64_t entry = w.start[row];
+    for (int64_t word = 0; word < words; ++word) {
+      const int32_t mask = w.mask[(tile * words + word) * kTileRows + lane];
+      uint32_t bits = static_cast<uint32_t>(mask) & columns_of_word(w, word);
+      for (; bits && entry < w.start[row + 1]; bits &= bits - 1) {
+        each(32 * word + std::countr_zero(bits), salient_value(w, row, entry++));
       }
     }
-  };
-  const auto finish = [&](int64_t row, int64_t tile, int64_t lane, int64_t group, float sum, float& value) {
-    const int64_t i = (tile * kTileRows + lane) * groups + group;
-    value += w.alpha[i] * sum;
-    if (w.mu) value += w.mu[i] * totals[row * groups + group];
-  };
-  const auto done = [&](int64_t row, int64_t tile, int64_t lane, float value) {
-    const int64_t output = tile * kTileRows + lane;
-    value += correction[row * w.n + output];
-    return p.bias ? value + p.bias[output] : value;
-  };
-  const detail::PanelShape shape{m, w.n, w.k, w.group_size};
-  detail::panel_matmul(shape, x, out, p.parallel_for, decode, finish, done);
+  } else if (w.encoding == SalientEncoding::list) {
+    int64_t column = -1;
+    for (int64_t step = w.start[tile]; step < w.start[tile + 1]; ++step) {
+      const int64_t i = step * kTileRows + lane;
+      column += w.gap[i] == kNoEntry ? kNoEntry : w.gap[i] + 1;
+      if (w.gap[i] != kNoEntry && column < w.k) each(column, salient_value(w, row, i));
+    }
+  } else {
+    const int64_t in_word = values_per_word(w.value_scale ? 8 : 16), value_words = ceil_div(w.entries, in_word);
+    for (int64_t j = 0; j < w.entries; ++j) {
+      const int64_t word = (tile * value_words + j / in_word) * kTileRows + lane;
+      each(int64_t{w.column[j]}, salient_value(w, row, word * in_word + j % in_word));
+    }
+  }
+}
+
+// Sizes, `start` and `column`: what keeps every kernel within the arrays.
+Status check_outline(const SalientWeight& w) {
+  if (w.n < 0 || w.k < 0 || w.entries < 0 || w.k > kMaxColumns) return Status::bad_size;
+  if (w.group_size < 0 || w.group_size % 32 != 0) return Status::bad_argument;
+  if ((w.value_scale == nullptr) != (w.value_zero == nullptr)) return Status::bad_argument;
+  if (w.encoding == SalientEncoding::columns) {
+    int64_t previous = -1;
+    for (int64_t j = 0; j < w.entries; previous = w.column[j++]) {
+      if (w.column[j] <= previous || w.column[j] >= w.k) return Status::corrupt;
+    }
+    return Status::ok;
+  }
+  const bool list = w.encoding == SalientEncoding::list;
+  if (list && (w.k > detail::kMaxListColumns || (w.k == 0 && w.entries > 0))) return Status::bad_argument;
+  const int64_t count = list ? tile_count(w.n) : w.n;
+  if (w.start[0] != 0 || w.start[count] != w.entries) return Status::corrupt;
+  bool falls = false;  // no early end, so that the loop becomes vector code
+  for (int64_t i = 0; i < count; ++i) falls |= w.start[i] > w.start[i + 1];
+  return falls ? Status::corrupt : Status::ok;
+}
+
+bool row_is_consistent(const SalientWeight& w, int64_t row) {
+  const int64_t tile = row / kTileRows, lane = row % kTileRows, words = word_count(w.k);
+  const auto at = [&](int64_t word) { return (tile * words + word) * kTileRows + lane; };
+  if (w.encoding == SalientEncoding::bitmap) {
+    int64_t count = 0;
+    uint32_t both = 0;
+    for (int64_t word = 0; word < words; ++word) {
+      const uint32_t bits = static_cast<uint32_t>(w.mask[at(word)]) & columns_of_word(w, word);
+      count += std::popcount(bits);
+      both |= bits & static_cast<uint32_t>(w.sign[at(word)]);
+    }
+    return !both && count == int64_t{w.start[row + 1]} - w.start[row];
+  }
+  if (w.encoding == SalientEncoding::list) {
+    int64_t column = -1;
+    for (int64_t step = w.start[tile]; step < w.start[tile + 1]; ++step) {
+      const uint8_t gap = w.gap[step * kTileRows + lane];
+      column += gap == kNoEntry ? kNoEntry : gap + 1;
+      if (gap != kNoEntry && column >= w.k) return false;
+    }
+  }
+  bool signs = false;
+  walk_row(w, row, [&](int64_t column, float) {
+    signs |= (static_cast<uint32_t>(w.sign[at(column / 32)]) >> (column % 32)) & 1u;
+  });
+  return !signs;
+}
+
+// Rows of x as float32, or as int8, and the sign plane's part of the product.
+struct Rows {
+  std::vector<float> values, scale, signs;
+  std::vector<int8_t> q;
+  std::vector<int32_t> total;
+};
+
+void widen(Dtype dtype, const void* x, int64_t count, float* out) {
+#ifdef BITMILL_AVX512
+  if (selected() == InstructionSet::avx512) return detail::widen_avx512(dtype, x, count, out);
+#endif
+  with_dtype(dtype, x, [&](const auto* values) {
+    for (int64_t i = 0; i < count; ++i) out[i] = to_float(values[i]);
+  });
+}
+
+Status multiply_signs(const SalientMatmulParams& p, const void* x, int64_t m, bool as_floats, Rows& rows) {
+  const SalientWeight& w = p.weight;
+  rows.signs.resize(m * w.n);
+  if (!p.int8) {
+    BinaryWeightMatmulParams signs;
+    if (p.dtype != Dtype::f32) {
+      rows.values.resize(m * w.k);
+      widen(p.dtype, x, m * w.k, rows.values.data());
+    }
+    signs.x = p.dtype == Dtype::f32 ? x : rows.values.data();
+    signs.weight = w.sign;
+    signs.m = m, signs.n = w.n, signs.k = w.k;
+    signs.scale = w.alpha, signs.group_size = w.group_size;
+    signs.out = rows.signs.data();
+    signs.parallel_for = p.parallel_for;
+    return binary_weight_matmul(signs);
+  }
+  rows.q.resize(m * w.k), rows.scale.resize(m), rows.total.resize(m);
+  Int8QuantizeParams quantize;
+  quantize.x = x, quantize.dtype = p.dtype;
+  quantize.m = m, quantize.k = w.k;
+  quantize.q = rows.q.data(), quantize.scale = rows.scale.data(), quantize.total = rows.total.data();
+  quantize.parallel_for = p.parallel_for;
+  int8_quantize(quantize);
+  if (as_floats) rows.values.assign(rows.q.begin(), rows.q.end());
+  BinaryInt8MatmulParams signs;
+  signs.q = rows.q.data(), signs.row_scale = rows.scale.data();
+  signs.weight = w.sign;
+  signs.m = m, signs.n = w.n, signs.k = w.k;
+  signs.scale = w.alpha, signs.group_size = w.group_size;
+  signs.out = rows.signs.data();
+  signs.parallel_for = p.parallel_for;
+  return binary_int8_matmul(signs);
+}
+
+struct Kernel {
+  void (*tiles)(const detail::SalientTask&, int64_t, int64_t);
+  double nanoseconds;  // of one salient weight and one row of activations
+  bool reads_int8;
+};
+
+Kernel choose_kernel(const SalientMatmulParams& p) {
+#ifdef BITMILL_AVX512
+  if (selected() == InstructionSet::avx512 && has_int8_dot()) {  // VBMI2 is for float activations too
+    const SalientWeight& w = p.weight;
+    const bool integers = p.int8 && w.value_scale && group_count(w) == 1 && w.k <= detail::kMaxInt8Columns;
+    if (integers) return {detail::salient_tiles_avx512vnni, 0.02, true};
+    return {detail::salient_tiles_avx512, 0.05, false};
+  }
+#endif
+  return {detail::salient_tiles_generic, 1.0, false};
+}
+
+double salient_weights(const SalientWeight& w) {
+  const double entries = static_cast<double>(w.entries);
+  if (w.encoding == SalientEncoding::list) return entries * kTileRows;
+  return w.encoding == SalientEncoding::columns ? entries * static_cast<double>(w.n) : entries;
 }
 
 }  // namespace
 
-Status salient_check(const SalientWeight& w, ParallelFor parallel_for) {
-  if (w.n < 0 || w.k < 0 || w.entries < 0 || w.k > kMaxColumns) return Status::bad_size;
-  if (w.group_size < 0 || w.group_size % 32 != 0) return Status::bad_argument;
-  if ((w.value_scale == nullptr) != (w.value_zero == nullptr)) return Status::bad_argument;
-  if (w.start[0] != 0 || w.start[w.n] != w.entries) return Status::corrupt;
-  for (int64_t row = 0; row < w.n; ++row) {
-    if (w.start[row] > w.start[row + 1]) return Status::corrupt;
+void detail::salient_tiles_generic(const SalientTask& task, int64_t begin, int64_t end) {
+  const SalientWeight& w = task.weight;
+  std::vector<float> totals(w.mu ? task.m * task.groups : 0);
+  for (size_t i = 0; i < totals.size(); ++i) {
+    const int64_t row = static_cast<int64_t>(i) / task.groups, group = static_cast<int64_t>(i) % task.groups;
+    const int64_t last = std::min(w.k, (group + 1) * task.group_width);
+    for (int64_t c = group * task.group_width; c < last; ++c) totals[i] += task.x[row * w.k + c];
   }
+  std::vector<int64_t> columns;
+  std::vector<float> differences;
+  for (int64_t output = begin * kTileRows; output < std::min(w.n, end * kTileRows); ++output) {
+    columns.clear();
+    differences.clear();
+    walk_row(w, output, [&](int64_t column, float value) {
+      columns.push_back(column);
+      differences.push_back(value - binary_value(w, output, column / task.group_width, -1.0f));
+    });
+    for (int64_t row = 0; row < task.m; ++row) {
+      double exact = 0.0;
+      for (size_t i = 0; i < columns.size(); ++i) exact += double{task.x[row * w.k + columns[i]]} * differences[i];
+      float sum = static_cast<float>(exact);
+      for (int64_t group = 0; w.mu && group < task.groups; ++group) {
+        sum += w.mu[output * task.groups + group] * totals[row * task.groups + group];
+      }
+      float value = task.signs[row * w.n + output] + (task.row_scale ? task.row_scale[row] * sum : sum);
+      if (task.bias) value += task.bias[output];
+      with_dtype(task.dtype, task.out, [&](auto* out) { store(value, out + row * w.n + output); });
+    }
+  }
+}
+
+Status salient_check(const SalientWeight& w, ParallelFor parallel_for) {
+  const Status outline = check_outline(w);
+  if (outline != Status::ok) return outline;
   std::atomic<bool> consistent = true;
-  const double nanoseconds = static_cast<double>(word_count(w.k)) * kTileRows * 0.2;
-  split(parallel_for, tile_count(w.n), nanoseconds, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      if (!tile_is_consistent(w, tile)) consistent = false;
+  const double nanoseconds = static_cast<double>(word_count(w.k)) + salient_weights(w) / static_cast<double>(w.n + 1);
+  split(parallel_for, w.n, nanoseconds, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (!row_is_consistent(w, row)) consistent = false;
     }
   });
   return consistent ? Status::ok : Status::corrupt;
@@ -163,14 +243,35 @@ Status salient_check(const SalientWeight& w, ParallelFor parallel_for) {
 
 Status salient_matmul(const SalientMatmulParams& p) {
   if (p.m < 0) return Status::bad_size;
-  const Status status = salient_check(p.weight, p.parallel_for);
-  if (status != Status::ok) return status;
-  with_dtype(p.dtype, p.out, [&]<class T>(T* out) {
-    for (int64_t row = 0; row < p.m; row += kRowBlock) {
-      const T* x = static_cast<const T*>(p.x) + row * p.weight.k;
-      multiply_rows(p, x, std::min(kRowBlock, p.m - row), out + row * p.weight.n);
-    }
-  });
+  const SalientWeight& w = p.weight;
+  const Status status = p.m == 0 ? salient_check(w, p.parallel_for) : check_outline(w);
+  if (status != Status::ok || p.m == 0 || w.n == 0) return status;
+  const Kernel kernel = choose_kernel(p);
+  const int64_t row_bytes_of_x = w.k * (p.dtype == Dtype::f32 ? 4 : 2),
+                row_bytes = w.n * (p.dtype == Dtype::f32 ? 4 : 2);
+  for (int64_t row = 0; row < p.m; row += kRowBlock) {
+    const int64_t m = std::min(kRowBlock, p.m - row);
+    const char* x = static_cast<const char*>(p.x) + row * row_bytes_of_x;
+    Rows rows;
+    const Status signs = multiply_signs(p, x, m, p.int8 && !kernel.reads_int8, rows);
+    if (signs != Status::ok) return signs;
+    const bool direct = !p.int8 && p.dtype == Dtype::f32;
+    const detail::SalientTask task{w,
+                                   m,
+                                   group_count(w),
+                                   group_width(w),
+                                   direct ? reinterpret_cast<const float*>(x) : rows.values.data(),
+                                   p.int8 ? rows.q.data() : nullptr,
+                                   p.int8 ? rows.scale.data() : nullptr,
+                                   p.int8 ? rows.total.data() : nullptr,
+                                   rows.signs.data(),
+                                   p.bias,
+                                   p.dtype,
+                                   static_cast<char*>(p.out) + row * row_bytes};
+    const double salient = (salient_weights(w) / static_cast<double>(w.n) + 2.0) * kTileRows;
+    split(p.parallel_for, tile_count(w.n), salient * static_cast<double>(m + 4) * kernel.nanoseconds,
+          [&](int64_t begin, int64_t end) { kernel.tiles(task, begin, end); });
+  }
   return Status::ok;
 }
 

@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The partially binarised weight: signs with a scale and a mean for most weights, and a scattered set of salient ones
-// that keep 8 bits or a float16 (layout.h). Its product with float activations, and its dense form.
+// The partially binarised weight: signs with a scale and a mean for most weights, and salient ones that keep 8 bits or
+// a float16, in one of three encodings (layout.h). Its product with activations, and its dense form.
 //   w[r, c] = salient(r, c) ? value : mu[r, g(c)] + alpha[r, g(c)] b[r, c],   b = -1, +1
 //   value = value_scale[r] (code - value_zero[r]) of a uint8 code, or the float16 itself
+// No sign bit is looked up twice: the sign plane is multiplied as if salient weights were b = -1 (their bit is 0), and
+// the salient part puts that right afterwards:
+//   y = sum_g [ alpha_g S_g + mu_g X_g ] + sum_{salient c} x_c (value - (mu_g(c) - alpha_g(c)))
+// with S_g = sum of +-x over the sign bits of group g and X_g = sum of x over its columns (one for all outputs).
 #pragma once
 
 #include <cstdint>
@@ -13,16 +17,22 @@
 
 namespace bitmill {
 
+enum class SalientEncoding { bitmap, list, columns };
+
 struct SalientWeight {
-  const int32_t* sign = nullptr;       // tiles; bit 0 where the weight is salient
-  const int32_t* mask = nullptr;       // tiles; bits past n or k are ignored
-  const void* value = nullptr;         // [entries]: uint8 with value_scale and value_zero, float16 without
-  const int32_t* start = nullptr;      // [n + 1]
+  const int32_t* sign = nullptr;  // tiles; bit 0 where the weight is salient
+  SalientEncoding encoding = SalientEncoding::bitmap;
+  const int32_t* mask = nullptr;       // bitmap: tiles; bits past n or k are ignored
+  const uint8_t* gap = nullptr;        // list: [entries, 16]
+  const int32_t* column = nullptr;     // columns: [entries]
+  const void* value = nullptr;         // uint8 with value_scale and value_zero, float16 without
+  const int32_t* start = nullptr;      // bitmap: [n + 1]; list: [tiles + 1]; columns: null
   const float* value_scale = nullptr;  // [n] or null
   const float* value_zero = nullptr;   // [n] or null
   const float* alpha = nullptr;        // [n, groups]
   const float* mu = nullptr;           // [n, groups] or null: 0
-  int64_t n = 0, k = 0, entries = 0;
+  int64_t n = 0, k = 0;
+  int64_t entries = 0;     // bitmap: values; list: steps of all tiles; columns: columns
   int64_t group_size = 0;  // columns that share alpha and mu, a multiple of 32; 0: one group
 };
 
@@ -30,19 +40,47 @@ struct SalientMatmulParams {
   SalientWeight weight;
   const void* x = nullptr;  // [m, k], contiguous
   Dtype dtype = Dtype::f32;
+  bool int8 = false;  // round every row of x to int8 first (int8.h)
   int64_t m = 0;
   const float* bias = nullptr;  // [n] or null
   void* out = nullptr;          // [m, n] of `dtype`
   ParallelFor parallel_for = serial_for;
 };
+// Looks at `start` and `column`, not at every bit: contradictory bits give a wrong result, never a read outside the
+// arrays. Without rows the whole check is made.
 Status salient_matmul(const SalientMatmulParams& params);
 
-// The dense weight, float32 [n, k].
+// The dense weight, float32 [n, k]. Checks everything.
 Status salient_dequantize(const SalientWeight& weight, float* dense, ParallelFor parallel_for);
 
-// Everything that the two functions above rely on, so that they never leave the arrays whatever a file says:
-// Status::corrupt unless `start` rises from 0 to `entries`, every row of the mask has as many bits as `start`
-// gives it entries, and no salient weight has a sign bit.
+// Status::corrupt unless `start` rises from 0 to the number of entries, columns rise and lie below k, every row of a
+// mask has as many bits as `start` gives it entries, and no salient weight has a sign bit.
 Status salient_check(const SalientWeight& weight, ParallelFor parallel_for);
 
+namespace detail {
+
+// The second half of the product: out = round(signs + row_scale (sum_g mu_g X_g + salient part) + bias).
+struct SalientTask {
+  const SalientWeight& weight;
+  int64_t m, groups, group_width;
+  const float* x;          // [m, k]; for int8 the rounded activations as floats, or null where `q` is what is read
+  const int8_t* q;         // [m, k] or null
+  const float* row_scale;  // [m] or null: 1
+  const int32_t* total;    // [m] or null: sums of rows of q
+  const float* signs;      // [m, n]: sum_g alpha_g S_g, times row_scale
+  const float* bias;
+  Dtype dtype;
+  void* out;
+};
+
+// Tiles [begin, end), all rows. The VNNI form takes int8 activations, uint8 codes, one group, k <= kMaxInt8Columns.
+inline constexpr int64_t kMaxInt8Columns = int64_t{1} << 16;  // 255 x 127 each stay within int32
+inline constexpr int64_t kMaxListColumns = (int64_t{1} << 16) - 1;
+void salient_tiles_generic(const SalientTask& task, int64_t begin, int64_t end);
+void salient_tiles_avx512(const SalientTask& task, int64_t begin, int64_t end);
+void salient_tiles_avx512vnni(const SalientTask& task, int64_t begin, int64_t end);
+// `count` values of `dtype` to float32.
+void widen_avx512(Dtype dtype, const void* x, int64_t count, float* out);
+
+}  // namespace detail
 }  // namespace bitmill

@@ -277,7 +277,7 @@ def _build(entry: dict[str, Any], configs: list[Any], present: nn.Module) -> nn.
         got = getattr(present, key, None)
         if key in SIZES and (value != got or type(value) not in (int, type(None))):
             raise ValueError(f"{key} is {shorten(value)} in the file and {shorten(got)} in the model")
-        if key not in SIZES and type(value) is not (int if key == "entries" else bool):
+        if key not in SIZES and type(value) is not {"entries": int, "encoding": str}.get(key, bool):
             raise ValueError(f"{shorten(value)} is not a value for its argument {shorten(key)}")
     try:
         layer = KINDS[kind](**arguments, config=config, device="meta")

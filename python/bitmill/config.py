@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from .binarize import method as find_method
 from .binarize import method_names
+from .ops._salient_encoding import STRUCTURES
 from .ops.int8 import ACTIVATIONS
 
 MAX_GROUP = 1 << 24  # the widest layer that the ops take
@@ -101,24 +102,32 @@ class SalientConfig(Config):
         fraction: share of the weights that stays salient, in [0, 1].
         bits: 8 (uint8 codes, per-row asymmetric min/max) or 16 (float16).
         metric: how salience is measured; "magnitude" |w|.
+        structure: "element" takes single weights; "column" whole columns, by the sum of their metric: faster and
+            smaller for the same fraction, at a loss of accuracy.
         scale: "unbiased" divides by the number of binarised weights, "official" by the group width, as the published
             code does.
         centre: subtract the mean mu of the binarised weights (True) or not (False, mu = 0).
         group_size: columns that share alpha and mu, a multiple of 32; None for the whole row.
+        activations: "float" multiplies activations as they are; "int8" rounds every row to int8 with a scale of its own
+            first, in training too (straight-through), which is faster.
     """
 
     fraction: float = 0.1
     bits: int = 8
     metric: str = "magnitude"
+    structure: str = "element"
     scale: str = "unbiased"
     centre: bool = True
     group_size: int | None = None
+    activations: str = "float"
 
     def __post_init__(self) -> None:
         number = isinstance(self.fraction, (int, float)) and not isinstance(self.fraction, bool)
         self._require("fraction", number and 0 <= self.fraction <= 1, "a number in [0, 1]")
         self._require_one_of("bits", (8, 16))
         self._require_one_of("metric", ("magnitude",))
+        self._require_one_of("structure", STRUCTURES)
+        self._require_one_of("activations", ACTIVATIONS)
         self._require_one_of("scale", ("unbiased", "official"))
         self._require_one_of("centre", (True, False))
         self._require_group_size()

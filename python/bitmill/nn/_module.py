@@ -93,7 +93,7 @@ class PackedModule(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
-    def arguments(self) -> dict[str, int | bool]:
+    def arguments(self) -> dict[str, Any]:
         """Keyword arguments besides `config` that rebuild this layer's empty buffers."""
         raise TypeError(f"{type(self).__name__} does not say how it is built")
 

@@ -1,31 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SalientLinear: PB-LLM's partially binarised linear layer (arXiv 2310.00034), float activations.
+"""SalientLinear: PB-LLM's partially binarised linear layer (arXiv 2310.00034).
 
-A fixed fraction of the weights is salient and keeps 8 or 16 bits; every other weight is mu + alpha sgn(w - mu), with
-sgn(0) = +1. Training form and packed form hold the same weight bit for bit; their outputs differ by summation order.
+A fixed fraction of the weights, single ones or whole columns, is salient and keeps 8 or 16 bits; every other weight is
+mu + alpha sgn(w - mu), with sgn(0) = +1. Training form and packed form hold the same weight bit for bit; their outputs
+differ by summation order.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..config import SalientConfig
-from ..ops import tile_pack
+from ..ops import int8_fake_quant, tile_pack
 from ..ops._checks import ceil_div, tile_shape
 from ..ops._groups import columns_of_groups
+from ..ops._salient_encoding import (
+    ENCODINGS,
+    encode,
+    encode_columns,
+    encoding_of,
+    index_shape,
+    start_length,
+    value_dtype,
+    value_shape,
+)
 from ..ops.salient_scatter import (
     binary_statistics,
     binary_value,
     high_bit_codes,
     rounded_to_float16,
+    salient_columns,
     salient_mask,
     salient_value,
 )
 from ._module import LatentLinear, PackedModule, as_float32, linear_from, require_finite, require_width
 from .binary import check_padding
+
+ARRAYS = ("weight", "index", "value", "start", "alpha", "mu", "value_scale", "value_zero")  # as the ops take them
+_salient_linear = torch.ops.bitmill.salient_linear.default
 
 
 class QuantisedWeight(NamedTuple):
@@ -63,7 +78,8 @@ class SalientLinear(LatentLinear):
 
     The mask is measured once, on the weight that the layer is created with, and is a persistent buffer. Salient
     weights are frozen: their gradient is exactly 0. Binarised weights get the straight-through identity; alpha and mu
-    follow the weight in every forward and carry no gradient. Output dtype = input dtype; the arithmetic is float32,
+    follow the weight in every forward and carry no gradient. With activations="int8" every row of x is rounded as the
+    packed form rounds it, straight-through. Output dtype = input dtype; the arithmetic is float32,
     also under autocast.
     """
 
@@ -72,7 +88,8 @@ class SalientLinear(LatentLinear):
     mask: Tensor
 
     def create_state(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.register_buffer("mask", salient_mask(self.weight, self.config.fraction))
+        measure = salient_columns if self.config.structure == "column" else salient_mask
+        self.register_buffer("mask", measure(self.weight, self.config.fraction))
 
     def quantised_weight(self) -> Tensor:
         """What the layer multiplies with, float32 [out_features, in_features], with its straight-through gradient."""
@@ -85,7 +102,8 @@ class SalientLinear(LatentLinear):
     def forward(self, x: Tensor) -> Tensor:
         require_width("SalientLinear", x, self.in_features)
         with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x.float(), self.quantised_weight(), as_float32(self.bias)).to(x.dtype)
+            values = int8_fake_quant(x.float()) if self.config.activations == "int8" else x.float()
+            return nn.functional.linear(values, self.quantised_weight(), as_float32(self.bias)).to(x.dtype)
 
     @torch.no_grad()
     def pack(self) -> PackedSalientLinear:
@@ -97,20 +115,28 @@ class SalientLinear(LatentLinear):
         require_finite("SalientLinear", self.weight)
         mask, config = self.mask, self.config
         parts = quantise_weight(self.weight, mask, config)
-        value = parts.codes[mask].to(torch.uint8 if config.bits == 8 else torch.float16)
-        for number in (parts.alpha, parts.mu, parts.scale, value):
+        value = parts.codes.to(torch.uint8 if config.bits == 8 else torch.float16)
+        for number in (parts.alpha, parts.mu, parts.scale, value[mask]):
             if number is not None and not torch.isfinite(number).all():
                 raise ValueError(
                     f"SalientLinear: weight must be small enough for {config.bits}-bit salient weights and float32"
                     f" scales, got magnitudes up to {self.weight.abs().max().item():.3g}; scale the weight down"
                 )
+        if config.structure == "column":
+            columns = mask.any(0)
+            if not torch.equal(mask, columns.expand_as(mask)):
+                raise ValueError(
+                    'SalientLinear: mask must mark whole columns for structure "column", got parts of some'
+                )
+            index, value, start = encode_columns(columns, value)
+        else:
+            index, value, start = encode(mask, value)
         packed = PackedSalientLinear(
-            self.in_features, self.out_features, self.bias is not None, config, value.numel(), device="meta"
+            *(self.in_features, self.out_features, self.bias is not None, config),
+            *(encoding_of("SalientLinear", index), (value if index.dim() == 3 else index).shape[0], "meta"),
         )
         packed.weight = tile_pack((parts.plus & ~mask).to(torch.uint8), 1)
-        packed.mask = tile_pack(mask.to(torch.uint8), 1)
-        packed.value = value
-        packed.start = nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        packed.index, packed.value, packed.start = index, value, start
         packed.alpha, packed.mu = parts.alpha, parts.mu
         packed.value_scale, packed.value_zero = parts.scale, parts.zero
         packed.bias = None if self.bias is None else self.bias.detach().float().clone()
@@ -123,19 +149,19 @@ class SalientLinear(LatentLinear):
 
 
 class PackedSalientLinear(PackedModule):
-    """Packed form: 1-bit weights and a 1-bit mask in tiles, the salient values beside them, one op a call.
+    """Packed form: 1-bit weights in tiles, the salient weights beside them, one op a call.
 
-    Buffers: weight and mask int32 [ceil(n/16), ceil(k/32), 16]; value uint8 or float16 [entries]; start int32 [n + 1];
-    alpha and mu (None without `centre`) float32 [n, groups]; value_scale and value_zero (None for 16 bits) float32 [n];
-    bias [n].
+    Buffers: weight int32 [ceil(n/16), ceil(k/32), 16]; index, value and start (None for columns) in one of the
+    encodings of `bitmill.ops.salient_scatter`; alpha and mu (None without `centre`) float32 [n, groups]; value_scale
+    and value_zero (None for 16 bits) float32 [n]; bias [n]. `pack` takes the smaller of a list and a bitmap.
     """
 
     config: SalientConfig
     kernel = "salient_linear"
     weight: Tensor
-    mask: Tensor
+    index: Tensor
     value: Tensor
-    start: Tensor
+    start: Tensor | None
     alpha: Tensor
     mu: Tensor | None
     value_scale: Tensor | None
@@ -148,11 +174,14 @@ class PackedSalientLinear(PackedModule):
         out_features: int,
         bias: bool = True,
         config: SalientConfig | None = None,
+        encoding: str = "bitmap",
         entries: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.config = config if config is not None else SalientConfig()
+        if encoding not in ENCODINGS:
+            raise ValueError(f"PackedSalientLinear: encoding must be one of {', '.join(ENCODINGS)}, got {encoding!r}")
         self.in_features, self.out_features = in_features, out_features
         groups = ceil_div(in_features, self.config.group_size) if self.config.group_size else 1
         codes = self.config.bits == 8
@@ -160,11 +189,13 @@ class PackedSalientLinear(PackedModule):
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        index = index_shape(encoding, out_features, in_features, entries)
+        value = value_shape(encoding, out_features, entries, codes)
         self.register_buffers(
             weight=zeros(*tile_shape(out_features, in_features), dtype=torch.int32),
-            mask=zeros(*tile_shape(out_features, in_features), dtype=torch.int32),
-            value=zeros(entries, dtype=torch.uint8 if codes else torch.float16),
-            start=zeros(out_features + 1, dtype=torch.int32),
+            index=zeros(*index, dtype=torch.uint8 if encoding == "list" else torch.int32),
+            value=zeros(*value, dtype=value_dtype(encoding, codes)),
+            start=None if encoding == "columns" else zeros(start_length(encoding, out_features), dtype=torch.int32),
             alpha=zeros(out_features, groups),
             mu=zeros(out_features, groups) if self.config.centre else None,
             value_scale=zeros(out_features) if codes else None,
@@ -177,37 +208,40 @@ class PackedSalientLinear(PackedModule):
         """Partially binarise and pack an nn.Linear."""
         return SalientLinear.from_linear(linear, config).pack()
 
-    def arguments(self) -> dict[str, int | bool]:
+    def arguments(self) -> dict[str, Any]:
+        encoding = encoding_of("PackedSalientLinear", self.index)
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
             "bias": self.bias is not None,
-            "entries": self.value.numel(),
+            "encoding": encoding,
+            "entries": (self.value if encoding == "bitmap" else self.index).shape[0],
         }
 
     def weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
-    def _arrays(self) -> tuple[Tensor | None, ...]:
-        """The weight's arrays as the ops take them; a layer moved by .bfloat16() holds float16 values rounded."""
-        value = self.value if self.config.bits == 8 else self.value.to(torch.float16)
-        scales = (self.alpha, self.mu, self.value_scale, self.value_zero)
-        return self.weight, self.mask, value, self.start, *(as_float32(t) for t in scales)
-
     def forward(self, x: Tensor) -> Tensor:
         require_width("PackedSalientLinear", x, self.in_features)
-        return torch.ops.bitmill.salient_linear.default(
-            x, *self._arrays(), as_float32(self.bias), self.config.group_size or 0
+        tensors = self._buffers  # a look into _buffers is ten times faster than an attribute
+        return _salient_linear(
+            x,
+            *(tensors[name] for name in ARRAYS),
+            tensors["bias"],
+            self.config.group_size or 0,
+            self.config.activations,
         )
 
     @torch.no_grad()
     def dequantize(self) -> nn.Linear:
         """An nn.Linear (float32) with the partially binarised weight."""
-        dense = torch.ops.bitmill.salient_weight.default(*self._arrays(), self.in_features, self.config.group_size or 0)
+        arrays = (self._buffers[name] for name in ARRAYS)
+        dense = torch.ops.bitmill.salient_weight.default(*arrays, self.in_features, self.config.group_size or 0)
         return linear_from(dense, self.bias, torch.float32, self.training)
 
     @torch.no_grad()
     def validate(self) -> None:
         check_padding("weight", self.weight, self.out_features, self.in_features)
-        check_padding("mask", self.mask, self.out_features, self.in_features)
+        if self.index.dim() == 3:
+            check_padding("index", self.index, self.out_features, self.in_features)
         self(self.alpha.new_zeros(0, self.in_features, dtype=torch.float32))  # no rows: the checks are all that runs

@@ -4,8 +4,13 @@
 w[r, c] = salient(r, c) ? value : mu[r, g(c)] + alpha[r, g(c)] b[r, c],  b = +1 where the sign bit is 1, else -1
 value   = value_scale[r] (code - value_zero[r]) of a uint8 code, or the float16 itself
 salient_linear: y = x w^T + bias, float32 accumulation, one rounding to x's dtype.  salient_weight: w as float32 [n, k].
-Arrays (cpp/core/layout.h): weight and mask are tiles of bits (the sign bit is 0 where the mask bit is 1); value holds
-one entry a salient weight, row by row, columns ascending; start int32 [n + 1]: row r has value[start[r]:start[r + 1]].
+Arrays (cpp/core/layout.h, _salient_encoding.py): weight holds tiles of sign bits, 0 where a weight is salient; index,
+value and start hold the salient weights in one of three encodings, which the shape of index tells:
+  bitmap   index int32 tiles of bits, value [entries] row by row, start int32 [n + 1]
+  list     index uint8 [steps, 16] gaps between columns, value [steps, 16], start int32 [ceil(n / 16) + 1]
+  columns  index int32 [c], value int32 tiles of 8 or 16 bits of the c columns, no start
+With activations="int8" (int8.py) x is rounded to scale q first; with uint8 codes and one group the compiled sums are
+exact integers.
 The compiled product never looks at a bit twice (salient slots count as b = -1, which the entries put right):
 y = sum_g (alpha_g sum_{c in g} b_c x_c + mu_g sum_{c in g} x_c) + sum_{salient c} x_c (value - (mu_g(c) - alpha_g(c))).
 Below the ops: how a dense weight becomes these arrays (PB-LLM, arXiv 2310.00034).
@@ -19,32 +24,33 @@ import torch
 from torch import Tensor
 
 from . import _library as library
-from ._checks import MAX_COLUMNS, PACK_REMEDY, check_rows, check_tensor, group_count, require
-from ._checks import tile_shape as _tile_shape
+from ._checks import MAX_COLUMNS, PACK_REMEDY, check_one_of, check_rows, check_tensor, group_count, require, tile_shape
 from ._groups import columns_of_groups
+from ._salient_encoding import (
+    MAX_LIST_COLUMNS,
+    decode,
+    encoding_of,
+    index_shape,
+    start_length,
+    value_dtype,
+    value_shape,
+)
 from .bitpack import tile_unpack
+from .int8 import ACTIVATIONS, _int8_quantize_reference
 
-# weight, mask, value, start, alpha, mu, value_scale, value_zero
-Arrays = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# weight, index, value, start, alpha, mu, value_scale, value_zero
+Arrays = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 library.define(
     "salient_linear",
-    "(Tensor x, Tensor weight, Tensor mask, Tensor value, Tensor start, Tensor alpha, Tensor? mu=None,"
-    " Tensor? value_scale=None, Tensor? value_zero=None, Tensor? bias=None, int group_size=0) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor index, Tensor value, Tensor? start, Tensor alpha, Tensor? mu,"
+    " Tensor? value_scale, Tensor? value_zero, Tensor? bias, int group_size, str activations) -> Tensor",
 )
 library.define(
     "salient_weight",
-    "(Tensor weight, Tensor mask, Tensor value, Tensor start, Tensor alpha, Tensor? mu, Tensor? value_scale,"
+    "(Tensor weight, Tensor index, Tensor value, Tensor? start, Tensor alpha, Tensor? mu, Tensor? value_scale,"
     " Tensor? value_zero, int k, int group_size) -> Tensor",
 )
-
-
-def consistent(signs: Tensor, salient: Tensor, value: Tensor, start: Tensor) -> bool:
-    """Whether the arrays agree: `start` rises from 0 to the number of entries, every row has as many salient weights
-    as `start` gives it entries, and no salient weight has a sign bit. signs, salient: bool [n, k]."""
-    rows = start.long().diff()
-    rises = bool(start[0] == 0) and bool(start[-1] == value.shape[0]) and bool((rows >= 0).all())
-    return rises and bool((salient.sum(1) == rows).all()) and not bool((signs & salient).any())
 
 
 def binary_value(plus: Tensor, alpha: Tensor, mu: Tensor | None, group_size: int) -> Tensor:
@@ -60,45 +66,48 @@ def salient_value(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _dequantize(op: str, arrays: Arrays, k: int, group_size: int) -> Tensor:
-    weight, mask, value, start, alpha, mu, value_scale, value_zero = arrays
+    weight, index, value, start, alpha, mu, value_scale, value_zero = arrays
     n = alpha.shape[0]
-    signs, salient = tile_unpack(weight, n, k, 1).bool(), tile_unpack(mask, n, k, 1).bool()
-    require(consistent(signs, salient, value, start), f"{op}: the packed arrays contradict each other")
-    dense = binary_value(signs, alpha, mu, group_size)
-    entries = value.float()
+    signs = tile_unpack(weight, n, k, 1).bool()
+    salient, stored = decode(op, (index, value, start), n, k, value_scale is not None)
+    require(not bool((signs & salient).any()), f"{op}: the packed arrays contradict each other")
     if value_scale is not None and value_zero is not None:
-        row = torch.repeat_interleave(start.long().diff())
-        entries = value_scale[row] * (entries - value_zero[row])
-    return dense.masked_scatter(salient, entries)
+        stored = salient_value(stored, value_scale, value_zero)
+    return torch.where(salient, stored, binary_value(signs, alpha, mu, group_size))
 
 
 @library.default("salient_linear")
 def _salient_linear_reference(
     x: Tensor,
     weight: Tensor,
-    mask: Tensor,
+    index: Tensor,
     value: Tensor,
-    start: Tensor,
+    start: Tensor | None,
     alpha: Tensor,
-    mu: Tensor | None = None,
-    value_scale: Tensor | None = None,
-    value_zero: Tensor | None = None,
-    bias: Tensor | None = None,
-    group_size: int = 0,
+    mu: Tensor | None,
+    value_scale: Tensor | None,
+    value_zero: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    activations: str,
 ) -> Tensor:
-    arrays = (weight, mask, value, start, alpha, mu, value_scale, value_zero)
-    _check_linear(x, arrays, bias, group_size)
+    arrays = (weight, index, value, start, alpha, mu, value_scale, value_zero)
+    _check_linear(x, arrays, bias, group_size, activations)
     dense = _dequantize("salient_linear", arrays, x.shape[-1], group_size)
-    out = x.float() @ dense.T
+    if activations == "int8":
+        q, scale = _int8_quantize_reference(x)
+        out = (q.float() @ dense.T) * scale.unsqueeze(-1)
+    else:
+        out = x.float() @ dense.T
     return (out if bias is None else out + bias).to(x.dtype)
 
 
 @library.default("salient_weight")
 def _salient_weight_reference(
     weight: Tensor,
-    mask: Tensor,
+    index: Tensor,
     value: Tensor,
-    start: Tensor,
+    start: Tensor | None,
     alpha: Tensor,
     mu: Tensor | None,
     value_scale: Tensor | None,
@@ -106,37 +115,43 @@ def _salient_weight_reference(
     k: int,
     group_size: int,
 ) -> Tensor:
-    arrays = (weight, mask, value, start, alpha, mu, value_scale, value_zero)
+    arrays = (weight, index, value, start, alpha, mu, value_scale, value_zero)
     _check_weight(arrays, k, group_size)
     return _dequantize("salient_weight", arrays, k, group_size)
 
 
 def _check_arrays(op: str, arrays: Arrays, k: int, group_size: int, like: Tensor) -> int:
-    weight, mask, value, start, alpha, mu, value_scale, value_zero = arrays
+    weight, index, value, start, alpha, mu, value_scale, value_zero = arrays
     groups = group_count(op, k, group_size)
     n = alpha.shape[0] if alpha.dim() else 0
-    codes, kind = value.dtype == torch.uint8, str(value.dtype).removeprefix("torch.")
-    require(codes or value.dtype == torch.float16, f"{op}: value must be uint8 or float16, got {kind}")
-    require(value.dim() == 1, f"{op}: value must have shape [entries], got {list(value.shape)}")
+    encoding = encoding_of(op, index)
     require(
-        codes == (value_scale is not None) and codes == (value_zero is not None),
-        f"{op}: value_scale and value_zero must be given for uint8 value and only then, got {kind} value",
+        encoding != "list" or k <= MAX_LIST_COLUMNS,
+        f"{op}: a list must have fewer than 65536 columns, got {k}; use a bitmap",
     )
-    check_tensor(op, "weight", weight, torch.int32, _tile_shape(n, k), like, PACK_REMEDY)
-    check_tensor(op, "mask", mask, torch.int32, _tile_shape(n, k), like, PACK_REMEDY)
-    check_tensor(op, "value", value, value.dtype, value.shape, like)
-    check_tensor(op, "start", start, torch.int32, [n + 1], like)
+    codes = value_scale is not None
+    require(codes == (value_zero is not None), f"{op}: value_scale and value_zero must be given together")
+    entries = (value if encoding == "bitmap" and value.dim() else index).shape[0]
+    require(
+        (start is None) == (encoding == "columns"),
+        f"{op}: start must be given for a bitmap or a list and only then, got index of shape {list(index.shape)}",
+    )
+    check_tensor(op, "weight", weight, torch.int32, tile_shape(n, k), like, PACK_REMEDY)
+    check_tensor(op, "index", index, index.dtype, index_shape(encoding, n, k, entries), like, PACK_REMEDY)
+    check_tensor(op, "value", value, value_dtype(encoding, codes), value_shape(encoding, n, entries, codes), like)
     check_tensor(op, "alpha", alpha, torch.float32, [n, groups], like)
+    check_tensor(op, "start", start, torch.int32, [start_length(encoding, n)], like)
     check_tensor(op, "mu", mu, torch.float32, [n, groups], like)
     check_tensor(op, "value_scale", value_scale, torch.float32, [n], like)
     check_tensor(op, "value_zero", value_zero, torch.float32, [n], like)
     return n
 
 
-def _check_linear(x: Tensor, arrays: Arrays, bias: Tensor | None, group_size: int) -> int:
+def _check_linear(x: Tensor, arrays: Arrays, bias: Tensor | None, group_size: int, activations: str) -> int:
     op = "salient_linear"
     n = _check_arrays(op, arrays, check_rows(op, x), group_size, x)
     check_tensor(op, "bias", bias, torch.float32, [n], x)
+    check_one_of(op, "activations", activations, ACTIVATIONS)
     return n
 
 
@@ -147,21 +162,9 @@ def _check_weight(arrays: Arrays, k: int, group_size: int) -> int:
 
 
 @torch.library.register_fake("bitmill::salient_linear")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    value: Tensor,
-    start: Tensor,
-    alpha: Tensor,
-    mu: Tensor | None = None,
-    value_scale: Tensor | None = None,
-    value_zero: Tensor | None = None,
-    bias: Tensor | None = None,
-    group_size: int = 0,
-) -> Tensor:
-    arrays = (weight, mask, value, start, alpha, mu, value_scale, value_zero)
-    return x.new_empty((*x.shape[:-1], _check_linear(x, arrays, bias, group_size)))
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    *arrays, bias, group_size, activations = arguments
+    return x.new_empty((*x.shape[:-1], _check_linear(x, tuple(arrays), bias, group_size, activations)))
 
 
 @torch.library.register_fake("bitmill::salient_weight")
@@ -171,20 +174,22 @@ def _(*arguments: Any) -> Tensor:
 
 
 def _setup_salient_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *arrays, _, ctx.group_size = inputs
+    x, *arrays, _, ctx.group_size, _ = inputs
     ctx.save_for_backward(*arrays)
     ctx.k, ctx.dtype = x.shape[-1], x.dtype
 
 
 def _backward_salient_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The rounding of int8 activations has the straight-through identity gradient."""
     g = grad.float()
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         dense = torch.ops.bitmill.salient_weight.default(*ctx.saved_tensors, ctx.k, ctx.group_size)
-        grad_x = (g @ dense).to(ctx.dtype)
-    if any(ctx.needs_input_grad[9:10]):  # shorter where trailing arguments are the defaults
+        with library.without_autocast(g):
+            grad_x = (g @ dense).to(ctx.dtype)
+    if ctx.needs_input_grad[9]:
         grad_bias = g.sum_to_size(g.shape[-1:])
-    return grad_x, None, None, None, None, None, None, None, None, grad_bias, None
+    return grad_x, None, None, None, None, None, None, None, None, grad_bias, None, None
 
 
 torch.library.register_autograd(
@@ -195,43 +200,46 @@ torch.library.register_autograd(
 def salient_linear(
     x: Tensor,
     weight: Tensor,
-    mask: Tensor,
+    index: Tensor,
     value: Tensor,
-    start: Tensor,
+    start: Tensor | None,
     alpha: Tensor,
     mu: Tensor | None = None,
     value_scale: Tensor | None = None,
     value_zero: Tensor | None = None,
     bias: Tensor | None = None,
     group_size: int = 0,
+    activations: str = "float",
 ) -> Tensor:
     """A linear layer with a partially binarised weight; formulas and arrays are in the module docstring.
 
     Args:
         x: float32, bfloat16 or float16 [..., k].
-        weight, mask: int32 tiles of n x k bits, from `tile_pack(bits=1)`.
-        value: uint8 or float16 [entries].
-        start: int32 [n + 1].
+        weight: int32 tiles of n x k sign bits, from `tile_pack(bits=1)`.
+        index, value, start: the salient weights in one of the encodings.
         alpha: float32 [n, groups]; groups = 1 for group_size 0, else ceil(k / group_size).
         mu: like alpha, or None for 0.
-        value_scale, value_zero: float32 [n], for uint8 values; None for float16.
+        value_scale, value_zero: float32 [n], for uint8 codes; None for float16.
         bias: float32 [n] or None.
         group_size: columns that share alpha and mu, a multiple of 32; 0: all.
+        activations: "float", or "int8" to round every row of x to int8 with a scale of its own.
     Returns:
-        [..., n] of x's dtype. Gradients flow to x and bias.
+        [..., n] of x's dtype. Gradients flow to x (straight through the rounding) and bias.
     Raises:
-        ValueError: for wrong shapes, dtypes or devices, and for arrays that contradict each other.
+        ValueError: for wrong shapes, dtypes or devices, and for `start` or columns that contradict the other arrays.
+            Bits that do are found by `salient_weight` and by a call without rows; other calls then give a wrong result,
+            but read nothing outside the arrays.
     """
     return torch.ops.bitmill.salient_linear.default(
-        x, weight, mask, value, start, alpha, mu, value_scale, value_zero, bias, group_size
+        x, weight, index, value, start, alpha, mu, value_scale, value_zero, bias, group_size, activations
     )
 
 
 def salient_weight(
     weight: Tensor,
-    mask: Tensor,
+    index: Tensor,
     value: Tensor,
-    start: Tensor,
+    start: Tensor | None,
     alpha: Tensor,
     mu: Tensor | None,
     value_scale: Tensor | None,
@@ -239,10 +247,19 @@ def salient_weight(
     k: int,
     group_size: int = 0,
 ) -> Tensor:
-    """The dense float32 weight [n, k]. Arguments and errors as `salient_linear`."""
+    """The dense float32 weight [n, k]. Arguments as `salient_linear`; any arrays that contradict each other raise."""
     return torch.ops.bitmill.salient_weight.default(
-        weight, mask, value, start, alpha, mu, value_scale, value_zero, k, group_size
+        weight, index, value, start, alpha, mu, value_scale, value_zero, k, group_size
     )
+
+
+def salient_columns(weight: Tensor, fraction: float) -> Tensor:
+    """bool [n, k]: the round(fraction k) whole columns with the largest sum of |w|; the first ones of equals."""
+    n, k = weight.shape
+    magnitude = weight.detach().float().abs().sum(0)
+    chosen = magnitude.argsort(descending=True, stable=True)[: round(fraction * k)]
+    columns = torch.zeros(k, dtype=torch.bool, device=weight.device).index_fill(0, chosen, True)
+    return columns.expand(n, k).clone()
 
 
 def salient_mask(weight: Tensor, fraction: float) -> Tensor:

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the AVX-512 forms of the salient part share: the factors of a tile, columns from masks, and the end of a sum.
+#pragma once
+
+#include <new>
+
+#include "avx512.h"
+#include "layout.h"
+#include "salient_scatter.h"
+
+namespace bitmill::detail {
+
+inline constexpr int64_t kSegmentWords = 16;  // words of a mask that are decoded together
+inline constexpr int64_t kSegmentColumns = 32 * kSegmentWords;
+
+// What will be read 1 KiB further on in a stream.
+static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + 1024, _MM_HINT_T0); }
+
+// A register of zeros that the compiler does not look through: what an expansion or a compression with zeroing goes to.
+// Zen 4 lets these wait for the old content of their target, which a loop would turn into a chain.
+static inline __m512i fresh_zeros() {
+  __m512i zeros = _mm512_setzero_si512();
+  asm volatile("" : "+v"(zeros));
+  return zeros;
+}
+
+template <class T>
+static T* new_scratch(int64_t count) {
+  return new (std::align_val_t{64}) T[static_cast<size_t>(count)]();
+}
+template <class T>
+static void delete_scratch(T* array) {
+  ::operator delete[](array, std::align_val_t{64});
+}
+
+static inline __mmask16 lanes_of_tile(const SalientWeight& w, int64_t tile) {
+  return first_lanes(w.n - tile * kTileRows);
+}
+
+// Group `group` of [n, groups] for the 16 rows of a tile; 0 past n.
+static inline __m512 load_factor(const SalientTask& task, const float* factor, int64_t tile, int64_t group) {
+  const __mmask16 lanes = lanes_of_tile(task.weight, tile);
+  if (task.groups == 1) return _mm512_maskz_loadu_ps(lanes, factor + tile * kTileRows);
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(task.groups)));
+  const float* first = factor + tile * kTileRows * task.groups + group;
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, first, 4);
+}
+
+// The factors of a tile's 16 rows.
+struct TileFactors {
+  __m512 scale, zero;  // of the codes
+  float* base;         // [groups][16]: what the sign plane gave a salient weight, mu - alpha
+  float* mu;           // [groups][16], or null
+
+  void load(const SalientTask& task, int64_t tile) {
+    const SalientWeight& w = task.weight;
+    const __mmask16 lanes = lanes_of_tile(w, tile);
+    if (w.value_scale) {
+      scale = _mm512_maskz_loadu_ps(lanes, w.value_scale + tile * kTileRows);
+      zero = _mm512_maskz_loadu_ps(lanes, w.value_zero + tile * kTileRows);
+    }
+    for (int64_t group = 0; group < task.groups; ++group) {
+      const __m512 alpha = load_factor(task, w.alpha, tile, group);
+      const __m512 mean = w.mu ? load_factor(task, w.mu, tile, group) : _mm512_setzero_ps();
+      _mm512_storeu_ps(base + group * kTileRows, _mm512_sub_ps(mean, alpha));
+      if (mu) _mm512_storeu_ps(mu + group * kTileRows, mean);
+    }
+  }
+};
+
+// One row and one tile: sum of the salient part to the result. `totals`: X_g of the row.
+static inline void finish(const SalientTask& task, int64_t row, int64_t tile, __m512 sum, const TileFactors& factors,
+                          const float* totals) {
+  const SalientWeight& w = task.weight;
+  const int64_t column = tile * kTileRows;
+  const __mmask16 lanes = lanes_of_tile(w, tile);
+  for (int64_t group = 0; factors.mu && group < task.groups; ++group) {
+    sum = _mm512_fmadd_ps(_mm512_loadu_ps(factors.mu + group * kTileRows), _mm512_set1_ps(totals[group]), sum);
+  }
+  if (task.row_scale) sum = _mm512_mul_ps(sum, _mm512_set1_ps(task.row_scale[row]));
+  __m512 value = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, task.signs + row * w.n + column), sum);
+  if (task.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, task.bias + column));
+  with_dtype(task.dtype, task.out, [&](auto* out) { store16(out + row * w.n + column, lanes, value); });
+}
+
+// The mask of row 16 tile + lane, one word; bits past k are 0.
+static inline uint32_t mask_word(const SalientWeight& w, int64_t tile, int64_t lane, int64_t word) {
+  const uint32_t bits = static_cast<uint32_t>(w.mask[(tile * word_count(w.k) + word) * kTileRows + lane]);
+  const int64_t columns = w.k - 32 * word;
+  return columns >= 32 ? bits : bits & ((1u << columns) - 1);
+}
+
+// The columns of the mask bits of words [begin, end), ascending, to `column`, which has room for 16 more than there
+// can be. Returns how many.
+static inline int64_t columns_of_words(const SalientWeight& w, int64_t tile, int64_t lane, int64_t begin, int64_t end,
+                                       int32_t* column) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int64_t count = 0;
+  for (int64_t word = begin; word < end; ++word) {
+    const uint32_t bits = mask_word(w, tile, lane, word);
+    const __m512i low = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(32 * word)));
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16));
+    _mm512_storeu_si512(column + count, _mm512_mask_compress_epi32(fresh_zeros(), static_cast<__mmask16>(bits), low));
+    count += __builtin_popcount(bits & 0xFFFFu);
+    _mm512_storeu_si512(column + count,
+                        _mm512_mask_compress_epi32(fresh_zeros(), static_cast<__mmask16>(bits >> 16), high));
+    count += __builtin_popcount(bits >> 16);
+  }
+  return count;
+}
+
+// 16 gaps of a step: the columns of the 16 rows move on.
+static inline __m256i next_columns(__m256i column, __m128i gap, __mmask16 entries) {
+  const __m256i moved = _mm256_add_epi16(column, _mm256_cvtepu8_epi16(gap));
+  return _mm256_mask_add_epi16(moved, entries, moved, _mm256_set1_epi16(1));
+}
+
+// Lane 1, 2 or 3 of v from memory, in one instruction: the compiler takes two.
+template <int lane>
+static inline void insert(__m128& v, const float* p) {
+  asm("vinsertps %2, %1, %0, %0" : "+v"(v) : "m"(*p), "i"(lane << 4));
+}
+
+// 4 columns of 16 bits each, as numbers.
+struct FourColumns {
+  uint64_t first, second, third, fourth;
+
+  explicit FourColumns(int64_t columns) {
+    const uint64_t c = static_cast<uint64_t>(columns);
+    first = c & 0xFFFF, second = _bextr_u64(c, 16, 16), third = _bextr_u64(c, 32, 16), fourth = c >> 48;
+  }
+};
+
+// x[column] for 16 columns. Single loads and inserts: the gather instruction takes twice the time on Zen 4.
+static inline __m512 fetch16(const float* x, __m256i column) {
+  const __m128i low = _mm256_castsi256_si128(column), high = _mm256_extracti128_si256(column, 1);
+  const auto four = [x](int64_t columns) {
+    const FourColumns c(columns);
+    __m128 v = _mm_load_ss(x + c.first);
+    insert<1>(v, x + c.second);
+    insert<2>(v, x + c.third);
+    insert<3>(v, x + c.fourth);
+    return v;
+  };
+  const __m256 lower = _mm256_set_m128(four(_mm_extract_epi64(low, 1)), four(_mm_cvtsi128_si64(low)));
+  const __m256 upper = _mm256_set_m128(four(_mm_extract_epi64(high, 1)), four(_mm_cvtsi128_si64(high)));
+  return _mm512_insertf32x8(_mm512_castps256_ps512(lower), upper, 1);
+}
+
+}  // namespace bitmill::detail

@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: Apache-2.0
+// The salient part with int8 activations, uint8 codes and one group: exact integers C = sum of code x q and T = sum of
+// q over the salient weights of an output, which give scale (C - zero T) - (mu - alpha) T. A single row walks a tile as
+// it is stored; many rows are transposed to [column][64] bytes, and 4 salient weights are one vpdpbusd for 16 of them.
+#include "salient_scatter_avx512.h"
+
+namespace bitmill::detail {
+namespace {
+
+constexpr int64_t kFewRows = 8;      // from so many rows on they are transposed
+constexpr int64_t kBlockRows = 64;   // rows transposed together
+constexpr int64_t kChunkSteps = 64;  // steps of a list that are decoded together
+
+struct Rows {
+  const SalientTask& task;
+  int64_t width;    // of a row that is multiplied: k, or the number of salient columns to a multiple of 4
+  const int8_t* q;  // [m, width]
+};
+
+struct Integers {
+  __m512i code, plain;  // C and T of 16 outputs
+};
+
+__m512 to_sum(Integers sums, const TileFactors& factors) {
+  const __m512 c = _mm512_cvtepi32_ps(sums.code), t = _mm512_cvtepi32_ps(sums.plain);
+  const __m512 value = _mm512_mul_ps(factors.scale, _mm512_fnmadd_ps(factors.zero, t, c));
+  return _mm512_fnmadd_ps(_mm512_loadu_ps(factors.base), t, value);
+}
+
+// `x`: the row as floats, in which sums of up to kExactSteps products are exact integers.
+constexpr int64_t kExactSteps = 512;  // 512 x 255 x 127 < 2^24
+
+Integers list_single(const SalientWeight& w, int64_t tile, const float* x) {
+  const __m256i last = _mm256_set1_epi16(static_cast<int16_t>(w.k - 1));
+  __m256i column = _mm256_set1_epi16(-1);
+  Integers sums{_mm512_setzero_si512(), _mm512_setzero_si512()};
+  for (int64_t step = w.start[tile]; step < w.start[tile + 1];) {
+    const int64_t pause = step + kExactSteps < w.start[tile + 1] ? step + kExactSteps : w.start[tile + 1];
+    __m512 code_sum = _mm512_setzero_ps(), plain_sum = code_sum;
+    for (; step < pause; ++step) {
+      const auto* gap = reinterpret_cast<const __m128i*>(w.gap) + step;
+      const auto* value = static_cast<const __m128i*>(w.value) + step;
+      prefetch(gap);
+      prefetch(value);
+      const __m128i gaps = _mm_loadu_si128(gap);
+      const __mmask16 entries = _mm_cmpneq_epu8_mask(gaps, _mm_set1_epi8(static_cast<char>(kNoEntry)));
+      column = next_columns(column, gaps, entries);
+      const __m512 q = fetch16(x, _mm256_min_epu16(column, last));
+      const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(value)));
+      code_sum = _mm512_mask3_fmadd_ps(q, code, code_sum, entries);
+      plain_sum = _mm512_mask_add_ps(plain_sum, entries, plain_sum, q);
+    }
+    sums.code = _mm512_add_epi32(sums.code, _mm512_cvtps_epi32(code_sum));
+    sums.plain = _mm512_add_epi32(sums.plain, _mm512_cvtps_epi32(plain_sum));
+  }
+  return sums;
+}
+
+Integers columns_single(const Rows& rows, int64_t tile, const int8_t* q, int32_t total) {
+  const int64_t words = rows.width / 4;
+  const int32_t* value = static_cast<const int32_t*>(rows.task.weight.value) + tile * words * kTileRows;
+  __m512i even = _mm512_setzero_si512(), odd = even;
+  const auto four = [&](int64_t word) {
+    int32_t bytes;
+    __builtin_memcpy(&bytes, q + 4 * word, 4);
+    return _mm512_set1_epi32(bytes);
+  };
+  int64_t word = 0;
+  for (; word + 2 <= words; word += 2) {
+    prefetch(value + word * kTileRows);
+    prefetch(value + (word + 1) * kTileRows);
+    even = _mm512_dpbusd_epi32(even, _mm512_loadu_si512(value + word * kTileRows), four(word));
+    odd = _mm512_dpbusd_epi32(odd, _mm512_loadu_si512(value + (word + 1) * kTileRows), four(word + 1));
+  }
+  if (word < words) even = _mm512_dpbusd_epi32(even, _mm512_loadu_si512(value + word * kTileRows), four(word));
+  return {_mm512_add_epi32(even, odd), _mm512_set1_epi32(total)};
+}
+
+// Row by row: the codes of 64 columns move apart to where their activations are. q: with zeros up to a
+// multiple of 64, which is why bits past k do not matter.
+Integers bitmap_single(const SalientWeight& w, int64_t tile, const int8_t* q) {
+  const int64_t words = word_count(w.k);
+  const uint8_t* value = static_cast<const uint8_t*>(w.value);
+  const int32_t* mask_of_tile = w.mask + tile * words * kTileRows;
+  const int32_t* next_mask = tile + 1 < tile_count(w.n) ? mask_of_tile + words * kTileRows : mask_of_tile;
+  const __m512i ones = _mm512_set1_epi8(1);
+  alignas(64) int32_t code[kTileRows] = {}, plain[kTileRows] = {};
+  for (int64_t lane = 0; lane < kTileRows && tile * kTileRows + lane < w.n; ++lane) {
+    for (int64_t word = lane; word < words; word += kTileRows) prefetch(next_mask + word * kTileRows);
+    const int64_t row = tile * kTileRows + lane;
+    int64_t entry = w.start[row];
+    __m512i c = _mm512_setzero_si512(), t = c;
+    const auto add = [&](int64_t word, uint64_t mask) {
+      const int64_t left = w.entries - entry;
+      __m512i codes = left >= 64 ? _mm512_loadu_si512(value + entry)
+                      : left > 0 ? _mm512_maskz_loadu_epi8((__mmask64{1} << left) - 1, value + entry)
+                                 : _mm512_setzero_si512();
+      asm("" : "+v"(codes));  // an expansion from memory is many times slower
+      prefetch(value + entry);
+      const __m512i activations = _mm512_load_si512(q + 32 * word);
+      c = _mm512_dpbusd_epi32(c, _mm512_mask_expand_epi8(fresh_zeros(), mask, codes), activations);
+      t = _mm512_dpbusd_epi32(t, _mm512_maskz_mov_epi8(mask, ones), activations);
+      entry += __builtin_popcountll(mask);
+    };
+    const auto bits = [&](int64_t word) {
+      return uint64_t{static_cast<uint32_t>(mask_of_tile[word * kTileRows + lane])};
+    };
+    int64_t word = 0;
+    for (; word + 2 <= words; word += 2) add(word, bits(word + 1) << 32 | bits(word));
+    if (word < words) add(word, bits(word));
+    code[lane] = _mm512_reduce_add_epi32(c);
+    plain[lane] = _mm512_reduce_add_epi32(t);
+  }
+  return {_mm512_load_si512(code), _mm512_load_si512(plain)};
+}
+
+// Sums of a tile for 64 rows of activations.
+struct Sums {
+  alignas(64) int32_t code[kTileRows][kBlockRows], plain[kTileRows][kBlockRows];
+};
+
+// Adds 4 x `fours` entries to the sums of one output. Columns lie `stride` apart, their codes in words that lie
+// `word_stride` apart. q: [width][64].
+void add_entries(const int32_t* column, int64_t stride, const int32_t* codes, int64_t word_stride, int64_t fours,
+                 const int8_t* q, int32_t* code, int32_t* plain) {
+  __m512i c0 = _mm512_load_si512(code), c1 = _mm512_load_si512(code + 16);
+  __m512i c2 = _mm512_load_si512(code + 32), c3 = _mm512_load_si512(code + 48);
+  __m512i t0 = _mm512_load_si512(plain), t1 = _mm512_load_si512(plain + 16);
+  __m512i t2 = _mm512_load_si512(plain + 32), t3 = _mm512_load_si512(plain + 48);
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t i = 0; i < fours; ++i, column += 4 * stride) {
+    const auto load = [&](int64_t j) { return _mm512_load_si512(q + int64_t{column[j * stride]} * kBlockRows); };
+    const __m512i a = load(0), b = load(1), c = load(2), d = load(3);
+    const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
+    const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
+    const __m512i p0 = _mm512_unpacklo_epi16(ab_low, cd_low), p1 = _mm512_unpackhi_epi16(ab_low, cd_low);
+    const __m512i p2 = _mm512_unpacklo_epi16(ab_high, cd_high), p3 = _mm512_unpackhi_epi16(ab_high, cd_high);
+    const __m512i v = _mm512_set1_epi32(codes[i * word_stride]);
+    c0 = _mm512_dpbusd_epi32(c0, v, p0), t0 = _mm512_dpbusd_epi32(t0, ones, p0);
+    c1 = _mm512_dpbusd_epi32(c1, v, p1), t1 = _mm512_dpbusd_epi32(t1, ones, p1);
+    c2 = _mm512_dpbusd_epi32(c2, v, p2), t2 = _mm512_dpbusd_epi32(t2, ones, p2);
+    c3 = _mm512_dpbusd_epi32(c3, v, p3), t3 = _mm512_dpbusd_epi32(t3, ones, p3);
+  }
+  _mm512_store_si512(code, c0), _mm512_store_si512(code + 16, c1);
+  _mm512_store_si512(code + 32, c2), _mm512_store_si512(code + 48, c3);
+  _mm512_store_si512(plain, t0), _mm512_store_si512(plain + 16, t1);
+  _mm512_store_si512(plain + 32, t2), _mm512_store_si512(plain + 48, t3);
+}
+
+void list_block(const SalientWeight& w, int64_t tile, const int8_t* q, Sums& sums) {
+  const __m256i last = _mm256_set1_epi16(static_cast<int16_t>(w.k - 1));
+  const __m512i zeros = _mm512_set1_epi32(static_cast<int>(w.k));  // the row of zeros after the last column
+  __m256i column = _mm256_set1_epi16(-1);
+  alignas(64) int32_t columns[kChunkSteps][kTileRows], codes[kChunkSteps / 4][kTileRows];
+  for (int64_t step = w.start[tile]; step < w.start[tile + 1];) {
+    int64_t fours = 0;
+    for (; fours < kChunkSteps / 4 && step < w.start[tile + 1]; ++fours) {
+      __m128i bytes[4];
+      for (int i = 0; i < 4; ++i, ++step) {
+        bytes[i] = _mm_setzero_si128();
+        __m512i wide = zeros;
+        if (step < w.start[tile + 1]) {
+          const auto* gap = reinterpret_cast<const __m128i*>(w.gap + step * kTileRows);
+          const auto* value = static_cast<const __m128i*>(w.value) + step;
+          const __m128i gaps = _mm_loadu_si128(gap);
+          const __mmask16 entries = _mm_cmpneq_epu8_mask(gaps, _mm_set1_epi8(static_cast<char>(kNoEntry)));
+          column = next_columns(column, gaps, entries);
+          wide = _mm512_mask_cvtepu16_epi32(zeros, entries, _mm256_min_epu16(column, last));
+          bytes[i] = _mm_loadu_si128(value);
+        }
+        _mm512_store_si512(columns[4 * fours + i], wide);
+      }
+      // 4 steps of 16 bytes to 16 words of 4
+      const __m128i a = _mm_unpacklo_epi8(bytes[0], bytes[1]), b = _mm_unpackhi_epi8(bytes[0], bytes[1]);
+      const __m128i c = _mm_unpacklo_epi8(bytes[2], bytes[3]), d = _mm_unpackhi_epi8(bytes[2], bytes[3]);
+      auto* out = reinterpret_cast<__m128i*>(codes[fours]);
+      _mm_store_si128(out, _mm_unpacklo_epi16(a, c));
+      _mm_store_si128(out + 1, _mm_unpackhi_epi16(a, c));
+      _mm_store_si128(out + 2, _mm_unpacklo_epi16(b, d));
+      _mm_store_si128(out + 3, _mm_unpackhi_epi16(b, d));
+    }
+    for (int64_t lane = 0; lane < kTileRows; ++lane) {
+      add_entries(columns[0] + lane, kTileRows, codes[0] + lane, kTileRows, fours, q, sums.code[lane],
+                  sums.plain[lane]);
+    }
+  }
+}
+
+// `every`: 0, 1, 2, ... up to the width.
+void columns_block(const Rows& rows, int64_t tile, const int8_t* q, const int32_t* every, Sums& sums) {
+  const int64_t words = rows.width / 4;
+  const int32_t* value = static_cast<const int32_t*>(rows.task.weight.value) + tile * words * kTileRows;
+  for (int64_t lane = 0; lane < kTileRows; ++lane) {
+    add_entries(every, 1, value + lane, kTileRows, words, q, sums.code[lane], sums.plain[lane]);
+  }
+}
+
+void bitmap_block(const SalientWeight& w, int64_t tile, const int8_t* q, Sums& sums) {
+  const int64_t words = word_count(w.k);
+  alignas(64) int32_t column[kSegmentColumns + 16], codes[kSegmentColumns / 4];
+  for (int64_t lane = 0; lane < kTileRows && tile * kTileRows + lane < w.n; ++lane) {
+    const int64_t row = tile * kTileRows + lane;
+    int64_t entry = w.start[row];
+    for (int64_t word = 0; word < words; word += kSegmentWords) {
+      const int64_t end = word + kSegmentWords < words ? word + kSegmentWords : words;
+      int64_t count = columns_of_words(w, tile, lane, word, end, column);
+      if (count > w.start[row + 1] - entry) count = w.start[row + 1] - entry;  // contradictory arrays
+      const int64_t fours = ceil_div(count, 4);
+      for (int64_t i = count; i < 4 * fours; ++i) column[i] = static_cast<int32_t>(w.k);
+      if (fours > 0) codes[fours - 1] = 0;
+      __builtin_memcpy(codes, static_cast<const uint8_t*>(w.value) + entry, static_cast<size_t>(count));
+      add_entries(column, 1, codes, 1, fours, q, sums.code[lane], sums.plain[lane]);
+      entry += count;
+    }
+  }
+}
+
+// `count` rows of bytes to [width + 1][64]; rows that are missing, and the last column, are 0. The order of the rows is
+// the one that the interleaving of 4 columns undoes.
+void transpose_rows(const int8_t* q, int64_t width, int64_t count, int8_t* out) {
+  for (int64_t column = 0; column < width; column += 16) {
+    const __mmask16 bytes = first_lanes(width - column);
+    for (int64_t part = 0; part < 4; ++part) {
+      __m128i z[16], y[16];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) {
+        const int64_t row = 16 * (i / 4) + 4 * part + i % 4;
+        z[i] = row < count ? _mm_maskz_loadu_epi8(bytes, q + row * width + column) : _mm_setzero_si128();
+      }
+#pragma GCC unroll 4
+      for (int round = 0; round < 4; ++round) {  // a perfect shuffle of 16 rows of 16 bytes, 4 times: a transposition
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+          y[2 * i] = _mm_unpacklo_epi8(z[i], z[i + 8]);
+          y[2 * i + 1] = _mm_unpackhi_epi8(z[i], z[i + 8]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) z[i] = y[i];
+      }
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) {
+        if (column + i < width) {
+          _mm_store_si128(reinterpret_cast<__m128i*>(out + (column + i) * kBlockRows + 16 * part), z[i]);
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < kBlockRows; ++i) out[width * kBlockRows + i] = 0;
+}
+
+void multiply_few(const Rows& rows, int64_t begin, int64_t end, TileFactors& factors) {
+  const SalientTask& task = rows.task;
+  const SalientWeight& w = task.weight;
+  float* wide = new_scratch<float>(rows.width);
+  int8_t* padded = new_scratch<int8_t>(ceil_div(rows.width, 64) * 64);
+  for (int64_t row = 0; row < task.m; ++row) {
+    const int8_t* q = rows.q + row * rows.width;
+    int32_t total = 0;
+    for (int64_t i = 0; i < rows.width; ++i) total += q[i], padded[i] = q[i], wide[i] = static_cast<float>(q[i]);
+    const float all = static_cast<float>(task.total[row]);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      factors.load(task, tile);
+      Integers sums;
+      switch (w.encoding) {
+        case SalientEncoding::list:
+          sums = list_single(w, tile, wide);
+          break;
+        case SalientEncoding::columns:
+          sums = columns_single(rows, tile, padded, total);
+          break;
+        default:
+          sums = bitmap_single(w, tile, padded);
+      }
+      finish(task, row, tile, to_sum(sums, factors), factors, &all);
+    }
+  }
+  delete_scratch(padded);
+  delete_scratch(wide);
+}
+
+void multiply_many(const Rows& rows, int64_t begin, int64_t end, TileFactors& factors) {
+  const SalientTask& task = rows.task;
+  const SalientWeight& w = task.weight;
+  const bool columns = w.encoding == SalientEncoding::columns;
+  const __m512i lane_of = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                             _mm512_set1_epi32(kBlockRows));
+  int8_t* q = new_scratch<int8_t>((rows.width + 1) * kBlockRows);
+  int32_t* every = new_scratch<int32_t>(columns ? rows.width : 0);
+  for (int64_t i = 0; columns && i < rows.width; ++i) every[i] = static_cast<int32_t>(i);
+  Sums* sums = new_scratch<Sums>(1);
+  for (int64_t row = 0; row < task.m; row += kBlockRows) {
+    const int64_t count = task.m - row < kBlockRows ? task.m - row : kBlockRows;
+    transpose_rows(rows.q + row * rows.width, rows.width, count, q);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      factors.load(task, tile);
+      *sums = Sums{};
+      if (columns) {
+        columns_block(rows, tile, q, every, *sums);
+      } else {
+        w.encoding == SalientEncoding::list ? list_block(w, tile, q, *sums) : bitmap_block(w, tile, q, *sums);
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        const float all = static_cast<float>(task.total[row + r]);
+        const Integers pair{_mm512_i32gather_epi32(lane_of, sums->code[0] + r, 4),
+                            _mm512_i32gather_epi32(lane_of, sums->plain[0] + r, 4)};
+        finish(task, row + r, tile, to_sum(pair, factors), factors, &all);
+      }
+    }
+  }
+  delete_scratch(sums);
+  delete_scratch(every);
+  delete_scratch(q);
+}
+
+}  // namespace
+
+void salient_tiles_avx512vnni(const SalientTask& task, int64_t begin, int64_t end) {
+  const SalientWeight& w = task.weight;
+  const bool columns = w.encoding == SalientEncoding::columns;
+  const int64_t width = columns ? ceil_div(w.entries, 4) * 4 : w.k;
+  int8_t* chosen = new_scratch<int8_t>(columns ? task.m * width : 0);
+  for (int64_t row = 0; columns && row < task.m; ++row) {
+    for (int64_t j = 0; j < w.entries; ++j) chosen[row * width + j] = task.q[row * w.k + w.column[j]];
+  }
+  float factor[2 * kTileRows];
+  TileFactors factors{{}, {}, factor, w.mu ? factor + kTileRows : nullptr};
+  const Rows rows{task, width, columns ? chosen : task.q};
+  task.m < kFewRows ? multiply_few(rows, begin, end, factors) : multiply_many(rows, begin, end, factors);
+  delete_scratch(chosen);
+}
+
+}  // namespace bitmill::detail
