@@ -16,7 +16,7 @@ from .config import BinaryConfig, Config, FP4Config, SalientConfig
 from .convert import LAYERS
 from .nn._module import PackedModule
 from .ops import _machine
-from .timing import COLD_ROWS, check_shape, copies_for, interleave, rotated, spread, stopwatch
+from .timing import COLD_ROWS, check_shape, copies_for, interleave, rotated, stopwatch
 
 KINDS: dict[str, tuple[str, Config]] = {
     "binary": ("1-bit weights, 1-bit activations", BinaryConfig("bibert")),
@@ -111,7 +111,7 @@ def run(
         calls[kind] = in_rotation(packed[kind], x.to(dtype), cold)
     samples = {name: stopwatch(call) for name, call in calls.items()}
     with tqdm(desc="timing", unit=" rounds", leave=False, disable=None if progress else True) as bar:
-        times = {name: spread(values) for name, values in interleave(samples, seconds, bar.update).items()}
+        times = interleave(samples, seconds, bar.update)
     rows = []
     for kind in kinds:
         time, size = times[kind], buffer_bytes(packed[kind])
@@ -140,6 +140,7 @@ def run(
         "cold": cold,
         "linear_float32_microseconds": times["float32"].median * 1e6,
         "linear_bfloat16_microseconds": times["bfloat16"].median * 1e6,
+        "disturbed": sum(time.disturbed for time in times.values()) / sum(sum(time[3:]) for time in times.values()),
         "layers": rows,
     }
 
@@ -180,6 +181,11 @@ def render(result: dict[str, Any]) -> str:
             _row(row["kind"], row["microseconds"], row["x_float32"], row["x_bfloat16"], row["weight_bytes"], smaller)
         )
     lines += ["", *(row["verdict"] for row in result["layers"])]
+    if result["disturbed"] > 0.2:
+        share = f"{100 * result['disturbed']:.0f} %"
+        lines.append(
+            f"Other processes interrupted {share} of the samples, which were thrown away: better run it alone."
+        )
     slow = [row["kind"] for row in result["layers"] if row["kernel"] in ("torch", "generic")]
     if slow:
         lines.append(f"No kernel for this CPU's instructions runs for: {', '.join(slow)} (see `bitmill info`).")

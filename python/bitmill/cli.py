@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `bitmill info`, `bitmill demo` and `bitmill bench`. Exit code 0 for success, 1 for a failure, 2 for wrong usage."""
+"""The command line: `bitmill info`, `demo` and `bench`. Exit code 0 for success, 1 for a failure, 2 for wrong usage."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     bench = commands.add_parser("bench", help="will a packed layer be faster than nn.Linear on this machine?")
     bench.add_argument("--layer", choices=LAYER_KINDS, help="time this one (default: all)")
-    bench.add_argument("--shape", metavar="M,N,K", type=_shape, help="M rows, weight N x K (default: 128,768,768)")
+    bench.add_argument("--shape", metavar="M,N,K", type=parse_shape, help="M rows, weight N x K (128,768,768)")
     bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations")
-    bench.add_argument("--threads", metavar="N", type=_threads, help="threads of torch (default: as torch chooses)")
+    bench.add_argument("--threads", metavar="N", type=parse_threads, help="threads (default: as torch chooses)")
     bench.add_argument("--json", action="store_true", help="print JSON")
     bench.set_defaults(run=_bench)
 
@@ -140,7 +140,7 @@ def _demo(options: argparse.Namespace) -> None:
 LAYER_KINDS = ("binary", "binary-weight", "salient", "fp4", "mxfp4")
 
 
-def _shape(text: str) -> tuple[int, int, int]:
+def parse_shape(text: str) -> tuple[int, int, int]:
     """Three sizes; argparse makes an error of it a wrong usage."""
     try:
         m, n, k = (int(part) for part in text.split(","))
@@ -153,7 +153,7 @@ def _shape(text: str) -> tuple[int, int, int]:
     return m, n, k
 
 
-def _threads(text: str) -> int:
+def parse_threads(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= 1024:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1024, got {text!r}")
     return int(text)
@@ -169,7 +169,9 @@ def _bench(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     kinds = (options.layer,) if options.layer else LAYER_KINDS
-    result = bench.run(kinds, options.shape or bench.DEFAULT_SHAPE, getattr(torch, options.dtype), progress=not options.json)
+    result = bench.run(
+        kinds, options.shape or bench.DEFAULT_SHAPE, getattr(torch, options.dtype), progress=not options.json
+    )
     result = {"cpu": cpu_name(), **result}
     print(json.dumps(result, indent=2) if options.json else f"{result['cpu']}\n{bench.render(result)}")
 

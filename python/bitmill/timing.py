@@ -2,7 +2,8 @@
 """Timing on a machine that others use too: all variants interleaved in one process, medians and quartiles.
 
 A sample is a function that runs something and answers the seconds it took. `interleave` runs one of each, round after
-round, so a slow moment of the machine meets all of them, and only ratios within one run mean anything.
+round, so a slow moment of the machine meets all of them, and only ratios within one run mean anything. A sample during
+which the operating system took the CPU away is thrown away: it measures the other process.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,28 +38,54 @@ def check_shape(m: int, n: int, k: int) -> None:
 
 
 class Spread(NamedTuple):
-    """Median and quartiles of `count` samples, in seconds."""
+    """Median and quartiles in seconds of `samples` samples; `disturbed` more were thrown away."""
 
     median: float
     low: float
     high: float
-    count: int
+    samples: int
+    disturbed: int
 
 
-def spread(seconds: Sequence[float]) -> Spread:
-    """Raises ValueError for no samples."""
-    if not seconds:
-        raise ValueError("spread: seconds must hold at least one sample, got none")
-    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
-    return Spread(middle, low, high, len(seconds))
+class Taken:
+    """The samples of one variant, those apart that another process disturbed."""
+
+    def __init__(self) -> None:
+        self.clean: list[float] = []
+        self.disturbed: list[float] = []
+
+    def add(self, sample: Sample) -> None:
+        """Take a sample; up to twice more if it was disturbed."""
+        for _ in range(3):
+            before = preemptions()
+            seconds = sample()
+            if preemptions() == before:
+                self.clean.append(seconds)
+                return
+            self.disturbed.append(seconds)
+
+    def spread(self) -> Spread:
+        """Of the clean samples; of all if none is clean. Raises ValueError for no samples."""
+        seconds = self.clean or self.disturbed
+        if not seconds:
+            raise ValueError("spread: there must be at least one sample, got none")
+        low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+        return Spread(middle, low, high, len(self.clean), len(self.disturbed))
+
+
+def preemptions() -> int:
+    """How often another process has taken a CPU from a thread of this one."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def stopwatch(call: Callable[[], object]) -> Sample:
-    """A sample of a call: a run to warm up, then as many as take `SHORTEST` seconds together, divided by their count."""
+    """A sample of a call: one run to warm up, then so many that they take `SHORTEST` seconds, and their mean."""
     call()
-    start = time.perf_counter()
-    call()
-    once = time.perf_counter() - start
+    once = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        once = min(once, time.perf_counter() - start)
     repeat = max(1, math.ceil(SHORTEST / max(once, 1e-7)))
 
     def sample() -> float:
@@ -83,7 +111,7 @@ def copies_for(weight_bytes: int) -> int:
 
 def interleave(
     samples: Mapping[str, Sample], seconds: float = 1.0, progress: Callable[[], object] | None = None
-) -> dict[str, list[float]]:
+) -> dict[str, Spread]:
     """Run every sample once a round, for about `seconds` each, but at least `ROUNDS` rounds.
 
     A sample that would take longer than that skips rounds; it runs at least 5 times.
@@ -93,7 +121,7 @@ def interleave(
         seconds: the aim for each sample.
         progress: called after every round.
     Returns:
-        name to the seconds of its samples.
+        name to the spread of its samples.
     """
     costs = {}
     for name, sample in samples.items():
@@ -103,17 +131,17 @@ def interleave(
     strides = {name: min(max(1, round(cost * ROUNDS / seconds)), ROUNDS // 5) for name, cost in costs.items()}
     round_cost = sum(cost / strides[name] for name, cost in costs.items())
     rounds = min(max(ROUNDS, int(seconds * len(samples) / max(round_cost, 1e-9))), 8 * ROUNDS)
-    results: dict[str, list[float]] = {name: [] for name in samples}
+    taken = {name: Taken() for name in samples}
     collecting = gc.isenabled()
     gc.disable()
     try:
         for index in range(rounds):
             for name, sample in samples.items():
                 if index % strides[name] == 0:
-                    results[name].append(sample())
+                    taken[name].add(sample)
             if progress is not None:
                 progress()
     finally:
         if collecting:
             gc.enable()
-    return results
+    return {name: values.spread() for name, values in taken.items()}
