@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .runner import Case, Missing, Prepared, Variant, layer_copies
+from .runner import Case, Missing, Prepared, Unfit, Variant, layer_copies
 
 REQUIREMENTS = "benchmarks/requirements.txt"
 
@@ -78,7 +78,7 @@ def numkong_product(case: Case) -> Prepared:
     """Hamming distances; k - 2 distance is the product, a step that is not timed. One thread only."""
     nk = load("numkong")
     if case.threads > 1:
-        raise ValueError("it has no threads of its own")
+        raise Unfit("it has no threads of its own")
     a, b = bits_of(case.x), bits_of(case.linear.weight)
     padded = 8 * a.shape[1]  # the padding bits agree
     expected = ((padded - sign_product(case) - (padded - case.k)) / 2).to(torch.int64)
@@ -92,10 +92,9 @@ def numkong_product(case: Case) -> Prepared:
 
 def bnn_product(case: Case) -> Prepared:
     """The native GEMM of bnn-lab on packed operands; its float32 output holds integers."""
-    packed = load("bnn.kernels.packed")
+    packed, operands = load("bnn.kernels.packed"), (case.x, case.linear.weight)
     packed.set_num_threads(case.threads)
-    words, _ = packed.pack_binary_pm1(case.x.numpy(), axis=1)
-    signs, _ = packed.pack_binary_pm1(case.linear.weight.numpy(), axis=1)
+    words, signs = (packed.pack_binary_pm1((t >= 0).float().numpy() * 2 - 1, axis=1)[0] for t in operands)
 
     def build() -> Built:
         own = signs.copy()
@@ -170,12 +169,13 @@ def openvino_int4(case: Case) -> Prepared:
 
 
 def round_to_int4(weight: Tensor, group: int) -> tuple[np.ndarray, Tensor, Tensor]:
-    """Symmetric codes of groups of a row: packed uint8 [n, groups, group / 2], scales, and the dequantised weight."""
-    blocks = weight.unflatten(1, (-1, group))
+    """Symmetric codes of groups of a row: uint8 [n, groups, group / 2], scales, the dequantised weight [n, k]."""
+    k = weight.shape[1]
+    blocks = nn.functional.pad(weight, (0, -k % group)).unflatten(1, (-1, group))
     scale = blocks.abs().amax(-1, keepdim=True) / 7
     codes = (blocks / scale).round().clamp(-8, 7)
     unsigned = (codes + 8).to(torch.uint8).numpy()
-    return unsigned[..., 0::2] | unsigned[..., 1::2] << 4, scale.squeeze(-1), (codes * scale).flatten(1)
+    return unsigned[..., 0::2] | unsigned[..., 1::2] << 4, scale.squeeze(-1), (codes * scale).flatten(1)[:, :k]
 
 
 def onnxruntime_int4(accuracy_level: int, group: int = 32) -> Callable[[Case], Prepared]:
@@ -184,8 +184,6 @@ def onnxruntime_int4(accuracy_level: int, group: int = 32) -> Callable[[Case], P
     def prepare(case: Case) -> Prepared:
         ort, onnx = load("onnxruntime"), load("onnx")
         helper, kinds = load("onnx.helper"), onnx.TensorProto
-        if case.k % group:
-            raise ValueError(f"k must be a multiple of {group}")
         codes, scale, values = round_to_int4(case.linear.weight, group)
         attributes = {"K": case.k, "N": case.n, "bits": 4, "block_size": group, "accuracy_level": accuracy_level}
         inputs = ["x", "codes", "scale", "", "", "bias"]
@@ -224,7 +222,7 @@ def torch_int4(case: Case) -> Prepared:
     """torch's own int4 kernel (what torchao calls on a CPU), bfloat16 in and out, groups of 32, no bias."""
     group = 32
     if case.k % group or case.n % 16:
-        raise ValueError("k must be a multiple of 32 and n of 16")
+        raise Unfit("k must be a multiple of 32 and n of 16")
     x = case.x.bfloat16()
     codes, scale, values = round_to_int4(case.linear.weight, group)
     plain = np.stack([codes & 15, codes >> 4], -1).reshape(case.n, case.k).astype(np.int32)

@@ -182,23 +182,30 @@ def markdown(facts: dict[str, Any], rows: Sequence[Row]) -> str:
         lines.append(f"| {title} | " + " | ".join((number(base.microseconds), *ratios)) + " |")
     lines += ["", "(cold): the weights come from memory, as in a large model, for every column.", ""]
     lines += engines(rows)
-    lines += ["", "![times faster than F.linear in float32](benchmarks/plots/speedup.png)"]
+    lines += ["![times faster than F.linear in float32](benchmarks/plots/speedup.png)"]
     return "\n".join(lines)
 
 
+ENGINE_SHAPES = ((128, 768, 768), (128, 768, 3072), (32, 4096, 4096), (1, 4096, 4096))
+
+
 def engines(rows: Sequence[Row]) -> list[str]:
-    """Against other engines: our best and each peer, microseconds, for the families that have peers."""
-    lines = ["| microseconds | M x N x K | bitmill | other engines |", "|---|---|---|---|"]
+    """Our best against each other engine, in microseconds; nothing if none was timed."""
+    lines = []
     for family, what in (("product", "1-bit product"), ("w1a1", "1-bit layer"), ("fp4", "4-bit layer")):
-        mine = [row for row in rows if row.family == family and row.status == "ok"]
-        for shape in dict.fromkeys((row.m, row.n, row.k) for row in mine):
-            here = [row for row in mine if (row.m, row.n, row.k) == shape]
-            peers = [f"{row.variant} {number(row.microseconds)}" for row in here if row.origin == "peer"]
-            ours = [row for row in here if row.origin == "bitmill" and row.cold == here[-1].cold]
+        for shape in ENGINE_SHAPES:
+            here = [r for r in rows if r.family == family and (r.m, r.n, r.k) == shape and r.microseconds]
+            peers = sorted((r for r in here if r.origin == "peer"), key=lambda r: r.microseconds or 0.0)
+            ours = [r for r in here if r.origin == "bitmill" and peers and r.cold == peers[0].cold]
             if peers and ours:
-                best = min(ours, key=lambda row: row.microseconds or 0.0)
+                best = min(ours, key=lambda r: r.microseconds or 0.0)
                 size = " x ".join(map(str, shape)) + (" (cold)" if best.cold else "")
-                lines.append(f"| {what} | {size} | {best.variant} {number(best.microseconds)} | {', '.join(peers)} |")
+                others = ", ".join(f"{r.variant} {number(r.microseconds)}" for r in peers)
+                times = number((peers[0].microseconds or 0.0) / (best.microseconds or 1.0))
+                lines.append(f"| {what} | {size} | {best.variant} {number(best.microseconds)} | {times} | {others} |")
+    if lines:
+        lines[:0] = ["| microseconds | M x N x K | bitmill | x best other | other engines |", "|---|---|---|---|---|"]
+        lines.append("")
     return lines
 
 

@@ -22,6 +22,10 @@ class Missing(Exception):
     """A peer that is not installed."""
 
 
+class Unfit(Exception):
+    """A peer that does not take this shape or this number of threads."""
+
+
 class Wrong(Exception):
     """A variant whose result is not the reference's."""
 
@@ -177,6 +181,8 @@ def measure(
             row = dataclasses.replace(row, cold=cold, copies=len(calls), moved=moved, bound=bound)
         except Missing as missing:
             row = dataclasses.replace(row, status=f"not installed: {missing}")
+        except Unfit as unfit:
+            row = dataclasses.replace(row, status=f"not for this problem: {unfit}")
         except Wrong as wrong:
             row = dataclasses.replace(row, status=f"wrong: {wrong}")
         except Exception as error:  # whatever a peer raises; it must not stop the run
@@ -186,7 +192,7 @@ def measure(
     bounds = sorted({row.bound for row in rows.values() if row.bound})
     peak_samples = {f"peak {bound}": peaks.sample(bound, case.x.nbytes) for bound in bounds}
     times = interleave({**samples, **peak_samples}, seconds, progress)
-    ratios = {f"x_{v.baseline}": times[v.name].median for v in family.variants if v.baseline and v.name in ready}
+    baselines = {v.baseline: v.name for v in family.variants if v.baseline and v.name in ready}
     macs = problem.m * problem.n * problem.k if family.macs else 0
     for name, prepared in ready.items():
         taken, row = times[name], rows[name]
@@ -199,7 +205,11 @@ def measure(
             microseconds=taken.median * 1e6,
             low=taken.low * 1e6,
             high=taken.high * 1e6,
-            **{baseline: median / taken.median for baseline, median in ratios.items()},
+            **{
+                f"x_{baseline}": times[other].median / taken.median
+                for baseline, other in baselines.items()
+                if rows[other].cold == row.cold  # one in cache says nothing against one from memory
+            },
             weight_bytes=prepared.weight_bytes,
             gmacs=macs / taken.median / 1e9 if macs else None,
             gigabytes=row.moved / taken.median / 1e9,

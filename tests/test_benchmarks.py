@@ -21,7 +21,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks import families, peaks, peers, plots, report, runner, shapes  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.runner import Case, Family, Missing, Prepared, Row, Variant  # noqa: E402
+from benchmarks.runner import Case, Family, Missing, Prepared, Row, Unfit, Variant  # noqa: E402
 
 PROBLEM = Problem("small", 16, 8, 32)
 PEAK = 1e-9  # seconds of one multiply-add
@@ -106,9 +106,14 @@ def test_what_fails_or_is_missing_does_not_stop_the_run() -> None:
     def failing(case: Case) -> Prepared:
         raise OSError("no\nlibrary")
 
-    rows = measure(Variant("a", missing, "peer"), Variant("b", failing, "peer"), constant("good", 1e-3))
+    def unfit(case: Case) -> Prepared:
+        raise Unfit("k is odd")
+
+    variants = (Variant("a", missing, "peer"), Variant("b", failing, "peer"), Variant("c", unfit, "peer"))
+    rows = measure(*variants, constant("good", 1e-3))
     assert rows["a"].status == "not installed: see there"
     assert rows["b"].status == "failed: OSError: no library"
+    assert rows["c"].status == "not for this problem: k is odd"
     assert rows["good"].status == "ok"
 
 
@@ -131,6 +136,12 @@ def test_few_rows_rotate_over_copies_that_exceed_the_caches() -> None:
     timed = called[3:]
     assert all(b == (a + 1) % 3 for a, b in itertools.pairwise(timed))
     assert not measure(cold_variant(True, []))["rotating"].cold
+
+
+def test_no_ratio_between_one_in_cache_and_one_from_memory() -> None:
+    fp32 = dataclasses.replace(cold_variant(True, []), baseline="fp32")
+    rows = measure(fp32, constant("in cache", 1e-3), problem=Problem("one row", 1, 8, 32))
+    assert rows["rotating"].x_fp32 == 1 and rows["in cache"].x_fp32 is None and not rows["in cache"].cold
 
 
 def test_a_wrong_copy_is_refused() -> None:
@@ -197,6 +208,9 @@ def test_readme_section_is_replaced_and_nothing_else() -> None:
     section = report.markdown(FACTS, ROWS)
     assert "A CPU" in section and "`python -m benchmarks --readme`" in section and "2026-11-24" in section
     assert "| 128 x 768 x 768 | 1,666 |" in section and "12.0" in section
+    peer = dataclasses.replace(ROWS[0], variant="engine", origin="peer", microseconds=400.0)
+    assert "other engines" not in section
+    assert "| binary 138 | 2.9 | engine 400 |" in report.markdown(FACTS, [*ROWS, peer])
     text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     assert report.rewrite_readme(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
     for bad in ("nothing", text + text, f"{report.END}\n{report.BEGIN}"):
