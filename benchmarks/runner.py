@@ -40,7 +40,7 @@ class Prepared:
         input_bytes: of the activations.
         weight_bytes: of the weight as the variant holds it; a cold measurement rotates over copies of it.
         again: builds a copy with memory of its own.
-        bound: the peak that it is held against when its weight is in cache.
+        bound: the arithmetic peak that it is held against.
         sample: answers the seconds of one run, for code that times itself.
     """
 
@@ -127,7 +127,7 @@ class Row:
     gmacs: float | None = None
     gigabytes: float | None = None
     intensity: float | None = None  # multiply-adds a byte
-    bound: str | None = None
+    bound: str | None = None  # the peak that it comes closest to, of those that could hold it back
     percent_of_peak: float | None = None
 
 
@@ -168,6 +168,7 @@ def measure(
     rows: dict[str, Row] = {}
     ready: dict[str, Prepared] = {}
     samples: dict[str, Sample] = {}
+    bounds: dict[str, list[str]] = {}
     for variant in family.variants:
         row = Row(family.name, problem.name, *problem[1:], variant.name, variant.origin, "ok")
         try:
@@ -177,8 +178,10 @@ def measure(
             calls = [prepared.call, *(another.call for another in copies(prepared, cold))]
             samples[variant.name] = prepared.sample or stopwatch(rotated(calls))
             ready[variant.name] = prepared
-            bound = "read" if cold else prepared.bound if family.macs else "copy"
-            row = dataclasses.replace(row, cold=cold, copies=len(calls), moved=moved, bound=bound)
+            bounds[variant.name] = (
+                [b for b in ("read" if cold else None, prepared.bound) if b] if family.macs else ["copy"]
+            )
+            row = dataclasses.replace(row, cold=cold, copies=len(calls), moved=moved)
         except Missing as missing:
             row = dataclasses.replace(row, status=f"not installed: {missing}")
         except Unfit as unfit:
@@ -189,15 +192,16 @@ def measure(
             text = " ".join(str(error).split())
             row = dataclasses.replace(row, status=f"failed: {type(error).__name__}: {text[:200]}")
         rows[variant.name] = row
-    bounds = sorted({row.bound for row in rows.values() if row.bound})
-    peak_samples = {f"peak {bound}": peaks.sample(bound, case.x.nbytes) for bound in bounds}
+    units = sorted({unit for units in bounds.values() for unit in units})
+    peak_samples = {f"peak {unit}": peaks.sample(unit, case.x.nbytes) for unit in units}
     times = interleave({**samples, **peak_samples}, seconds, progress)
     baselines = {v.baseline: v.name for v in family.variants if v.baseline and v.name in ready}
     macs = problem.m * problem.n * problem.k if family.macs else 0
     for name, prepared in ready.items():
         taken, row = times[name], rows[name]
-        peak = times[f"peak {row.bound}"].median if row.bound else 0.0  # seconds of one multiply-add or byte
-        done = {"read": prepared.weight_bytes, "copy": row.moved}.get(row.bound or "", macs)
+        done = {"read": prepared.weight_bytes, "copy": row.moved}
+        shares = {unit: done.get(unit, macs) * times[f"peak {unit}"].median / taken.median for unit in bounds[name]}
+        bound = max(shares, key=lambda unit: shares[unit], default=None)
         rows[name] = dataclasses.replace(
             row,
             samples=taken.samples,
@@ -214,6 +218,7 @@ def measure(
             gmacs=macs / taken.median / 1e9 if macs else None,
             gigabytes=row.moved / taken.median / 1e9,
             intensity=macs / row.moved if macs else None,
-            percent_of_peak=100 * done * peak / taken.median if peak else None,
+            bound=bound,
+            percent_of_peak=100 * shares[bound] or None if bound else None,
         )
     return list(rows.values())

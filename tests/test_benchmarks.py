@@ -131,7 +131,10 @@ def cold_variant(copies_are_right: bool, called: list[int]) -> Variant:
 def test_few_rows_rotate_over_copies_that_exceed_the_caches() -> None:
     called: list[int] = []
     row = measure(cold_variant(True, called), problem=Problem("one row", 1, 8, 32))["rotating"]
-    assert row.status == "ok" and row.cold and row.copies == 3 and row.bound == "read"
+    assert row.status == "ok" and row.cold and row.copies == 3
+    assert row.bound == "read" and row.percent_of_peak == pytest.approx(
+        100 * (80 << 20) * PEAK / row.microseconds * 1e6
+    )
     assert called[:3] == [0, 1, 2]  # every copy is verified
     timed = called[3:]
     assert all(b == (a + 1) % 3 for a, b in itertools.pairwise(timed))
