@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.bench import relative_error
-from bitmill.timing import COLD_ROWS, Sample, copies_for, interleave, rotated, stopwatch
+from bitmill.timing import COLD_ROWS, Sample, Spread, copies_for, interleave, rotated, stopwatch
 
 from .peaks import Peaks
 from .shapes import Problem
@@ -21,13 +21,19 @@ from .shapes import Problem
 class Missing(Exception):
     """A peer that is not installed."""
 
+    label = "not installed"
+
 
 class Unfit(Exception):
     """A peer that does not take this shape or this number of threads."""
 
+    label = "not for this problem"
+
 
 class Wrong(Exception):
     """A variant whose result is not the reference's."""
+
+    label = "wrong"
 
 
 @dataclasses.dataclass
@@ -71,7 +77,6 @@ class Case:
     def __init__(self, problem: Problem, threads: int) -> None:
         self.problem, self.threads = problem, threads
         self.m, self.n, self.k = problem.m, problem.n, problem.k
-        self.cold = self.m <= COLD_ROWS
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(self.m, self.k, generator=generator)
         self.linear = nn.Linear(self.k, self.n, device="meta")
@@ -160,65 +165,81 @@ def copies(prepared: Prepared, cold: bool) -> Iterator[Prepared]:
             yield another
 
 
+@dataclasses.dataclass
+class Ready:
+    """A verified variant: its row so far, the sample that times it, and the peaks that could hold it back."""
+
+    row: Row
+    prepared: Prepared
+    sample: Sample
+    units: list[str]
+
+
+def make_ready(row: Row, variant: Variant, case: Case, macs: bool) -> Ready:
+    """Build and verify; raises whatever says that this cannot be timed."""
+    prepared = variant.build(case)
+    moved = prepared.input_bytes + prepared.weight_bytes + verify(prepared)
+    cold = macs and case.m <= COLD_ROWS and prepared.again is not None
+    calls = [prepared.call, *(another.call for another in copies(prepared, cold))]
+    sample = prepared.sample or stopwatch(rotated(calls))
+    units = ["read"] * cold + [prepared.bound] * (prepared.bound is not None) if macs else ["copy"]
+    row = dataclasses.replace(row, cold=cold, copies=len(calls), moved=moved, weight_bytes=prepared.weight_bytes)
+    return Ready(row, prepared, sample, units)
+
+
+def refusal(error: Exception) -> str:
+    """What the table says instead of numbers."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, (Missing, Unfit, Wrong)):
+        return f"{error.label}: {text}"
+    return f"failed: {type(error).__name__}: {text}"
+
+
+def finish(ready: Ready, times: dict[str, Spread], macs: int, baselines: dict[str, Ready]) -> Row:
+    """The row with its numbers; `baselines` are those of the same problem."""
+    row, taken = ready.row, times[ready.row.variant]
+    done = {"read": ready.prepared.weight_bytes, "copy": row.moved}
+    shares = {unit: done.get(unit, macs) * times[f"peak {unit}"].median / taken.median for unit in ready.units}
+    bound = max(shares, key=lambda unit: shares[unit], default=None)
+    ratios = {
+        f"x_{name}": times[baseline.row.variant].median / taken.median
+        for name, baseline in baselines.items()
+        if baseline.row.cold == row.cold  # one in cache says nothing against one from memory
+    }
+    return dataclasses.replace(
+        row,
+        samples=taken.samples,
+        disturbed=taken.disturbed,
+        microseconds=taken.median * 1e6,
+        low=taken.low * 1e6,
+        high=taken.high * 1e6,
+        **ratios,
+        gmacs=macs / taken.median / 1e9 if macs else None,
+        gigabytes=row.moved / taken.median / 1e9,
+        intensity=macs / row.moved if macs else None,
+        bound=bound,
+        percent_of_peak=100 * shares[bound] or None if bound else None,
+    )
+
+
 def measure(
     family: Family, problem: Problem, peaks: Peaks, seconds: float, progress: Callable[[], object] | None = None
 ) -> list[Row]:
     """One row a variant, in the family's order."""
     case = Case(problem, peaks.threads)
     rows: dict[str, Row] = {}
-    ready: dict[str, Prepared] = {}
-    samples: dict[str, Sample] = {}
-    bounds: dict[str, list[str]] = {}
+    ready: dict[str, Ready] = {}
     for variant in family.variants:
-        row = Row(family.name, problem.name, *problem[1:], variant.name, variant.origin, "ok")
+        rows[variant.name] = Row(family.name, problem.name, *problem[1:], variant.name, variant.origin, "ok")
         try:
-            prepared = variant.build(case)
-            moved = prepared.input_bytes + prepared.weight_bytes + verify(prepared)
-            cold = case.cold and family.macs and prepared.again is not None
-            calls = [prepared.call, *(another.call for another in copies(prepared, cold))]
-            samples[variant.name] = prepared.sample or stopwatch(rotated(calls))
-            ready[variant.name] = prepared
-            bounds[variant.name] = (
-                [b for b in ("read" if cold else None, prepared.bound) if b] if family.macs else ["copy"]
-            )
-            row = dataclasses.replace(row, cold=cold, copies=len(calls), moved=moved)
-        except Missing as missing:
-            row = dataclasses.replace(row, status=f"not installed: {missing}")
-        except Unfit as unfit:
-            row = dataclasses.replace(row, status=f"not for this problem: {unfit}")
-        except Wrong as wrong:
-            row = dataclasses.replace(row, status=f"wrong: {wrong}")
+            ready[variant.name] = make_ready(rows[variant.name], variant, case, family.macs)
         except Exception as error:  # whatever a peer raises; it must not stop the run
-            text = " ".join(str(error).split())
-            row = dataclasses.replace(row, status=f"failed: {type(error).__name__}: {text[:200]}")
-        rows[variant.name] = row
-    units = sorted({unit for units in bounds.values() for unit in units})
-    peak_samples = {f"peak {unit}": peaks.sample(unit, case.x.nbytes) for unit in units}
-    times = interleave({**samples, **peak_samples}, seconds, progress)
-    baselines = {v.baseline: v.name for v in family.variants if v.baseline and v.name in ready}
+            rows[variant.name] = dataclasses.replace(rows[variant.name], status=refusal(error))
+    samples = {name: one.sample for name, one in ready.items()}
+    for unit in sorted({unit for one in ready.values() for unit in one.units}):
+        samples[f"peak {unit}"] = peaks.sample(unit, case.x.nbytes)
+    times = interleave(samples, seconds, progress)
+    baselines = {v.baseline: ready[v.name] for v in family.variants if v.baseline and v.name in ready}
     macs = problem.m * problem.n * problem.k if family.macs else 0
-    for name, prepared in ready.items():
-        taken, row = times[name], rows[name]
-        done = {"read": prepared.weight_bytes, "copy": row.moved}
-        shares = {unit: done.get(unit, macs) * times[f"peak {unit}"].median / taken.median for unit in bounds[name]}
-        bound = max(shares, key=lambda unit: shares[unit], default=None)
-        rows[name] = dataclasses.replace(
-            row,
-            samples=taken.samples,
-            disturbed=taken.disturbed,
-            microseconds=taken.median * 1e6,
-            low=taken.low * 1e6,
-            high=taken.high * 1e6,
-            **{
-                f"x_{baseline}": times[other].median / taken.median
-                for baseline, other in baselines.items()
-                if rows[other].cold == row.cold  # one in cache says nothing against one from memory
-            },
-            weight_bytes=prepared.weight_bytes,
-            gmacs=macs / taken.median / 1e9 if macs else None,
-            gigabytes=row.moved / taken.median / 1e9,
-            intensity=macs / row.moved if macs else None,
-            bound=bound,
-            percent_of_peak=100 * shares[bound] or None if bound else None,
-        )
-    return list(rows.values())
+    finished = {name: finish(one, times, macs, baselines) for name, one in ready.items()}
+    return list({**rows, **finished}.values())
