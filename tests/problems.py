@@ -71,6 +71,25 @@ MODELS = (
     *_transformer("LLaMA-7B one token", 1, 4096, 11008),
 )
 
+# What the benchmarks report, with batches that no model above has: 8 texts at once, a few tokens, one attention head of
+# an image (query times keys, probabilities times values).
+HEADLINE = (
+    Problem("BERT-base projection", 128, 768, 768),
+    Problem("BERT-base up", 128, 3072, 768),
+    Problem("BERT-base down", 128, 768, 3072),
+    Problem("BERT-base projection, 8 texts", 1024, 768, 768),
+    Problem("TinyBERT-4L-312 projection", 128, 312, 312),
+    Problem("DeiT-S projection", 197, 384, 384),
+    Problem("DeiT attention scores", 197, 197, 64),
+    Problem("DeiT attention output", 197, 64, 197),
+    Problem("LLaMA-7B projection, 32 tokens", 32, 4096, 4096),
+    *(
+        Problem(f"LLaMA-7B {part}, {count} token{'s' * (count > 1)}", count, n, 4096)
+        for part, n in (("projection", 4096), ("up", 11008))
+        for count in (1, 8, 128)
+    ),
+)
+
 
 def on_every_machine(call: Callable[[], T]) -> list[tuple[str, T]]:
     """What `call` answers on every instruction set that this machine has, with one and with two threads."""

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// _C: what needs Python and not torch. The machine's instruction sets, facts of the build, a probe of the peak, and
+// _C: what needs Python and not torch. The machine's instruction sets, facts of the build, probes of the peaks, and
 // kernels on NumPy buffers (bitmill.arrays checks the arguments; here sizes are read from the arrays).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -127,6 +127,22 @@ Array<float> uncast_rows(const Array<uint8_t>& packed, int64_t k, const std::str
   return values;
 }
 
+double read_rate(const Array<uint8_t>& data) {
+  const void* bytes = data.data();
+  const int64_t count = data.size();
+  const py::gil_scoped_release unlocked;
+  return read_bandwidth(bytes, count);
+}
+
+double copy_rate(Array<uint8_t>& to, const Array<uint8_t>& source) {
+  if (to.size() != source.size()) throw std::invalid_argument("copy_bandwidth: both arrays must have the same size");
+  void* target = to.mutable_data();
+  const void* bytes = source.data();
+  const int64_t count = source.size();
+  const py::gil_scoped_release unlocked;
+  return copy_bandwidth(target, bytes, count);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -134,10 +150,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", &instruction_set, py::arg("wanted") = "", "Select a set for this library; \"\" only asks.");
   m.def("kernels", &kernels, "Functions with kernels for instruction sets beyond the generic one.");
   m.def("compiler", [] { return std::string(__VERSION__); }, "The compiler that built this library.");
-  m.def("popcount_peak", &popcount_peak,
+  const py::call_guard<py::gil_scoped_release> unlocked;  // several threads may probe at once
+  m.def("popcount_peak", &popcount_peak, unlocked,
         "Bit multiply-adds a second that one core reaches with xor, popcount and add"
         " on registers; 0 if this machine has no vector popcount.");
-  m.def("binary_matmul_seconds", &binary_matmul_seconds, "Median seconds of the integer product alone, one thread.");
+  m.def("float32_peak", &float32_peak, unlocked, "The same of float32 FMA.");
+  m.def("bfloat16_peak", &bfloat16_peak, unlocked, "The same of bfloat16 dot products.");
+  m.def("int8_peak", &int8_peak, unlocked, "The same of int8 dot products.");
+  m.def("read_bandwidth", &read_rate, "Bytes a second of one sequential read of the array.");
+  m.def("copy_bandwidth", &copy_rate, "Bytes a second of a copy of `source` to `to`, an array of the same size.");
+  m.def("binary_matmul_seconds", &binary_matmul_seconds, unlocked,
+        "Median seconds of the integer product alone, one thread.");
   m.def("bitpack", &pack_rows);
   m.def("bitunpack", &unpack_rows);
   m.def("tile_pack", &pack_tiles);

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The probes: the peak of this machine, and the binary product alone.
+// The probes: the peaks of this machine, and the binary product alone.
 #include "probe.h"
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <vector>
 
 #include "binary_matmul.h"
@@ -17,6 +18,54 @@ double popcount_peak() {
   if (available(InstructionSet::avx512)) return detail::popcount_peak_avx512();
 #endif
   return 0.0;
+}
+
+double float32_peak() {
+#ifdef BITMILL_AVX512
+  if (available(InstructionSet::avx512)) return detail::float32_peak_avx512();
+#endif
+#ifdef BITMILL_AVX2
+  if (available(InstructionSet::avx2)) return detail::float32_peak_avx2();
+#endif
+  return 0.0;
+}
+
+double bfloat16_peak() {
+#ifdef BITMILL_AVX512
+  if (available(InstructionSet::avx512) && has_bf16_dot()) return detail::bfloat16_peak_avx512bf16();
+#endif
+  return 0.0;
+}
+
+double int8_peak() {
+#ifdef BITMILL_AVX512
+  if (available(InstructionSet::avx512) && has_int8_dot()) return detail::int8_peak_avx512vnni();
+#endif
+  return 0.0;
+}
+
+namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+double read_bandwidth(const void* data, int64_t bytes) {
+  const auto* words = static_cast<const uint64_t*>(data);
+  const auto start = std::chrono::steady_clock::now();
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < bytes / 8; ++i) sum += words[i];  // the hardware prefetches a plain stream best
+  asm volatile("" : : "r"(sum));
+  return static_cast<double>(bytes) / seconds_since(start);
+}
+
+double copy_bandwidth(void* to, const void* from, int64_t bytes) {
+  const auto start = std::chrono::steady_clock::now();
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+  asm volatile("" : : "r"(to) : "memory");
+  return static_cast<double>(bytes) / seconds_since(start);
 }
 
 double binary_matmul_seconds(int64_t m, int64_t n, int64_t k, int repeats) {
@@ -44,7 +93,7 @@ double binary_matmul_seconds(int64_t m, int64_t n, int64_t k, int repeats) {
   for (double& result : seconds) {
     const auto start = std::chrono::steady_clock::now();
     binary_matmul(p);
-    result = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    result = seconds_since(start);
   }
   std::nth_element(seconds.begin(), seconds.begin() + seconds.size() / 2, seconds.end());
   return seconds[seconds.size() / 2];

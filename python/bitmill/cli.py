@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `bitmill info` and `bitmill demo`. Exit code 0 for success, 1 for a failure, 2 for wrong usage."""
+"""The command line: `bitmill info`, `demo` and `bench`. Exit code 0 for success, 1 for a failure, 2 for wrong usage."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .timing import check_shape
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,6 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--tokens", metavar="N", type=int, help="tokens to evaluate (default: a prefix; -1: the whole text)"
     )
     demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="will a packed layer be faster than nn.Linear on this machine?")
+    bench.add_argument("--layer", choices=LAYER_KINDS, help="time this one (default: all)")
+    bench.add_argument("--shape", metavar="M,N,K", type=parse_shape, help="M rows, weight N x K (128,768,768)")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations")
+    bench.add_argument("--threads", metavar="N", type=parse_threads, help="threads (default: as torch chooses)")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    bench.set_defaults(run=_bench)
 
     options = parser.parse_args(arguments)
     try:
@@ -126,6 +135,45 @@ def _demo(options: argparse.Namespace) -> None:
     print(json.dumps(result, indent=2) if options.json else render(result))
     if options.plot:
         plot(result, options.plot)
+
+
+LAYER_KINDS = ("binary", "binary-weight", "salient", "fp4", "mxfp4")
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """Three sizes; argparse makes an error of it a wrong usage."""
+    try:
+        m, n, k = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected three whole numbers like 128,768,768, got {text!r}") from None
+    try:
+        check_shape(m, n, k)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return m, n, k
+
+
+def parse_threads(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1024, got {text!r}")
+    return int(text)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise ImportError("it needs torch, which is not installed: pip install torch")
+    import torch
+
+    from . import bench
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    kinds = (options.layer,) if options.layer else LAYER_KINDS
+    result = bench.run(
+        kinds, options.shape or bench.DEFAULT_SHAPE, getattr(torch, options.dtype), progress=not options.json
+    )
+    result = {"cpu": cpu_name(), **result}
+    print(json.dumps(result, indent=2) if options.json else f"{result['cpu']}\n{bench.render(result)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: one family a question, one declared line a variant.
+
+Every variant is compared with its reference before it is timed: integers and layers with 1-bit or int8 activations
+exactly with the training form in torch, layers with float activations within a stated relative error of the product
+with the dequantised weight in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from bitmill import _C, BinaryConfig, FP4Config, SalientConfig, arrays, ops
+from bitmill.bench import buffer_bytes
+from bitmill.config import Config
+from bitmill.convert import LAYERS
+
+from . import peers
+from .runner import Case, Family, Prepared, Variant, layer_copies
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}  # a bfloat16 result is rounded by up to 2^-9
+
+
+def layer(name: str, config: Config, bound: str | None, dtype: torch.dtype = torch.float32) -> Variant:
+    """A packed layer from an nn.Linear, activations of `dtype` in and out."""
+
+    def build(case: Case) -> Prepared:
+        training: Any = LAYERS[type(config)].from_linear(case.linear, config).eval()
+        packed = training.pack()
+        x = case.x.to(dtype)
+        exact = isinstance(config, BinaryConfig) and (config.act_bits == 1 or config.activations == "int8")
+        if exact:
+            return layer_copies(packed, x, training(x), 0.0, buffer_bytes(packed), bound)
+        activations = x.double()
+        if getattr(config, "activations", "float") == "int8":
+            q, scale = ops.int8_quantize(x)
+            activations = q.double() * scale.double().unsqueeze(-1)
+        dense = packed.dequantize()
+        expected = linear(activations, dense.weight.double(), dense.bias.double())
+        return layer_copies(packed, x, expected, TOLERANCE[dtype], buffer_bytes(packed), bound)
+
+    return Variant(name, build)
+
+
+def torch_linear(dtype: torch.dtype, baseline: str, bias: bool = True) -> Variant:
+    def build(case: Case) -> Prepared:
+        x, bias_values = case.x.to(dtype), case.linear.bias.to(dtype) if bias else None
+        expected = linear(case.x, case.linear.weight, case.linear.bias if bias else None)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+
+        def prepared() -> Prepared:
+            weight = case.linear.weight.to(dtype, copy=True)
+            return Prepared(
+                lambda: linear(x, weight, bias_values), expected, tolerance, x.nbytes, weight.nbytes, prepared, baseline
+            )
+
+        return prepared()
+
+    return Variant(f"torch {baseline}", build, "torch", baseline)
+
+
+def torch_int8() -> Variant:
+    """torch._int_mm of int8 operands, the integer product alone: no quantisation, no scale, no bias."""
+
+    def build(case: Case) -> Prepared:
+        x = (case.x * 30).clamp(-127, 127).to(torch.int8)
+        weight = (case.linear.weight * (30 * case.k**0.5)).clamp(-127, 127).to(torch.int8)
+        expected = x.double() @ weight.double().T
+
+        def prepared() -> Prepared:
+            own = weight.clone()
+            return Prepared(lambda: torch._int_mm(x, own.T), expected, 0.0, x.nbytes, own.nbytes, prepared, "int8")
+
+        return prepared()
+
+    return Variant("torch int8 (_int_mm)", build, "torch", "int8")
+
+
+BASELINES = (torch_linear(torch.float32, "fp32"), torch_linear(torch.bfloat16, "bf16"), torch_int8())
+
+
+def packed_operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Bits of x (x >= 0), tiles of the weight's signs, and their integer product."""
+    bits = ops.bitpack(case.x, levels="plus")[0]
+    signs = case.linear.weight > 0
+    expected = torch.where(case.x >= 0, 1.0, -1.0) @ torch.where(signs, 1.0, -1.0).T
+    return bits, ops.tile_pack(signs.to(torch.uint8), 1), expected.to(torch.int32)
+
+
+def product_op(case: Case) -> Prepared:
+    bits, tiles, expected = packed_operands(case)
+
+    def prepared(weight: Tensor) -> Prepared:
+        def call() -> Tensor:
+            return ops.binary_matmul(bits, weight, case.n, case.k)
+
+        def again() -> Prepared:
+            return prepared(weight.clone())
+
+        return Prepared(call, expected, 0.0, bits.nbytes, weight.nbytes, again, "popcount")
+
+    return prepared(tiles)
+
+
+def product_kernel(case: Case) -> Prepared:
+    """The kernel alone, without the cost of calling an op; it times itself on data of its own, in cache."""
+    bits, tiles, expected = packed_operands(case)
+
+    def call() -> np.ndarray:
+        return arrays.binary_matmul(bits.numpy(), tiles.numpy(), case.n, case.k)
+
+    def sample() -> float:
+        return _C.binary_matmul_seconds(case.m, case.n, case.k, 5)
+
+    return Prepared(call, expected, 0.0, bits.nbytes, tiles.nbytes, None, "popcount", sample)
+
+
+def on_rows(
+    name: str, run: Callable[[Tensor], Tensor], check: Callable[[Tensor], Tensor], origin: str = "bitmill"
+) -> Variant:
+    """A function of x alone, which must equal `check` of it."""
+    return Variant(name, lambda case: Prepared(lambda: run(case.x), check(case.x), 0.0, case.x.nbytes, 0), origin)
+
+
+def pack_plus(x: Tensor) -> Tensor:
+    return ops.bitpack(x, levels="plus")[0]
+
+
+def pack_sign(x: Tensor) -> Tensor:
+    return ops.bitpack(x)[0]
+
+
+def numpy_bits(x: Tensor) -> Tensor:
+    """Bits of x >= 0 in bitmill's row layout, by NumPy."""
+    rows = np.packbits(x.numpy() >= 0, axis=1, bitorder="little")
+    return torch.from_numpy(np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4))).view(np.int32))
+
+
+def fp4_codes(x: Tensor, values: Tensor) -> Tensor:
+    """The packed codes of the nearest values, found by search, ties as `fp4_cast` says (none in random data)."""
+    codes = (x.unsqueeze(-1) - values).abs().argmin(-1)
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+
+
+def cast_by_search(x: Tensor) -> Tensor:
+    codes = fp4_codes(x, torch.tensor(ops.code_values("e2m1")))
+    negative_zero = (x < 0) & (x >= -0.25)  # the search cannot tell the sign of zero
+    return codes | fp4_codes(torch.where(negative_zero, -0.5, 0.0), torch.tensor([0.0, *[9.0] * 7, -0.5]))
+
+
+def mxfp4_by_search(x: Tensor) -> Tensor:
+    k = x.shape[-1]
+    blocks = torch.nn.functional.pad(x, (0, -k % 32)).unflatten(-1, (-1, 32))
+    scale = torch.exp2(torch.floor(torch.log2(blocks.abs().amax(-1, keepdim=True))) - 2)
+    return cast_by_search((blocks / scale).flatten(-2)[..., :k])
+
+
+def binary(**fields: object) -> BinaryConfig:
+    return BinaryConfig("bibert", **fields)  # type: ignore[arg-type]
+
+
+def salient_layers() -> tuple[Variant, ...]:
+    """Every fraction, in every structure and with every kind of activations that this version has."""
+    fields = {field.name for field in dataclasses.fields(SalientConfig)}
+    kinds: list[tuple[str, dict[str, str]]] = [("", {})]
+    if "activations" in fields:
+        kinds.append((" int8", {"activations": "int8"}))
+    return tuple(
+        layer(f"salient {percent} %{name}", SalientConfig(fraction=percent / 100, **options), None)  # type: ignore[arg-type]
+        for percent in (5, 10, 30)
+        for name, options in kinds
+    )
+
+
+FAMILIES = (
+    Family(
+        "product",
+        "1-bit x 1-bit integer product, packed operands in, int32 out",
+        (
+            Variant("kernel alone, in cache", product_kernel),
+            Variant("binary_matmul", product_op),
+            torch_linear(torch.float32, "fp32", bias=False),
+            torch_linear(torch.bfloat16, "bf16", bias=False),
+            torch_int8(),
+            *peers.PRODUCT,
+        ),
+    ),
+    Family(
+        "w1a1",
+        "layer with 1-bit weights and activations, float in and out, packing of the activations included",
+        (
+            layer("binary", binary(), "popcount"),
+            layer("binary, zero=plus", binary(zero="plus"), "popcount"),
+            layer("binary, bfloat16", binary(), "popcount", torch.bfloat16),
+            *BASELINES,
+            *peers.W1A1,
+        ),
+    ),
+    Family(
+        "w1a8",
+        "layer with 1-bit weights and int8 activations, float in and out, quantisation included",
+        (
+            layer("binary int8", binary(act_bits=32, activations="int8"), "int8"),
+            layer("binary int8, bfloat16", binary(act_bits=32, activations="int8"), "int8", torch.bfloat16),
+            *BASELINES,
+        ),
+    ),
+    Family(
+        "w1a32",
+        "layer with 1-bit weights and float activations",
+        (
+            layer("binary weight", binary(act_bits=32), "fp32"),
+            layer("binary weight, bfloat16", binary(act_bits=32), "bf16", torch.bfloat16),
+            *BASELINES,
+        ),
+    ),
+    Family(
+        "salient",
+        "layer with 1-bit weights of which a fraction keeps 8 bits, float in and out",
+        (*salient_layers(), *BASELINES),
+    ),
+    Family(
+        "fp4",
+        "layer with 4-bit weights, float in and out",
+        (
+            layer("e2m1", FP4Config("e2m1"), "fp32"),
+            layer("mxfp4", FP4Config("mxfp4"), "fp32"),
+            layer("e2m1, bfloat16", FP4Config("e2m1"), "bf16", torch.bfloat16),
+            layer("mxfp4, bfloat16", FP4Config("mxfp4"), "bf16", torch.bfloat16),
+            *BASELINES,
+            *peers.FOUR_BIT,
+        ),
+    ),
+    Family(
+        "bitpack",
+        "float32 rows to bits",
+        (
+            on_rows("bitpack, one plane", pack_plus, numpy_bits),
+            on_rows("bitpack, two planes", pack_sign, numpy_bits),
+            on_rows("numpy packbits", numpy_bits, pack_plus, "peer"),
+        ),
+        macs=False,
+    ),
+    Family(
+        "cast",
+        "float32 rows to FP4 codes",
+        (
+            on_rows("fp4_cast e2m1", ops.fp4_cast, cast_by_search),
+            on_rows("mxfp4_quantize", lambda x: ops.mxfp4_quantize(x)[0], mxfp4_by_search),
+            *peers.CAST,
+        ),
+        macs=False,
+    ),
+)
