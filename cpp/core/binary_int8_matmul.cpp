@@ -99,11 +99,14 @@ Status binary_int8_linear(const Int8QuantizeParams& quantize, const BinaryInt8Ma
   }
   const double cost = static_cast<double>(product.k) * (static_cast<double>(product.n) * 0.004 + 0.1);
   split_rows(product.parallel_for, product.m, cost, [&](int64_t begin, int64_t end) {
-    Int8QuantizeParams rows = rows_of(quantize, begin, end);
-    BinaryInt8MatmulParams part = rows_of(product, begin, end);
-    rows.parallel_for = part.parallel_for = serial_for;
-    int8_quantize(rows);  // checked with the whole
-    binary_int8_matmul(part);
+    for (int64_t row = begin; row < end; row += kManyRows) {  // rows that are still near when they are multiplied
+      const int64_t last = std::min(row + kManyRows, end);
+      Int8QuantizeParams rows = rows_of(quantize, row, last);
+      BinaryInt8MatmulParams part = rows_of(product, row, last);
+      rows.parallel_for = part.parallel_for = serial_for;
+      int8_quantize(rows);  // checked with the whole
+      binary_int8_matmul(part);
+    }
   });
   return Status::ok;
 }

@@ -94,6 +94,13 @@ template <int rows>
   const bool whole = task.groups == 1 && task.p.out_dtype == Dtype::f32 && tile + kTilePair <= task.end &&
                      (tile + kTilePair) * kTileRows <= task.p.n;
   float partial[rows][kTilePair][kTileRows];
+  if (whole) {  // the lines that this block is going to write arrive while it is computed
+    const float* out = static_cast<const float*>(task.p.out) + row * task.p.n + tile * kTileRows;
+    for (int64_t r = 0; r < count; ++r, out += task.p.n) {
+      __builtin_prefetch(out, 1);
+      __builtin_prefetch(out + kTileRows, 1);
+    }
+  }
   for (int64_t group = 0; group < task.groups; ++group) {
     const int64_t begin = group * task.group_words, end = task.group_end(group);
     for (int64_t w = begin; w < end;) {
