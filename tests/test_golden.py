@@ -226,6 +226,102 @@ def registry_linear(case: Case, method: str, **parameters: str) -> None:
     check_packed(layer, case, y, gradient=method != "react_bibench")  # its packed form knows no shift
 
 
+def named_linear(case: Case, name: str, config: BinaryConfig, **parameters: str) -> BinaryLinear:
+    """The layer whose arrays are par_<name>_weight, par_<name>_bias, ..."""
+    weight = case[f"par_{name}_weight"]
+    layer = BinaryLinear(weight.shape[1], weight.shape[0], config=config)
+    with torch.no_grad():
+        for ours, theirs in {"weight": "weight", "bias": "bias", **parameters}.items():
+            parameter = layer.get_parameter(ours)
+            parameter.copy_(case[f"par_{name}_{theirs}"].reshape(parameter.shape))
+    if layer.alpha_ready is not None:
+        layer.alpha_ready.fill_(True)
+    return layer
+
+
+def heads_of(t: Tensor, heads: int) -> Tensor:
+    return t.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def merged(t: Tensor) -> Tensor:
+    return t.transpose(-3, -2).flatten(-2)
+
+
+def assert_gradients_of(case: Case, tolerance: float, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        want = case[f"grad_{name}"]
+        assert_relative(t.grad.reshape(want.shape), want, tolerance, f"grad_{name}")
+
+
+def bibert_attention(case: Case) -> None:
+    heads = int(case.number("hp_heads"))
+    layers = {name: named_linear(case, name, BinaryConfig("bibert")) for name in "qkv"}
+    x, mask = leaf(case["in_x"]), case["in_mask"][:, None, None]
+    q, k, v = (heads_of(layer(x), heads) for layer in layers.values())
+    for name, t in zip("qkv", (q, k, v), strict=True):
+        assert_relative(t, case[f"out_{name}"], 1e-4, name)
+    context = merged(binarize.bool_attention(q, k, v, mask))
+    assert_exact(context.detach(), case["out_ctx"], "context")
+    keep = case["in_keep"].bool()[:, None, None]
+    assert_exact(merged(binarize.bool_attention(q, k, v, keep)).detach(), case["out_ctx"], "context, boolean mask")
+    similar = [t @ t.mT / t.shape[-1] ** 0.5 for t in (q, k, v)]
+    for name, t in zip("qkv", similar, strict=True):
+        assert_relative(t, case[f"out_s{name}"], 1e-5, f"similarity of {name}")
+    torch.autograd.backward([context, *similar], [case["gout_ctx"], *(case[f"gout_s{name}"] for name in "qkv")])
+    parameters = {f"{name}_{p}": layer.get_parameter(p) for name, layer in layers.items() for p in ("weight", "bias")}
+    assert_gradients_of(case, 2e-5, x=x, **parameters)
+
+
+def bit_attention(case: Case) -> None:
+    heads = int(case.number("hp_heads"))
+    learned = {"shift": "move", "alpha": "alpha"}
+    layers = {name: named_linear(case, name, BinaryConfig("bit"), **learned) for name in "qkv"}
+    steps = {f"alpha_{name}": leaf(case[f"par_alpha_{name}"].reshape(())) for name in "qkva"}
+    x = leaf(case["in_x"])
+    q, k, v = (heads_of(layer(x), heads) for layer in layers.values())
+    context = binarize.elastic_attention(q, k, v, **steps, mask=case["in_mask"][:, None, None])
+    whole = context.detach() / (steps["alpha_a"] * steps["alpha_v"]).detach()
+    assert_exact(whole.round().int(), case["out_ctx_int"], "context as integers")
+    assert_relative(merged(context), case["out_ctx"], 2e-5, "context")
+    merged(context).backward(case["gout_ctx"])
+    places = {"weight": "weight", "bias": "bias", **learned}
+    parameters = {
+        f"{name}_{theirs}": layer.get_parameter(ours)
+        for name, layer in layers.items()
+        for ours, theirs in places.items()
+    }
+    assert_gradients_of(case, 5e-5, x=x, **parameters, **steps)
+
+
+def bivit_sab_mask(case: Case) -> None:
+    logits = leaf(case["in_logits"])
+    bits = binarize.softmax_aware_map(logits)
+    assert_exact(bits.detach().to(torch.uint8), case["out_bits"], "bits")
+    assert_exact(binarize.softmax_aware_map(logits.detach()).to(torch.uint8), case["out_bits"], "bits, no gradient")
+    bits.backward(case["gout_bits"])
+    assert_relative(logits.grad, case["grad_logits"], 2e-5, "grad_logits")
+
+
+def bivit_attention(case: Case, method: str) -> None:
+    heads, learned = int(case.number("hp_heads")), {"weight_scale": "scale"} if method == "bivit_pws" else {}
+    qkv, proj = (named_linear(case, name, BinaryConfig(method), **learned) for name in ("qkv", "proj"))
+    attention = binarize.softmax_aware_attention if learned else binarize.bool_attention
+    x = leaf(case["in_x"])
+    q, k, v = (heads_of(t, heads) for t in qkv(x).chunk(3, -1))
+    z = merged(attention(q, k, v))
+    assert_exact(z.detach().to(torch.int16), case["out_z"], "z")
+    y = proj(z)
+    assert_relative(y, case["out_y"], 2e-5, "y")
+    y.backward(case["gout_y"])
+    places = {"weight": "weight", "bias": "bias", **learned}
+    parameters = {
+        f"{name}_{theirs}": layer.get_parameter(ours)
+        for name, layer in (("qkv", qkv), ("proj", proj))
+        for ours, theirs in places.items()
+    }
+    assert_gradients_of(case, 5e-5, x=x, **parameters)
+
+
 def fp4_cast_e2m1(case: Case) -> None:
     x = case["in_f32_bits"].view(torch.float32)
     if "out_table" in case:
@@ -282,6 +378,11 @@ COMPARISONS: dict[str, Callable[[Case], None]] = {
     "bit/elastic-unsigned": lambda case: bit_elastic(case, False),
     "bit/linear": bit_linear,
     "bit/embedding": lambda case: embedding_case(case, "bit", 1e-5, 1e-6),
+    "bibert/attention": bibert_attention,
+    "bit/attention": bit_attention,
+    "bivit/sab-mask": bivit_sab_mask,
+    "bivit/sab-attention": lambda case: bivit_attention(case, "bivit_pws"),
+    "bivit/bool-attention": lambda case: bivit_attention(case, "bivit"),
     "bivit/linear-w1a1": lambda case: bivit_linear(case, "bivit", 1),
     "bivit/linear-pws": lambda case: bivit_linear(case, "bivit_pws", 1),
     "bivit/linear-w1a32": lambda case: bivit_linear(case, "bivit", 32),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Binarizers: the rules of the published methods as data, and their forward and straight-through gradient."""
 
+from .attention import bool_attention, elastic_attention, softmax_aware_attention, softmax_aware_map
 from .functions import (
     BinarizedWeight,
     binarize_weight,
@@ -19,13 +20,17 @@ __all__ = [
     "Method",
     "WeightRule",
     "binarize_weight",
+    "bool_attention",
     "boolean",
     "elastic",
     "elastic_alpha",
+    "elastic_attention",
     "exact_linear",
     "method",
     "method_names",
     "register_method",
     "sign",
+    "softmax_aware_attention",
+    "softmax_aware_map",
     "weight_scale",
 ]
