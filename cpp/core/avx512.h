@@ -33,9 +33,18 @@ static inline __m512 load16(const Float16* x, __mmask16 lanes) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x));
 }
 
-static inline void store16(float* out, __mmask16 lanes, __m512 value) { _mm512_mask_storeu_ps(out, lanes, value); }
+// Masked stores, of 16-bit values above all, are slow on Zen 4: whole vectors go without.
+static inline void store16(void* out, __mmask16 lanes, __m256i halves) {
+  if (lanes == 0xFFFF) return _mm256_storeu_si256(static_cast<__m256i*>(out), halves);
+  _mm256_mask_storeu_epi16(out, lanes, halves);
+}
+static inline void store16(float* out, __mmask16 lanes, __m512 value) {
+  if (lanes == 0xFFFF) return _mm512_storeu_ps(out, value);
+  _mm512_mask_storeu_ps(out, lanes, value);
+}
 static inline void store16(Float16* out, __mmask16 lanes, __m512 value) {
-  _mm256_mask_storeu_epi16(out, lanes, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const __m256i halves = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  store16(static_cast<void*>(out), lanes, halves);
 }
 static inline void store16(BFloat16* out, __mmask16 lanes, __m512 value) {
   // vcvtneps2bf16 flushes subnormals, so the rounding is done by hand.
@@ -44,7 +53,7 @@ static inline void store16(BFloat16* out, __mmask16 lanes, __m512 value) {
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   const __m512i halves = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0));
-  _mm256_mask_storeu_epi16(out, lanes, _mm512_cvtepi32_epi16(halves));
+  store16(static_cast<void*>(out), lanes, _mm512_cvtepi32_epi16(halves));
 }
 
 // 4 rows of 4 values in every 128-bit part, to columns.

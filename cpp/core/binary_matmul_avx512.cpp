@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Binary products with VPOPCNTDQ: 4 rows x up to 4 tiles (64 outputs a row) stay in registers over all of k. A lane is
-// an output, so 16 finished results leave a register at once. Bit-equal to the generic form, epilogue included. Weights
-// with zeros are rare and take the generic form.
+// Binary products with VPOPCNTDQ: 4 rows x up to 5 tiles (4 are 64 outputs a row) stay in registers over all of k. A
+// lane is an output, so 16 finished results leave a register at once. Bit-equal to the generic form, epilogue included.
+// Weights with zeros are rare and take the generic form.
 #include "avx512.h"
 #include "binary_matmul.h"
 #include "bit_output.h"
@@ -10,13 +10,14 @@
 namespace bitmill::detail {
 namespace {
 
-constexpr int kTiles = 4;                  // tiles side by side, at most
+constexpr int kTiles = 5;                  // tiles side by side, at most: 4, or all of the last 5
 constexpr int kRows = 4;                   // rows together; the rest comes one by one
 constexpr int64_t kRowChunk = 64;          // rows whose bits and output pages stay near while the tiles pass by
-constexpr int64_t kNearBytes = 512 << 10;  // an output of this size stays in the second-level cache
+constexpr int64_t kNearBytes = 512 << 10;  // an output of this size may be in the second-level cache already
+constexpr int64_t kShortWords = 8;         // below, asking for its lines costs more than it saves
 
 struct Row {  // named, not an array: g++ keeps an indexed array of accumulators in memory
-  __m512i c0, c1, c2, c3;
+  __m512i c0, c1, c2, c3, c4;
 };
 
 template <Operand operand, bool first>
@@ -36,13 +37,14 @@ __m512i count(__m512i sum, __m512i a, __m512i nonzero, __m512i weight) {
 }
 
 template <Operand operand, int tiles, bool first>
-void step(Row& row, int32_t a, int32_t nonzero, __m512i w0, __m512i w1, __m512i w2, __m512i w3) {
+void step(Row& row, int32_t a, int32_t nonzero, __m512i w0, __m512i w1, __m512i w2, __m512i w3, __m512i w4) {
   const __m512i bits = _mm512_set1_epi32(a);
   const __m512i present = operand == Operand::ternary ? _mm512_set1_epi32(nonzero) : bits;
   row.c0 = count<operand, first>(row.c0, bits, present, w0);
   if constexpr (tiles > 1) row.c1 = count<operand, first>(row.c1, bits, present, w1);
   if constexpr (tiles > 2) row.c2 = count<operand, first>(row.c2, bits, present, w2);
   if constexpr (tiles > 3) row.c3 = count<operand, first>(row.c3, bits, present, w3);
+  if constexpr (tiles > 4) row.c4 = count<operand, first>(row.c4, bits, present, w4);
 }
 
 // One word of every row and tile. `next` words lie between rows.
@@ -53,11 +55,12 @@ template <Operand operand, int rows, int tiles, bool first>
   const __m512i v1 = tiles > 1 ? _mm512_loadu_si512(weight[1] + w * kTileRows) : v0;
   const __m512i v2 = tiles > 2 ? _mm512_loadu_si512(weight[2] + w * kTileRows) : v0;
   const __m512i v3 = tiles > 3 ? _mm512_loadu_si512(weight[3] + w * kTileRows) : v0;
-  step<operand, tiles, first>(r0, a[w], z[w], v0, v1, v2, v3);
+  const __m512i v4 = tiles > 4 ? _mm512_loadu_si512(weight[4] + w * kTileRows) : v0;
+  step<operand, tiles, first>(r0, a[w], z[w], v0, v1, v2, v3, v4);
   if constexpr (rows > 1) {
-    step<operand, tiles, first>(r1, a[w + next], z[w + next], v0, v1, v2, v3);
-    step<operand, tiles, first>(r2, a[w + 2 * next], z[w + 2 * next], v0, v1, v2, v3);
-    step<operand, tiles, first>(r3, a[w + 3 * next], z[w + 3 * next], v0, v1, v2, v3);
+    step<operand, tiles, first>(r1, a[w + next], z[w + next], v0, v1, v2, v3, v4);
+    step<operand, tiles, first>(r2, a[w + 2 * next], z[w + 2 * next], v0, v1, v2, v3, v4);
+    step<operand, tiles, first>(r3, a[w + 3 * next], z[w + 3 * next], v0, v1, v2, v3, v4);
   }
 }
 
@@ -67,7 +70,7 @@ struct Task {
   int64_t words, groups, group_words;
   const int32_t* present;  // [m, groups]: k, pc(nonzero) or pc(a) over the columns of the group
   bool plain;              // one group, to integers or float32
-  bool far;                // the output is larger than the nearest caches
+  bool far;                // the lines of the output are asked for ahead
 };
 
 // Tiles side by side: at most kTiles, of which only the last can be cut by n. Scale and bias of the only group.
@@ -151,6 +154,7 @@ template <Operand operand, int tiles>
   if constexpr (tiles > 1) finish_tile<tiles == 2>(o, 1, to_dot<operand>(counts.c1, present), row_scale, factor);
   if constexpr (tiles > 2) finish_tile<tiles == 3>(o, 2, to_dot<operand>(counts.c2, present), row_scale, factor);
   if constexpr (tiles > 3) finish_tile<tiles == 4>(o, 3, to_dot<operand>(counts.c3, present), row_scale, factor);
+  if constexpr (tiles > 4) finish_tile<tiles == 5>(o, 4, to_dot<operand>(counts.c4, present), row_scale, factor);
 }
 
 __mmask16 inside(__mmask16 lanes, const __m512i (&range)[2][kTiles], int t, __m512i dot) {
@@ -200,6 +204,7 @@ void keep(const Row& counts, int32_t* memory) {
   _mm512_store_si512(memory + kTileRows, counts.c1);
   _mm512_store_si512(memory + 2 * kTileRows, counts.c2);
   _mm512_store_si512(memory + 3 * kTileRows, counts.c3);
+  _mm512_store_si512(memory + 4 * kTileRows, counts.c4);
 }
 
 Output row_of_output(const Task& task, const Columns& c, int64_t row) {
@@ -221,7 +226,7 @@ template <int rows, int tiles>
   const char* const to = o.dot ? reinterpret_cast<const char*>(o.dot) : reinterpret_cast<const char*>(o.out);
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int t = 0; t < tiles; ++t) __builtin_prefetch(to + 4 * (r * n + t * kTileRows), 1);
   }
 }
@@ -240,7 +245,7 @@ void block(const Task& task, const Columns& c, int64_t row) {
   alignas(64) float sums[rows][kTiles * kTileRows];
   for (int64_t group = 0; group < task.groups; ++group) {
     const __m512i zero = _mm512_setzero_si512();
-    Row r0{zero, zero, zero, zero}, r1 = r0, r2 = r0, r3 = r0;
+    Row r0{zero, zero, zero, zero, zero}, r1 = r0, r2 = r0, r3 = r0;
     const int64_t begin = group * task.group_words;
     const int64_t end = begin + task.group_words < task.words ? begin + task.group_words : task.words;
     add_word<operand, rows, tiles, true>(r0, r1, r2, r3, c.weight, a0, z0, next, begin);
@@ -320,15 +325,16 @@ void binary_matmul_tiles_avx512(const BinaryMatmulParams& p, int64_t begin, int6
   const int64_t groups = ceil_div(words, group_words);
   const bool plain = groups == 1 && !p.bits.sign && (p.dot || p.out_dtype == Dtype::f32);
   int32_t* present = plain && p.operand == Operand::sign ? nullptr : count_present(p, groups, group_words);
-  const bool far = plain && p.m * p.n * 4 > kNearBytes;
+  const bool far = plain && (words >= kShortWords || p.m * p.n * 4 > kNearBytes);
   const Task task{p, words, groups, group_words, present, plain, far};
   for (int64_t row = 0; row < p.m; row += kRowChunk) {
     const int64_t last = row + kRowChunk < p.m ? row + kRowChunk : p.m;
-    int64_t tile = begin;
-    for (; tile + kTiles <= end; tile += kTiles) columns<kTiles>(task, tile, row, last);
-    if (end - tile == 3) columns<3>(task, tile, row, last);
-    if (end - tile == 2) columns<2>(task, tile, row, last);
-    if (end - tile == 1) columns<1>(task, tile, row, last);
+    int64_t tile = begin, left = end - begin;
+    for (; left > kTiles || left == 4; tile += 4, left -= 4) columns<4>(task, tile, row, last);
+    if (left == 5) columns<5>(task, tile, row, last);
+    if (left == 3) columns<3>(task, tile, row, last);
+    if (left == 2) columns<2>(task, tile, row, last);
+    if (left == 1) columns<1>(task, tile, row, last);
   }
   delete[] present;
 }
