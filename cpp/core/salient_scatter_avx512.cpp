@@ -350,7 +350,7 @@ void multiply(const Rows& rows, int64_t begin, int64_t end, TileFactors& factors
     const int64_t count = task.m - row < kBlockRows ? task.m - row : kBlockRows;
     const float* from = rows.x + row * rows.width;
     if (few) {
-      __builtin_memcpy(x, from, static_cast<size_t>(rows.width) * sizeof(float));
+      for (int64_t i = 0; i < rows.width; ++i) x[i] = from[i];
     } else {
       transpose_rows(from, rows.width, count, x);
     }
