@@ -28,7 +28,7 @@ void row_differences(const SalientWeight& w, int64_t row, int64_t i, int64_t cou
   }
 }
 
-// Entries decoded to columns and differences: of a list or of salient columns [kChunkSteps][16], of a bitmap one row.
+// Entries decoded to columns and differences: of a list [kChunkSteps][16], of a bitmap one row.
 struct Chunk {
   alignas(64) int32_t column[kChunkSteps * kTileRows];
   alignas(64) float difference[kChunkSteps * kTileRows];
@@ -74,17 +74,48 @@ void list_block(const SalientTask& task, int64_t tile, const float* x, const Til
   }
 }
 
+struct Pair {  // 32 sums of one output; named, not an array: g++ keeps indexed accumulators in memory
+  __m512 low, high;
+};
+
+void add_column(Pair& sum, float difference, __m512 low, __m512 high) {
+  const __m512 factor = _mm512_set1_ps(difference);
+  sum.low = _mm512_fmadd_ps(low, factor, sum.low);
+  sum.high = _mm512_fmadd_ps(high, factor, sum.high);
+}
+
+// Adds `steps` columns, which all outputs have, to the sums of 4 outputs. difference: [steps][16].
+void add_columns(const float* difference, int64_t steps, const float* x, float* sums) {
+  const auto load = [sums](int64_t i) {
+    return Pair{_mm512_load_ps(sums + i * kBlockRows), _mm512_load_ps(sums + i * kBlockRows + 16)};
+  };
+  Pair s0 = load(0), s1 = load(1), s2 = load(2), s3 = load(3);
+  for (int64_t i = 0; i < steps; ++i, difference += kTileRows, x += kBlockRows) {
+    const __m512 low = _mm512_load_ps(x), high = _mm512_load_ps(x + 16);
+    add_column(s0, difference[0], low, high);
+    add_column(s1, difference[1], low, high);
+    add_column(s2, difference[2], low, high);
+    add_column(s3, difference[3], low, high);
+  }
+  const auto store = [sums](int64_t i, Pair sum) {
+    _mm512_store_ps(sums + i * kBlockRows, sum.low);
+    _mm512_store_ps(sums + i * kBlockRows + 16, sum.high);
+  };
+  store(0, s0), store(1, s1), store(2, s2), store(3, s3);
+}
+
 template <bool codes>
 void columns_block(const SalientRows& rows, int64_t tile, const float* x, const TileFactors& factors, float* sums) {
   const int32_t* values = values_of_tile<codes>(rows.task.weight, tile);
-  Chunk chunk;
-  for (int64_t j = 0; j < rows.width;) {
-    int64_t steps = 0;
-    for (; steps < kChunkSteps && j < rows.width; ++steps, ++j) {
-      _mm512_store_si512(chunk.column + steps * kTileRows, _mm512_set1_epi32(static_cast<int>(j)));
-      _mm512_store_ps(chunk.difference + steps * kTileRows, column_difference<codes>(rows, values, j, factors));
+  alignas(64) float differences[kChunkSteps * kTileRows];
+  for (int64_t j = 0; j < rows.width; j += kChunkSteps) {
+    const int64_t steps = rows.width - j < kChunkSteps ? rows.width - j : kChunkSteps;
+    for (int64_t i = 0; i < steps; ++i) {
+      _mm512_store_ps(differences + i * kTileRows, column_difference<codes>(rows, values, j + i, factors));
     }
-    add_chunk(chunk, steps, x, sums);
+    for (int64_t lane = 0; lane < kTileRows; lane += 4) {
+      add_columns(differences + lane, steps, x + j * kBlockRows, sums + lane * kBlockRows);
+    }
   }
 }
 
