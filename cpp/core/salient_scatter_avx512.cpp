@@ -1,73 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The salient part with float activations. A single row walks a tile as it is stored, a lane for each of its 16
-// outputs. Many rows are transposed to [column][32]: a salient weight is then one multiplication of a number with 2
-// vectors of rows, so the work falls with the number of salient weights.
-#include "salient_scatter_avx512.h"
+// The salient part with float activations, row by row: a row walks a tile as it is stored. A list and columns have a
+// lane for each of the tile's 16 outputs; a bitmap goes output by output.
+#include "salient_floats_avx512.h"
 
 namespace bitmill::detail {
 namespace {
 
-constexpr int64_t kFewRows = 4;      // from so many rows on they are transposed
-constexpr int64_t kBlockRows = 32;   // rows transposed together
-constexpr int64_t kChunkSteps = 64;  // steps of a list, or columns, that are decoded together
-
-struct Rows {
-  const SalientTask& task;
-  int64_t width;           // of a row that is multiplied: k, or the number of salient columns
-  const float* x;          // [m, width]
-  const float* totals;     // [m, groups]: X_g
-  const int32_t* base_of;  // salient columns: where the base of a column lies in TileFactors
-};
-
-// The 16 values beginning with element i as floats, less the zero of their codes.
-__m512 load_codes(const SalientWeight& w, int64_t i, const TileFactors& factors) {
-  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(w.value) + i));
-  return _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)), factors.zero);
-}
-
-// What is missing at a salient weight after the sign plane: value - (mu - alpha).
-template <bool codes>
-__m512 difference(__m512 value, __m512 base, const TileFactors& factors) {
-  return codes ? _mm512_fmsub_ps(value, factors.scale, base) : _mm512_sub_ps(value, base);
-}
-
-// The base of each lane's column: one for the row, or that of the column's group.
-template <bool grouped>
-__m512 base_of(const SalientTask& task, const TileFactors& factors, __m512i column) {
-  if constexpr (!grouped) return _mm512_loadu_ps(factors.base);
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  // A column and a multiple of 32 below 2^24: the quotient in floats is exact enough to round down.
-  const __m512 width = _mm512_set1_ps(static_cast<float>(task.group_width));
-  const __m512i group = _mm512_cvttps_epi32(_mm512_div_ps(_mm512_cvtepi32_ps(column), width));
-  return _mm512_i32gather_ps(_mm512_add_epi32(_mm512_slli_epi32(group, 4), lane), factors.base, 4);
-}
-
-template <bool codes>
-__m512 load_values(const SalientWeight& w, int64_t i, const TileFactors& factors) {
-  if constexpr (codes) return load_codes(w, i, factors);
-  return load16(static_cast<const Float16*>(w.value) + i);
-}
-
-// A step of a list: entries, columns (at most `last`) and differences of 16 rows.
-template <bool codes, bool grouped>
-struct ListStep {
-  __m256i state = _mm256_set1_epi16(-1), column;
-  __mmask16 entries;
-  __m512 difference;
-
-  void take(const SalientTask& task, const TileFactors& factors, int64_t step, __m256i last) {
-    const SalientWeight& w = task.weight;
-    const uint8_t* gap = w.gap + step * kTileRows;
-    const __m128i gaps = _mm_loadu_si128(reinterpret_cast<const __m128i*>(gap));
-    prefetch(gap);
-    prefetch(static_cast<const char*>(w.value) + step * kTileRows * (codes ? 1 : 2));
-    entries = _mm_cmpneq_epu8_mask(gaps, _mm_set1_epi8(static_cast<char>(kNoEntry)));
-    state = next_columns(state, gaps, entries);
-    column = _mm256_min_epu16(state, last);
-    const __m512 base = base_of<grouped>(task, factors, grouped ? _mm512_cvtepu16_epi32(column) : __m512i{});
-    difference = detail::difference<codes>(load_values<codes>(w, step * kTileRows, factors), base, factors);
-  }
-};
+constexpr int64_t kFewRows = 4;  // from so many rows on they are transposed
 
 template <bool codes, bool grouped>
 __m512 list_single(const SalientTask& task, int64_t tile, const float* x, const TileFactors& factors) {
@@ -81,27 +20,8 @@ __m512 list_single(const SalientTask& task, int64_t tile, const float* x, const 
   return sum;
 }
 
-// Difference of salient column j for the 16 rows of a tile.
 template <bool codes>
-__m512 column_difference(const Rows& rows, const int32_t* tile_values, int64_t j, const TileFactors& factors) {
-  constexpr int64_t kInWord = codes ? 4 : 2;
-  const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(32 / kInWord * (j % kInWord)));
-  const __m512i bits = _mm512_srl_epi32(_mm512_loadu_si512(tile_values + j / kInWord * kTileRows), shift);
-  const __m512 base = _mm512_loadu_ps(factors.base + rows.base_of[j]);
-  if constexpr (codes) {
-    const __m512 code = _mm512_cvtepi32_ps(_mm512_and_si512(bits, _mm512_set1_epi32(255)));
-    return difference<true>(_mm512_sub_ps(code, factors.zero), base, factors);
-  }
-  return difference<false>(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits)), base, factors);
-}
-
-template <bool codes>
-const int32_t* values_of_tile(const SalientWeight& w, int64_t tile) {
-  return static_cast<const int32_t*>(w.value) + tile * word_count(w.entries, codes ? 8 : 16) * kTileRows;
-}
-
-template <bool codes>
-__m512 columns_single(const Rows& rows, int64_t tile, const float* x, const TileFactors& factors) {
+__m512 columns_single(const SalientRows& rows, int64_t tile, const float* x, const TileFactors& factors) {
   const int32_t* values = values_of_tile<codes>(rows.task.weight, tile);
   __m512 sum = _mm512_setzero_ps();
 #pragma GCC unroll 4
@@ -114,24 +34,6 @@ __m512 columns_single(const Rows& rows, int64_t tile, const float* x, const Tile
     sum = _mm512_fmadd_ps(_mm512_set1_ps(x[j]), column_difference<codes>(rows, values, j, factors), sum);
   }
   return sum;
-}
-
-// `count` values of a row from element i on, with the row's own scale and zero, to `out`.
-template <bool codes, class Base>
-void row_differences(const SalientWeight& w, int64_t row, int64_t i, int64_t count, const Base& base, float* out) {
-  for (int64_t j = 0; j < count; j += 16) {
-    const __mmask16 lanes = first_lanes(count - j);
-    __m512 value;
-    if constexpr (codes) {
-      const __m128i bytes = _mm_maskz_loadu_epi8(lanes, static_cast<const uint8_t*>(w.value) + i + j);
-      const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-      const __m512 shifted = _mm512_sub_ps(code, _mm512_set1_ps(w.value_zero[row]));
-      value = _mm512_fmsub_ps(shifted, _mm512_set1_ps(w.value_scale[row]), base(j));
-    } else {
-      value = _mm512_sub_ps(load16(static_cast<const Float16*>(w.value) + i + j, lanes), base(j));
-    }
-    _mm512_storeu_ps(out + j, value);
-  }
 }
 
 struct Spread {
@@ -198,120 +100,8 @@ __m512 bitmap_single(const SalientTask& task, int64_t tile, const float* x, cons
   return _mm512_sub_ps(_mm512_load_ps(value), _mm512_load_ps(from_signs));
 }
 
-// Entries decoded to columns and differences: of a list or of salient columns [kChunkSteps][16], of a bitmap one row.
-struct Chunk {
-  alignas(64) int32_t column[kChunkSteps * kTileRows];
-  alignas(64) float difference[kChunkSteps * kTileRows];
-};
-static_assert(kSegmentColumns + 16 <= kChunkSteps * kTileRows);
-
-// Adds `count` entries that lie `stride` apart to the 32 sums of one output. x: [width][32].
-void add_entries(const int32_t* column, const float* difference, int64_t count, int64_t stride, const float* x,
-                 float* sums) {
-  __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + 16);
-  for (int64_t i = 0; i < count; ++i) {
-    const float* a = x + int64_t{column[i * stride]} * kBlockRows;
-    const __m512 factor = _mm512_set1_ps(difference[i * stride]);
-    low = _mm512_fmadd_ps(_mm512_load_ps(a), factor, low);
-    high = _mm512_fmadd_ps(_mm512_load_ps(a + 16), factor, high);
-  }
-  _mm512_store_ps(sums, low);
-  _mm512_store_ps(sums + 16, high);
-}
-
-void add_chunk(const Chunk& chunk, int64_t steps, const float* x, float* sums) {
-  for (int64_t lane = 0; lane < kTileRows; ++lane) {
-    add_entries(chunk.column + lane, chunk.difference + lane, steps, kTileRows, x, sums + lane * kBlockRows);
-  }
-}
-
-template <bool codes, bool grouped>
-void list_block(const SalientTask& task, int64_t tile, const float* x, const TileFactors& factors, float* sums) {
-  const SalientWeight& w = task.weight;
-  const __m256i last = _mm256_set1_epi16(static_cast<int16_t>(w.k - 1));
-  ListStep<codes, grouped> s;
-  Chunk chunk;
-  for (int64_t step = w.start[tile]; step < w.start[tile + 1];) {
-    int64_t steps = 0;
-    for (; steps < kChunkSteps && step < w.start[tile + 1]; ++steps, ++step) {
-      s.take(task, factors, step, last);
-      const __m512i zeros = _mm512_set1_epi32(static_cast<int>(w.k));  // the row of zeros after the last column
-      const __m512i column = _mm512_mask_cvtepu16_epi32(zeros, s.entries, s.column);
-      _mm512_store_si512(chunk.column + steps * kTileRows, column);
-      _mm512_store_ps(chunk.difference + steps * kTileRows, _mm512_maskz_mov_ps(s.entries, s.difference));
-    }
-    add_chunk(chunk, steps, x, sums);
-  }
-}
-
 template <bool codes>
-void columns_block(const Rows& rows, int64_t tile, const float* x, const TileFactors& factors, float* sums) {
-  const int32_t* values = values_of_tile<codes>(rows.task.weight, tile);
-  Chunk chunk;
-  for (int64_t j = 0; j < rows.width;) {
-    int64_t steps = 0;
-    for (; steps < kChunkSteps && j < rows.width; ++steps, ++j) {
-      _mm512_store_si512(chunk.column + steps * kTileRows, _mm512_set1_epi32(static_cast<int>(j)));
-      _mm512_store_ps(chunk.difference + steps * kTileRows, column_difference<codes>(rows, values, j, factors));
-    }
-    add_chunk(chunk, steps, x, sums);
-  }
-}
-
-template <bool codes>
-void bitmap_block(const SalientTask& task, int64_t tile, const float* x, const TileFactors& factors, float* sums) {
-  const SalientWeight& w = task.weight;
-  const int64_t words = word_count(w.k);
-  Chunk chunk;
-  for (int64_t lane = 0; lane < kTileRows && tile * kTileRows + lane < w.n; ++lane) {
-    const int64_t row = tile * kTileRows + lane;
-    int64_t entry = w.start[row];
-    for (int64_t word = 0; word < words; word += kSegmentWords) {
-      const int64_t end = word + kSegmentWords < words ? word + kSegmentWords : words;
-      int64_t count = columns_of_words(w, tile, lane, word, end, chunk.column);
-      if (count > w.start[row + 1] - entry) count = w.start[row + 1] - entry;  // contradictory arrays
-      const auto base = [&](int64_t j) {
-        if (task.groups == 1) return _mm512_set1_ps(factors.base[lane]);
-        alignas(64) float each[16];
-        for (int64_t i = 0; i < 16; ++i) {
-          const int64_t column = j + i < count ? chunk.column[j + i] : 0;
-          each[i] = factors.base[column / task.group_width * kTileRows + lane];
-        }
-        return _mm512_load_ps(each);
-      };
-      row_differences<codes>(w, row, entry, count, base, chunk.difference);
-      add_entries(chunk.column, chunk.difference, count, 1, x, sums + lane * kBlockRows);
-      entry += count;
-    }
-  }
-}
-
-// `count` rows of `width` floats to [width + 1][32]; rows that are missing, and the last column, are 0.
-void transpose_rows(const float* x, int64_t width, int64_t count, float* out) {
-  for (int64_t column = 0; column < width; column += 16) {
-    const __mmask16 lanes = first_lanes(width - column);
-    for (int64_t row = 0; row < kBlockRows; row += 4) {
-      __m512 z[4];
-      for (int i = 0; i < 4; ++i) {
-        z[i] = row + i < count ? _mm512_maskz_loadu_ps(lanes, x + (row + i) * width + column) : _mm512_setzero_ps();
-      }
-      transpose4(z);
-      for (int i = 0; i < 4; ++i) {
-        alignas(64) float four[16];
-        _mm512_store_ps(four, z[i]);
-        for (int part = 0; part < 4; ++part) {
-          if (column + 4 * part + i < width) {
-            _mm_store_ps(out + (column + 4 * part + i) * kBlockRows + row, _mm_load_ps(four + 4 * part));
-          }
-        }
-      }
-    }
-  }
-  for (int64_t i = 0; i < kBlockRows; ++i) out[width * kBlockRows + i] = 0.0f;
-}
-
-template <bool codes>
-__m512 single(const Rows& rows, int64_t tile, const float* x, const TileFactors& factors) {
+__m512 single(const SalientRows& rows, int64_t tile, const float* x, const TileFactors& factors) {
   const SalientTask& task = rows.task;
   switch (task.weight.encoding) {
     case SalientEncoding::list:
@@ -325,51 +115,17 @@ __m512 single(const Rows& rows, int64_t tile, const float* x, const TileFactors&
 }
 
 template <bool codes>
-void block(const Rows& rows, int64_t tile, const float* x, const TileFactors& factors, float* sums) {
+void multiply(const SalientRows& rows, int64_t begin, int64_t end, TileFactors& factors) {
   const SalientTask& task = rows.task;
-  switch (task.weight.encoding) {
-    case SalientEncoding::list:
-      if (task.groups == 1) return list_block<codes, false>(task, tile, x, factors, sums);
-      return list_block<codes, true>(task, tile, x, factors, sums);
-    case SalientEncoding::columns:
-      return columns_block<codes>(rows, tile, x, factors, sums);
-    default:
-      return bitmap_block<codes>(task, tile, x, factors, sums);
-  }
-}
-
-template <bool codes>
-void multiply(const Rows& rows, int64_t begin, int64_t end, TileFactors& factors) {
-  const SalientTask& task = rows.task;
-  const __m512i lane_of = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                             _mm512_set1_epi32(kBlockRows));
-  const bool few = task.m < kFewRows;
-  float* x = new_scratch<float>(few ? ceil_div(rows.width, 32) * 32 : (rows.width + 1) * kBlockRows);
-  float* sums = new_scratch<float>(kTileRows * kBlockRows);
-  for (int64_t row = 0; row < task.m; row += few ? 1 : kBlockRows) {
-    const int64_t count = task.m - row < kBlockRows ? task.m - row : kBlockRows;
-    const float* from = rows.x + row * rows.width;
-    if (few) {
-      __builtin_memcpy(x, from, static_cast<size_t>(rows.width) * sizeof(float));
-    } else {
-      transpose_rows(from, rows.width, count, x);
-    }
+  float* x = new_scratch<float>(ceil_div(rows.width, 32) * 32);
+  for (int64_t row = 0; row < task.m; ++row) {
+    for (int64_t i = 0; i < rows.width; ++i) x[i] = rows.x[row * rows.width + i];
     for (int64_t tile = begin; tile < end; ++tile) {
       factors.load(task, tile);
-      if (few) {
-        const __m512 sum = single<codes>(rows, tile, x, factors);
-        finish(task, row, tile, sum, factors, rows.totals + row * task.groups);
-        continue;
-      }
-      for (int64_t i = 0; i < kTileRows * kBlockRows; ++i) sums[i] = 0.0f;
-      block<codes>(rows, tile, x, factors, sums);
-      for (int64_t r = 0; r < count; ++r) {
-        const __m512 sum = _mm512_i32gather_ps(lane_of, sums + r, 4);
-        finish(task, row + r, tile, sum, factors, rows.totals + (row + r) * task.groups);
-      }
+      const __m512 sum = single<codes>(rows, tile, x, factors);
+      finish(task, row, tile, sum, factors, rows.totals + row * task.groups);
     }
   }
-  delete_scratch(sums);
   delete_scratch(x);
 }
 
@@ -403,8 +159,12 @@ void salient_tiles_avx512(const SalientTask& task, int64_t begin, int64_t end) {
     for (int64_t row = 0; row < task.m; ++row) chosen[row * width + j] = task.x[row * w.k + w.column[j]];
   }
   TileFactors factors{{}, {}, factor, w.mu ? factor + task.groups * kTileRows : nullptr};
-  const Rows rows{task, width, columns ? chosen : task.x, totals, base_of};
-  w.value_scale ? multiply<true>(rows, begin, end, factors) : multiply<false>(rows, begin, end, factors);
+  const SalientRows rows{task, width, columns ? chosen : task.x, totals, base_of};
+  if (task.m >= kFewRows) {
+    salient_many_rows_avx512(rows, begin, end, factors);
+  } else {
+    w.value_scale ? multiply<true>(rows, begin, end, factors) : multiply<false>(rows, begin, end, factors);
+  }
   delete_scratch(factor);
   delete_scratch(base_of);
   delete_scratch(chosen);

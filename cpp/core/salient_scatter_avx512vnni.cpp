@@ -207,8 +207,10 @@ void bitmap_block(const SalientWeight& w, int64_t tile, const int8_t* q, Sums& s
       if (count > w.start[row + 1] - entry) count = w.start[row + 1] - entry;  // contradictory arrays
       const int64_t fours = ceil_div(count, 4);
       for (int64_t i = count; i < 4 * fours; ++i) column[i] = static_cast<int32_t>(w.k);
-      if (fours > 0) codes[fours - 1] = 0;
-      __builtin_memcpy(codes, static_cast<const uint8_t*>(w.value) + entry, static_cast<size_t>(count));
+      if (count > 0) {
+        codes[fours - 1] = 0;
+        __builtin_memcpy(codes, static_cast<const uint8_t*>(w.value) + entry, static_cast<size_t>(count));
+      }
       add_entries(column, 1, codes, 1, fours, q, sums.code[lane], sums.plain[lane]);
       entry += count;
     }

@@ -3,9 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "check.h"
+#include "cpu.h"
+#include "int8.h"
 #include "layout.h"
 #include "salient_scatter.h"
 
@@ -24,16 +27,76 @@ struct Case {
   int64_t n, k, group_size = 0;
   double fraction = 0.1;
   bool codes = true, centred = true;
+  SalientEncoding encoding = SalientEncoding::bitmap;
 };
 
 struct Weight {
-  std::vector<int32_t> sign, mask, start;
-  std::vector<uint8_t> code;
+  std::vector<int32_t> sign, mask, start, column, tiles;
+  std::vector<uint8_t> code, gap;
   std::vector<Float16> half;
   std::vector<float> value_scale, value_zero, alpha, mu;
   std::vector<double> dense;  // the reference [n, k]
+  std::vector<bool> salient;  // [n, k]
   SalientWeight view;
 };
+
+// The codes or halves of a bitmap, row by row, as a list or as columns. Vectors are exactly as long as they must be.
+void encode(const Case& c, Weight& w) {
+  SalientWeight& view = w.view;
+  const int64_t in_word = c.codes ? 4 : 2;
+  view.encoding = c.encoding;
+  if (c.encoding == SalientEncoding::bitmap) return;
+  view.mask = view.start = nullptr;
+  if (c.encoding == SalientEncoding::columns) {
+    for (int64_t column = 0; column < c.k; ++column) {
+      if (c.n > 0 && w.salient[column]) w.column.push_back(static_cast<int32_t>(column));
+    }
+    const int64_t count = static_cast<int64_t>(w.column.size()), words = ceil_div(count, in_word);
+    w.tiles.assign(tile_count(c.n) * words * kTileRows, 0);
+    for (int64_t row = 0, entry = 0; row < c.n; ++row) {
+      for (int64_t j = 0; j < count; ++j, ++entry) {
+        const uint32_t value = c.codes ? w.code[entry] : w.half[entry].bits;
+        const int64_t word = ((row / kTileRows) * words + j / in_word) * kTileRows + row % kTileRows;
+        w.tiles[word] |= static_cast<int32_t>(value << (32 / in_word * (j % in_word)));
+      }
+    }
+    view.column = w.column.data();
+    view.value = w.tiles.data();
+    view.entries = count;
+    return;
+  }
+  std::vector<std::vector<std::pair<uint8_t, int64_t>>> rows(tile_count(c.n) * kTileRows);
+  for (int64_t row = 0, entry = 0; row < c.n; ++row) {
+    int64_t previous = -1;
+    for (int64_t column = 0; column < c.k; ++column) {
+      if (!w.salient[row * c.k + column]) continue;
+      for (; column - previous - 1 >= kNoEntry; previous += kNoEntry) rows[row].emplace_back(kNoEntry, -1);
+      rows[row].emplace_back(static_cast<uint8_t>(column - previous - 1), entry++);
+      previous = column;
+    }
+  }
+  const std::vector<uint8_t> code = std::exchange(w.code, {});
+  const std::vector<Float16> half = std::exchange(w.half, {});
+  w.start.assign(1, 0);
+  for (int64_t tile = 0; tile < tile_count(c.n); ++tile) {
+    size_t steps = 0;
+    for (int64_t lane = 0; lane < kTileRows; ++lane) steps = std::max(steps, rows[tile * kTileRows + lane].size());
+    for (size_t step = 0; step < steps; ++step) {
+      for (int64_t lane = 0; lane < kTileRows; ++lane) {
+        const auto& row = rows[tile * kTileRows + lane];
+        const bool entry = step < row.size() && row[step].first != kNoEntry;
+        w.gap.push_back(step < row.size() ? row[step].first : kNoEntry);
+        w.code.push_back(entry ? code[row[step].second] : uint8_t{0});
+        w.half.push_back(entry ? half[row[step].second] : Float16{0});
+      }
+    }
+    w.start.push_back(w.start.back() + static_cast<int32_t>(steps));
+  }
+  view.gap = w.gap.data();
+  view.value = c.codes ? static_cast<const void*>(w.code.data()) : w.half.data();
+  view.start = w.start.data();
+  view.entries = w.start.back();
+}
 
 Weight make(const Case& c, std::mt19937& random) {
   std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
@@ -42,6 +105,9 @@ Weight make(const Case& c, std::mt19937& random) {
   w.sign.assign(tile_count(c.n) * words * kTileRows, 0);
   w.mask = w.sign;
   w.start.assign(c.n + 1, 0);
+  const bool columns = c.encoding == SalientEncoding::columns;
+  std::vector<bool> whole(c.k);
+  for (int64_t column = 0; column < c.k; ++column) whole[column] = (uniform(random) + 1) / 2 < c.fraction;
   for (int64_t row = 0; row < c.n; ++row) {
     w.value_scale.push_back(0.01f + std::fabs(uniform(random)) * 0.02f);
     w.value_zero.push_back(std::round(127.0f + 100.0f * uniform(random)));
@@ -52,7 +118,8 @@ Weight make(const Case& c, std::mt19937& random) {
     for (int64_t column = 0; column < c.k; ++column) {
       const int64_t word = ((row / kTileRows) * words + column / 32) * kTileRows + row % kTileRows;
       const int32_t bit = static_cast<int32_t>(1u << (column % 32));
-      if ((uniform(random) + 1) / 2 < c.fraction) {
+      w.salient.push_back(columns ? whole[column] : (uniform(random) + 1) / 2 < c.fraction);
+      if (w.salient.back()) {
         w.mask[word] |= bit;
         w.code.push_back(static_cast<uint8_t>(random() % 256));
         w.half.emplace_back();
@@ -80,21 +147,41 @@ Weight make(const Case& c, std::mt19937& random) {
   w.view.k = c.k;
   w.view.entries = static_cast<int64_t>(w.code.size());
   w.view.group_size = c.group_size;
+  encode(c, w);
   return w;
 }
 
+// x as the product sees it: itself, or rounded to int8.
 template <class T>
-void check_matmul(const Case& c, int64_t m, Dtype dtype, double rounding, std::mt19937& random) {
+std::vector<double> activations(const std::vector<T>& x, int64_t m, int64_t k, Dtype dtype, bool int8) {
+  std::vector<double> rows;
+  if (!int8) {
+    for (const T& value : x) rows.push_back(double(to_float(value)));
+    return rows;
+  }
+  std::vector<int8_t> q(x.size());
+  std::vector<float> scale(m);
+  Int8QuantizeParams p;
+  p.x = x.data(), p.dtype = dtype, p.m = m, p.k = k, p.q = q.data(), p.scale = scale.data();
+  CHECK(int8_quantize(p) == Status::ok);
+  for (size_t i = 0; i < q.size(); ++i) rows.push_back(double(q[i]) * double(scale[i / k]));
+  return rows;
+}
+
+template <class T>
+void check_matmul(const Case& c, int64_t m, Dtype dtype, double rounding, bool int8, std::mt19937& random) {
   std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
   const Weight w = make(c, random);
   std::vector<T> x(m * c.k), out(m * c.n), again(m * c.n);
   for (T& value : x) store(uniform(random), &value);
   std::vector<float> bias(c.n);
   for (float& value : bias) value = uniform(random);
+  const std::vector<double> rows = activations(x, m, c.k, dtype, int8);
   SalientMatmulParams p;
   p.weight = w.view;
   p.x = x.data();
   p.dtype = dtype;
+  p.int8 = int8;
   p.m = m;
   p.bias = m % 2 ? bias.data() : nullptr;
   p.out = out.data();
@@ -107,12 +194,12 @@ void check_matmul(const Case& c, int64_t m, Dtype dtype, double rounding, std::m
     for (int64_t output = 0; output < c.n; ++output) {
       double sum = p.bias ? bias[output] : 0.0, magnitude = std::fabs(sum);
       for (int64_t column = 0; column < c.k; ++column) {
-        const double term = double(to_float(x[row * c.k + column])) * w.dense[output * c.k + column];
+        const double term = rows[row * c.k + column] * w.dense[output * c.k + column];
         sum += term;
         magnitude += std::fabs(term);
       }
       const double error = std::fabs(double(to_float(out[row * c.n + output])) - sum);
-      worst = std::max(worst, error / (magnitude * 1e-5 + std::fabs(sum) * rounding + 1e-6));
+      worst = std::max(worst, error / (magnitude * 1e-5 + std::fabs(sum) * rounding + 1e-5));
       CHECK(to_float(out[row * c.n + output]) == to_float(again[row * c.n + output]));
     }
   }
@@ -126,13 +213,10 @@ void check_dequantize(const Case& c, std::mt19937& random) {
   for (size_t i = 0; i < dense.size(); ++i) CHECK(std::fabs(double(dense[i]) - w.dense[i]) <= 1e-6);
 }
 
+// What the full check says: a product without rows and the dense form make it.
 Status status_of(const Weight& w, SalientWeight view) {
-  std::vector<float> x(view.k > 0 ? 2 * view.k : 0, 1.0f), out(view.n > 0 ? 2 * view.n : 0);
   SalientMatmulParams p;
   p.weight = view;
-  p.x = x.data();
-  p.m = 2;
-  p.out = out.data();
   std::vector<float> dense(w.dense.size());
   const Status status = salient_matmul(p);
   CHECK(salient_dequantize(view, dense.data(), serial_for) == status);
@@ -193,10 +277,48 @@ void check_hostile(std::mt19937& random) {
   CHECK(salient_check(view, serial_for) == Status::bad_size);
 }
 
-}  // namespace
+// Bits at random in arrays of the right outline: any answer, but no read outside the arrays.
+void check_noise(const Case& c, std::mt19937& random) {
+  Weight w = make(c, random);
+  for (auto* words : {&w.sign, &w.mask, &w.tiles}) {
+    for (int32_t& word : *words) word = static_cast<int32_t>(random());
+  }
+  for (uint8_t& gap : w.gap) gap = static_cast<uint8_t>(random());
+  std::vector<float> dense(c.n * c.k);
+  for (const int64_t m : {1, 3, 9, 40}) {
+    std::vector<float> x(m * c.k, 1.0f), out(m * c.n);
+    SalientMatmulParams p;
+    p.weight = w.view;
+    p.x = x.data();
+    p.m = m;
+    p.out = out.data();
+    for (const bool int8 : {false, true}) {
+      p.int8 = int8;
+      CHECK(salient_matmul(p) == Status::ok);
+    }
+    p.m = 0;
+    CHECK(salient_matmul(p) == Status::corrupt);
+  }
+  CHECK(salient_dequantize(w.view, dense.data(), serial_for) == Status::corrupt);
+}
 
-int main() {
-  std::mt19937 random(1);
+void check_hostile_columns(std::mt19937& random) {
+  Weight w = make({.n = 19, .k = 70, .fraction = 0.5, .encoding = SalientEncoding::columns}, random);
+  const auto with_column = [&](size_t i, int32_t value) {
+    std::vector<int32_t> column = w.column;
+    column[i] = value;
+    SalientWeight view = w.view;
+    view.column = column.data();
+    return salient_check(view, serial_for);
+  };
+  CHECK(salient_check(w.view, serial_for) == Status::ok);
+  CHECK(with_column(0, -1) == Status::corrupt);
+  CHECK(with_column(w.column.size() - 1, 70) == Status::corrupt);
+  CHECK(with_column(1, w.column[0]) == Status::corrupt);
+  CHECK(with_column(2, 2147483647) == Status::corrupt);
+}
+
+void check_everything(std::mt19937& random) {
   const Case cases[] = {{.n = 1, .k = 1},
                         {.n = 2, .k = 7, .codes = false},
                         {.n = 15, .k = 31, .centred = false},
@@ -206,15 +328,38 @@ int main() {
                         {.n = 20, .k = 65, .fraction = 1.1},
                         {.n = 100, .k = 197, .group_size = 64},
                         {.n = 5, .k = 768, .group_size = 1024},
+                        {.n = 18, .k = 1100, .fraction = 0.004},
                         {.n = 0, .k = 40},
                         {.n = 3, .k = 0},
                         {.n = 3, .k = 0, .group_size = 32}};
-  for (const Case& c : cases) {
-    check_dequantize(c, random);
-    for (const int64_t m : {0, 1, 2, 17, 300}) check_matmul<float>(c, m, Dtype::f32, 1e-6, random);
-    check_matmul<BFloat16>(c, 3, Dtype::bf16, 0x1p-8, random);
-    check_matmul<Float16>(c, 4, Dtype::f16, 0x1p-11, random);
+  for (Case c : cases) {
+    for (const auto encoding : {SalientEncoding::bitmap, SalientEncoding::list, SalientEncoding::columns}) {
+      c.encoding = encoding;
+      check_dequantize(c, random);
+      for (const bool int8 : {false, true}) {
+        for (const int64_t m : {0, 1, 2, 5, 17, 70}) check_matmul<float>(c, m, Dtype::f32, 1e-6, int8, random);
+        check_matmul<BFloat16>(c, 3, Dtype::bf16, 0x1p-8, int8, random);
+        check_matmul<Float16>(c, 9, Dtype::f16, 0x1p-11, int8, random);
+      }
+    }
+  }
+  for (const bool codes : {true, false}) {
+    for (const int64_t k : {33, 70, 600}) {
+      for (const auto encoding : {SalientEncoding::bitmap, SalientEncoding::list, SalientEncoding::columns}) {
+        check_noise({.n = 19, .k = k, .fraction = 0.3, .codes = codes, .encoding = encoding}, random);
+      }
+    }
   }
   check_hostile(random);
+  check_hostile_columns(random);
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(1);
+  for (const InstructionSet set : kInstructionSets) {
+    if (select(set)) check_everything(random);
+  }
   return bitmill_test::failures() != 0;
 }
