@@ -125,4 +125,8 @@ def run(options: argparse.Namespace, peaks: Peaks) -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stderr.close()
+        sys.exit(0)
