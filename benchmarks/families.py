@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured: one family a question, one declared line a variant.
 
-Every variant is compared with its reference before it is timed: integers and layers with 1-bit or int8 activations
-exactly with the training form in torch, layers with float activations within a stated relative error of the product
-with the dequantised weight in float64.
+Every variant is compared with its reference before it is timed: integers, and 1-bit weights with 1-bit or int8
+activations, exactly with the training form in torch; the other layers within a stated relative error of the product of
+the (quantised) activations with the dequantised weight in float64.
 """
 
 from __future__ import annotations
