@@ -17,6 +17,8 @@ from bitmill.timing import COLD_ROWS, Sample, Spread, copies_for, interleave, ro
 from .peaks import Peaks
 from .shapes import Problem
 
+INTERRUPTED = "not measured: another process took the CPU during every sample"
+
 
 class Missing(Exception):
     """A peer that is not installed."""
@@ -107,7 +109,7 @@ class Family:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What the JSON file holds for one variant at one shape; numbers are None unless `status` is "ok"."""
+    """What the JSON file holds for one variant at one shape; its numbers are None unless `status` is "ok"."""
 
     family: str
     problem: str
@@ -198,13 +200,16 @@ def refusal(error: Exception) -> str:
 def finish(ready: Ready, times: dict[str, Spread], macs: int, baselines: dict[str, Ready]) -> Row:
     """The row with its numbers; `baselines` are those of the same problem."""
     row, taken = ready.row, times[ready.row.variant]
+    if taken.samples == 0:  # what is left measures the other process
+        return dataclasses.replace(row, status=INTERRUPTED, disturbed=taken.disturbed)
     done = {"read": ready.prepared.weight_bytes, "copy": row.moved}
     shares = {unit: done.get(unit, macs) * times[f"peak {unit}"].median / taken.median for unit in ready.units}
     bound = max(shares, key=lambda unit: shares[unit], default=None)
     ratios = {
         f"x_{name}": times[baseline.row.variant].median / taken.median
         for name, baseline in baselines.items()
-        if baseline.row.cold == row.cold  # one in cache says nothing against one from memory
+        # One in cache says nothing against one from memory.
+        if baseline.row.cold == row.cold and times[baseline.row.variant].samples
     }
     return dataclasses.replace(
         row,

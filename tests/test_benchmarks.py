@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitmill import timing
 from problems import HEADLINE, Problem
 
 REPOSITORY = Path(__file__).parent.parent
@@ -139,6 +140,14 @@ def test_few_rows_rotate_over_copies_that_exceed_the_caches() -> None:
     timed = called[3:]
     assert all(b == (a + 1) % 3 for a, b in itertools.pairwise(timed))
     assert not measure(cold_variant(True, []))["rotating"].cold
+
+
+def test_a_variant_that_was_always_interrupted_has_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    switches = itertools.count()
+    monkeypatch.setattr(timing, "preemptions", lambda: next(switches))
+    rows = measure(constant("ours", 1e-3), constant("fp32", 4e-3, "fp32"))
+    assert rows["ours"].status == runner.INTERRUPTED and rows["ours"].microseconds is None
+    assert rows["ours"].disturbed >= 3 * 31 and report.disturbed(list(rows.values())) == 1
 
 
 def test_no_ratio_between_one_in_cache_and_one_from_memory() -> None:
@@ -293,6 +302,21 @@ def test_a_wrong_variant_of_ours_is_exit_code_1(tmp_path: Path, capsys: pytest.C
         file = tmp_path / "run.json"
         file.write_text(json.dumps(report.as_json(FACTS, [row("binary", status)])))
         assert main(["--load", str(file)]) == code
+
+
+def test_the_readme_needs_a_quiet_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = []
+    monkeypatch.setattr(report, "write_readme", written.append)
+    monkeypatch.setattr(plots, "write", lambda facts, rows, folder: written.append(folder.name))
+    file = tmp_path / "run.json"
+    for disturbed, code in ((0, 0), (9, 1)):
+        rows = [dataclasses.replace(r, samples=31, disturbed=disturbed) for r in ROWS]
+        file.write_text(json.dumps(report.as_json(FACTS, rows)))
+        assert main(["--load", str(file), "--readme"]) == code
+    assert len(written) == 2 and written[0] == "plots" and "| 128 x 768 x 768 |" in written[1]
+    assert "must come from a quiet machine" in capsys.readouterr().err
 
 
 def test_module_runs() -> None:
