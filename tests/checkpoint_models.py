@@ -23,6 +23,7 @@ CONFIGS: list[Config] = [
     SalientConfig(),
     SalientConfig(fraction=0.3, bits=16, centre=False, group_size=32),
     *(FP4Config(format=f) for f in FP4Config.FORMATS),
+    FP4Config(activations="int8"),
 ]
 KINDS: list[Config] = [BinaryConfig(method="bit", embeddings=True), BinaryConfig(), SalientConfig(), FP4Config("mxfp4")]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=repr)

@@ -62,17 +62,37 @@ Status fp4_weight(const Fp4Weight& w, float* values, ParallelFor parallel_for) {
 }
 
 #ifdef BITMILL_AVX512
-// bfloat16 rows enough to fill a block, times 16 values that bfloat16 holds exactly, on a machine that multiplies them.
+// bfloat16 activations times 16 values that bfloat16 holds exactly, on a machine that multiplies them.
 static bool multiplies_in_bfloat16(const Fp4MatmulParams& p) {
   const float* table = p.weight.table;
-  return p.dtype == Dtype::bf16 && p.m >= 4 && has_bf16_dot() &&
+  return p.dtype == Dtype::bf16 && has_bf16_dot() &&
          std::all_of(table, table + 16, [](float value) { return (std::bit_cast<uint32_t>(value) & 0xFFFFu) == 0; });
 }
 #endif
 
+static Status int8_matmul(const Fp4MatmulParams& p) {
+  const Fp4Weight& w = p.weight;
+  const int64_t width = w.group_size > 0 ? std::min(w.group_size, w.k) : w.k;
+  Fp4Integers integers;
+  if (!fp4_integers(w.table, integers) || width > fp4_int8_columns(integers)) return Status::bad_argument;
+  auto* tiles = detail::fp4_int8_matmul_tiles_generic;
+  double nanoseconds = 0.1;
+#ifdef BITMILL_AVX512
+  if (selected() == InstructionSet::avx512 && has_int8_dot() && p.m > 0 && w.k > 0) {
+    tiles = detail::fp4_int8_matmul_tiles_avx512vnni;
+    nanoseconds = 0.006;
+  }
+#endif
+  nanoseconds *= static_cast<double>(p.m + 2) * static_cast<double>(w.k) * kTileRows;
+  split(p.parallel_for, tile_count(w.n), nanoseconds,
+        [&](int64_t begin, int64_t end) { tiles(p, integers, begin, end); });
+  return Status::ok;
+}
+
 Status fp4_matmul(const Fp4MatmulParams& p) {
   if (p.m < 0) return Status::bad_size;
   if (const Status status = detail::check(p.weight); status != Status::ok) return status;
+  if (p.row_scale) return int8_matmul(p);
   const Fp4Weight& w = p.weight;
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512 && p.m > 0 && w.k > 0) {

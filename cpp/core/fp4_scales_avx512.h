@@ -40,20 +40,21 @@ static inline __m512 e8m0_to_floats(__m512i bytes) {
   return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, half, bits, _mm512_set1_epi32(0x400000)));
 }
 
-// The scales of a tile's 16 rows to floats [groups][16]. Lanes past n repeat the last row.
-static inline void expand_scales(const Fp4Weight& w, int64_t groups, int64_t tile, float* out) {
+// The scales of a tile's 16 rows times `unit` to floats [groups][16]. Lanes past n repeat the last row.
+static inline void expand_scales(const Fp4Weight& w, int64_t groups, int64_t tile, float unit, float* out) {
   const int64_t first = tile * kTileRows, last = w.n - 1 - first;
   const auto row_of = [&](int64_t lane) { return first + (lane < last ? lane : last); };
   const auto one_group = [&](int64_t group) {
     for (int64_t lane = 0; lane < kTileRows; ++lane) {
       const int64_t index = row_of(lane) * groups + group;
-      out[group * kTileRows + lane] = w.scale ? w.scale[index] : e8m0_to_float(w.scale_bytes[index]);
+      out[group * kTileRows + lane] = (w.scale ? w.scale[index] : e8m0_to_float(w.scale_bytes[index])) * unit;
     }
   };
   if (groups < 4) {
     for (int64_t group = 0; group < groups; ++group) one_group(group);
     return;
   }
+  const __m512 units = _mm512_set1_ps(unit);
   for (int64_t step = 0; step < groups; step += 4) {
     const int64_t group = step + 4 <= groups ? step : groups - 4;  // the last four overlap
     float* lanes = out + group * kTileRows;
@@ -67,14 +68,14 @@ static inline void expand_scales(const Fp4Weight& w, int64_t groups, int64_t til
         z[i] = _mm512_insertf32x4(z[i], four(i + 12), 3);
       }
       transpose4(z);
-      for (int i = 0; i < 4; ++i) _mm512_storeu_ps(lanes + i * kTileRows, z[i]);
+      for (int i = 0; i < 4; ++i) _mm512_storeu_ps(lanes + i * kTileRows, _mm512_mul_ps(z[i], units));
     } else {
       const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
       const __m512i row = _mm512_min_epi32(lane, _mm512_set1_epi32(static_cast<int>(last < 15 ? last : 15)));
       const __m512i index = _mm512_mullo_epi32(row, _mm512_set1_epi32(static_cast<int>(groups)));
       __m512i bytes = _mm512_i32gather_epi32(index, w.scale_bytes + first * groups + group, 1);
       for (int i = 0; i < 4; ++i, bytes = _mm512_srli_epi32(bytes, 8)) {
-        _mm512_storeu_ps(lanes + i * kTileRows, e8m0_to_floats(bytes));
+        _mm512_storeu_ps(lanes + i * kTileRows, _mm512_mul_ps(e8m0_to_floats(bytes), units));
       }
     }
   }
