@@ -25,6 +25,7 @@ CONFIGS: list[Config] = [
     SalientConfig(structure="column", activations="int8"),
     SalientConfig(fraction=0.02),
     *(FP4Config(format=f) for f in FP4Config.FORMATS),
+    FP4Config(activations="int8"),
 ]
 KINDS: list[Config] = [
     BinaryConfig(method="bit", embeddings=True),

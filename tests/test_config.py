@@ -63,6 +63,7 @@ FIELDS = [
     (SalientConfig, "activations", [None, 8, "int4"]),
     (FP4Config, "format", [None, "e4m3", "E2M1", 4]),
     (FP4Config, "scale_rule", [None, "round", 0]),
+    (FP4Config, "activations", [None, 8, "int4"]),
 ]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitmill import ops
 from bitmill.ops import fp4
+from problems import LAYOUTS, assert_same_bits, on_every_machine
 
 FORMATS = ("e2m1", "e1m2", "e3m0")
 RULES = ("floor", "rceil", "ceil", "even")
@@ -107,29 +108,35 @@ def test_first_element_is_in_the_low_nibble() -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_fp4_cast_equals_default(dtype: torch.dtype, format: str, nan: str) -> None:
     x = hard_floats() if dtype == torch.float32 else every_half(dtype)
-    assert torch.equal(ops.fp4_cast(x, format, nan), fp4._fp4_cast_reference(x, format, nan))
+    expected = fp4._fp4_cast_reference(x, format, nan)
+    for machine, packed in on_every_machine(lambda: ops.fp4_cast(x, format, nan)):
+        assert_same_bits(packed, expected, machine)
     finite = x[x.isfinite()]
     exact = ops.fp4_uncast(ops.fp4_cast(finite, format), finite.numel(), format)
     grid = torch.tensor(ops.code_values(format), dtype=torch.float64)
     distance = (finite.double().unsqueeze(1) - grid).abs().amin(1)
     assert torch.equal((finite.double() - exact).abs(), distance)
     finite = finite.unsqueeze(0)
-    assert torch.equal(ops.fp4_cast(finite, format, "error"), fp4._fp4_cast_reference(finite, format, "error"))
+    expected = fp4._fp4_cast_reference(finite, format, "error")
+    for machine, packed in on_every_machine(lambda: ops.fp4_cast(finite, format, "error")):
+        assert_same_bits(packed, expected, machine)
 
 
 @pytest.mark.parametrize("rounding", ["down", "up"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_e8m0_equals_default_and_log2(dtype: torch.dtype, rounding: str) -> None:
     x = hard_floats() if dtype == torch.float32 else every_half(dtype)
-    codes = ops.e8m0_cast(x, rounding)
-    assert torch.equal(codes, fp4._e8m0_cast_reference(x, rounding))
+    codes = fp4._e8m0_cast_reference(x, rounding)
+    for machine, bytes in on_every_machine(lambda: ops.e8m0_cast(x, rounding)):
+        assert_same_bits(bytes, codes, machine)
     number = x.isfinite() & (x != 0)
     mantissa, exponent = x[number].double().abs().frexp()
     log2 = exponent - 1 + ((mantissa != 0.5) if rounding == "up" else 0)
     assert torch.equal(codes[number].int(), (log2 + 127).clamp(0, 254).int())
     assert codes[x.isnan()].eq(255).all() and codes[x.isinf()].eq(254).all() and codes[x == 0].eq(0).all()
     every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(bits(ops.e8m0_uncast(every)), bits(fp4._e8m0_uncast_reference(every)))
+    for machine, values in on_every_machine(lambda: ops.e8m0_uncast(every)):
+        assert_same_bits(values, fp4._e8m0_uncast_reference(every), machine)
     assert torch.equal(ops.e8m0_uncast(every[:255]).double(), 2.0 ** (torch.arange(255.0, dtype=torch.float64) - 127))
     assert ops.e8m0_cast(x[0], rounding).shape == () and ops.e8m0_uncast(every[3]).shape == ()
 
@@ -140,11 +147,68 @@ def test_mxfp4_equals_default(dtype: torch.dtype, rule: str) -> None:
     x = hard_floats() if dtype == torch.float32 else every_half(dtype)
     spread = torch.randn(64, 77) * 2.0 ** torch.randint(-140, 127, (64, 1))
     for values in (x, x[torch.randperm(x.numel())], x[x.isfinite()], spread.to(dtype), x[:0], x[:64].view(2, 1, 32)):
-        packed, scale = ops.mxfp4_quantize(values, rule)
-        expected = fp4._mxfp4_quantize_reference(values, rule)
-        assert torch.equal(packed, expected[0]) and torch.equal(scale, expected[1])
-        dequantised = ops.mxfp4_dequantize(packed, scale, values.shape[-1])
-        assert torch.equal(bits(dequantised), bits(fp4._mxfp4_dequantize_reference(packed, scale, values.shape[-1])))
+        packed, scale = fp4._mxfp4_quantize_reference(values, rule)
+        dequantised = fp4._mxfp4_dequantize_reference(packed, scale, values.shape[-1])
+        for machine, got in on_every_machine(lambda values=values: ops.mxfp4_quantize(values, rule)):
+            assert_same_bits(got[0], packed, machine)
+            assert_same_bits(got[1], scale, machine)
+            assert_same_bits(ops.mxfp4_dequantize(*got, values.shape[-1]), dequantised, machine)
+
+
+# Around the 16, 32 and 128 columns that kernels take together, and enough for two threads.
+@pytest.mark.parametrize(("m", "k"), [(3, k) for k in (1, 15, 17, 31, 33, 127, 128, 129, 160, 257)] + [(130, 1000)])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_casts_of_any_width_and_layout_on_every_machine(m: int, k: int, dtype: torch.dtype) -> None:
+    plain = (torch.randn(m, k) * 3).to(dtype)
+    plain[0, k // 2], plain[-1, -1], plain[1, 0] = torch.nan, torch.inf, -0.0
+    for layout in [*LAYOUTS.values(), lambda x: x]:
+        x = layout(plain)
+
+        def everything(x: Tensor = x) -> list[Tensor]:
+            packed, (blocks, scale) = ops.fp4_cast(x, "e1m2", "zero"), ops.mxfp4_quantize(x, "rceil")
+            return [
+                packed,
+                ops.fp4_uncast(packed, k, "e1m2"),
+                blocks,
+                scale,
+                ops.mxfp4_dequantize(blocks, scale, k),
+                ops.e8m0_cast(x, "up"),
+                ops.e8m0_uncast(scale),
+            ]
+
+        blocks, scale = fp4._mxfp4_quantize_reference(plain, "rceil")
+        packed = fp4._fp4_cast_reference(plain, "e1m2", "zero")
+        expected = [
+            packed,
+            fp4._fp4_uncast_reference(packed, k, "e1m2"),
+            blocks,
+            scale,
+            fp4._mxfp4_dequantize_reference(blocks, scale, k),
+            fp4._e8m0_cast_reference(plain, "up"),
+            fp4._e8m0_uncast_reference(scale),
+        ]
+        for machine, results in on_every_machine(everything):
+            for got, want in zip(results, expected, strict=True):
+                assert_same_bits(got, want, machine)
+
+
+def test_casts_that_leave_the_caches() -> None:
+    x = torch.randn(1 << 23)  # results from 4 MiB on go past the caches
+    for width in (x.numel(), x.numel() - 33):
+        packed = ops.fp4_cast(x[:width], "e3m0")
+        assert_same_bits(packed, fp4._fp4_cast_reference(x[:width], "e3m0"))
+        assert_same_bits(ops.fp4_uncast(packed, width, "e3m0"), fp4._fp4_uncast_reference(packed, width, "e3m0"))
+        blocks = ops.mxfp4_quantize(x[:width])
+        assert_same_bits(ops.mxfp4_dequantize(*blocks, width), fp4._mxfp4_dequantize_reference(*blocks, width))
+
+
+def test_a_nan_anywhere_is_found() -> None:
+    for column in range(300):
+        x = torch.ones(1, 300)
+        x[0, column] = torch.nan
+        with pytest.raises(ValueError, match="must not have a NaN"):
+            ops.fp4_cast(x, nan="error")
+        assert fp4.unpack_nibbles(ops.fp4_cast(-x), 300).tolist() == [[7 if j == column else 10 for j in range(300)]]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

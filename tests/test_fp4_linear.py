@@ -12,26 +12,15 @@ from torch import Tensor
 from bitmill import ops
 from bitmill.ops import fp4
 from bitmill.ops._library import failure, has_compiled_kernel
-from bitmill.ops.fp4_linear import _fp4_linear_reference, _fp4_weight_reference
+from fp4_inputs import FLOATS, GROUPS, SHAPES, WIDE, default_linear, default_weight, layer
+from problems import assert_same_bits, on_every_machine
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CASTS = ("fp4_cast", "fp4_uncast", "e8m0_cast", "e8m0_uncast", "mxfp4_quantize", "mxfp4_dequantize")
 DEFAULTS = {
-    "fp4_linear": _fp4_linear_reference,
-    "fp4_weight": _fp4_weight_reference,
+    "fp4_linear": default_linear,
+    "fp4_weight": default_weight,
     **{name: getattr(fp4, f"_{name}_reference") for name in CASTS},
 }
-
-
-def layer(
-    n: int, k: int, group_size: int = 0, e8m0: bool = False, dtype: torch.dtype = torch.float32, leading=(3,)
-) -> dict[str, Tensor]:
-    """Random arguments of fp4_linear."""
-    groups = -(-k // group_size) if group_size else 1
-    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
-    scale = torch.randint(120, 132, (n, groups), dtype=torch.uint8) if e8m0 else torch.randn(n, groups)
-    x = torch.randn(*leading, k).to(dtype)
-    return {"x": x, "weight": ops.tile_pack(codes, 4), "scale": scale, "bias": torch.randn(n)}
 
 
 @pytest.mark.skipif(failure("_ops_cpu") is not None, reason="no compiled kernels")
@@ -40,8 +29,8 @@ def test_compiled_kernels_are_in_use() -> None:
 
 
 @pytest.mark.parametrize("codebook", [False, True])
-@pytest.mark.parametrize(("group_size", "e8m0"), [(0, False), (0, True), (8, False), (32, True), (64, False)])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 32), (19, 77), (33, 300), (5, 0), (0, 9)])
+@pytest.mark.parametrize(("group_size", "e8m0"), GROUPS)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_fp4_linear_equals_default(n: int, k: int, group_size: int, e8m0: bool, codebook: bool) -> None:
     table = torch.randn(16) if codebook else None
     for dtype in FLOATS:
@@ -53,15 +42,28 @@ def test_fp4_linear_equals_default(n: int, k: int, group_size: int, e8m0: bool, 
         scale = ops.e8m0_uncast(a["scale"]) if e8m0 else a["scale"]
         columns = scale.repeat_interleave(group_size, 1)[:, :k] if group_size else scale
         assert torch.equal(dense, values[codes] * columns)
-        default = _fp4_weight_reference(a["weight"], a["scale"], n, k, **settings)
+        default = default_weight(a["weight"], a["scale"], n, k, "e3m0", group_size, table)
         assert torch.equal(dense, default)
         exact = a["x"].double() @ dense.double().T + a["bias"]
         room = a["x"].double().abs() @ dense.double().abs().T + a["bias"].abs()
         ulp = 2.0 ** {torch.float32: -24, torch.bfloat16: -8, torch.float16: -11}[dtype]
-        for kernel in (ops.fp4_linear, _fp4_linear_reference):
-            out = kernel(**a, **settings)
-            assert out.dtype == dtype and out.shape == (3, n)
+        machines = on_every_machine(lambda a=a, settings=settings: ops.fp4_linear(**a, **settings))
+        for machine, out in [*machines, ("default", default_linear(**a, **settings))]:
+            assert out.dtype == dtype and out.shape == (3, n), machine
             assert ((out.double() - exact).abs() <= room * k * 2.0**-24 + exact.abs() * ulp * 1.01 + 1e-6).all()
+
+
+# Row counts around blocks of 8, 4 and 1 rows, with what is left over.
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 9, 11, 16])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, m: int) -> None:
+    a = layer(150, 200, 32, True, dtype, (m,))
+    for activations in ("float", "int8"):
+        settings = {"group_size": 32, "activations": activations}
+        together = ops.fp4_linear(**a, **settings)
+        for row in range(m) if dtype != torch.float32 or activations == "int8" else ():
+            alone = ops.fp4_linear(**(a | {"x": a["x"][row : row + 1]}), **settings)
+            assert_same_bits(together[row : row + 1], alone)
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (1,), (5,), (2, 3), (2, 1, 3), (2, 0)], ids=str)
@@ -79,22 +81,25 @@ def test_fp4_linear_of_any_shape_and_stride(leading: tuple[int, ...]) -> None:
         assert torch.equal(ops.fp4_linear(x, a["weight"], strided), out)
 
 
+@pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize(("group_size", "e8m0"), [(0, False), (8, False), (32, True)])
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,)], ids=str)
-def test_fp4_linear_gradients(leading: tuple[int, ...], group_size: int, e8m0: bool) -> None:
+def test_fp4_linear_gradients(leading: tuple[int, ...], group_size: int, e8m0: bool, activations: str) -> None:
     a = layer(19, 77, group_size, e8m0, leading=leading)
-    settings = {"format": "e1m2", "group_size": group_size, "codebook": torch.randn(16)}
-    codes, table = ops.tile_unpack(a["weight"], 19, 77, 4).long(), settings["codebook"]
+    table = torch.randn(16) if activations == "float" else WIDE
+    settings = {"format": "e1m2", "group_size": group_size, "codebook": table, "activations": activations}
+    codes = ops.tile_unpack(a["weight"], 19, 77, 4).long()
     wanted = [t.requires_grad_() for t in a.values() if t.is_floating_point()]
     upstream = torch.randn(*leading, 19)
     got = torch.autograd.grad(ops.fp4_linear(**a, **settings), wanted, upstream)
     scale = ops.e8m0_uncast(a["scale"]) if e8m0 else a["scale"]
     dense = table[codes] * (scale.repeat_interleave(group_size, 1)[:, :77] if group_size else scale)
-    out = torch.nn.functional.linear(a["x"], dense, a["bias"])
+    values = a["x"] if activations == "float" else ops.int8_fake_quant(a["x"])
+    out = torch.nn.functional.linear(values, dense, a["bias"])
     for g, e in zip(got, torch.autograd.grad(out, wanted, upstream, retain_graph=True), strict=True):
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4)
-    if not e8m0:
-        same = ops.fp4_weight(a["weight"], a["scale"], 19, 77, **settings)
+    if not e8m0 and activations == "float":
+        same = ops.fp4_weight(a["weight"], a["scale"], 19, 77, "e1m2", group_size, table)
         (got_scale,) = torch.autograd.grad(same.square().sum(), a["scale"])
         (expected_scale,) = torch.autograd.grad(dense.square().sum(), a["scale"])
         torch.testing.assert_close(got_scale, expected_scale, rtol=1e-4, atol=1e-3)
@@ -108,6 +113,7 @@ def test_one_and_two_threads_are_equal() -> None:
         packed, scale = ops.mxfp4_quantize(x)
         return [
             ops.fp4_linear(**a, group_size=32),
+            ops.fp4_linear(**a, group_size=32, activations="int8"),
             ops.fp4_weight(a["weight"], a["scale"], 96, 640, group_size=32),
             ops.fp4_cast(x),
             ops.fp4_uncast(ops.fp4_cast(x), 999),
@@ -132,6 +138,7 @@ def test_compile_fullgraph_with_a_dynamic_batch() -> None:
     def model(x: Tensor, scale: Tensor) -> Tensor:
         q = ops.fp4_fake_quant(x, "e1m2", 0.5) + ops.mxfp4_fake_quant(x, "even")
         y = ops.fp4_linear(q, a["weight"], scale, a["bias"], "e3m0")
+        y = y + ops.fp4_linear(q, a["weight"], scale, activations="int8")
         return y + ops.fp4_uncast(ops.fp4_cast(y), 19) * ops.e8m0_uncast(ops.e8m0_cast(y.abs()))
 
     torch._dynamo.reset()
@@ -160,10 +167,10 @@ def _op_samples() -> dict[str, list[tuple]]:
     bytes = layer(19, 77, 8, True)["scale"]
     rows, weight, scales, bias = (t.requires_grad_(t.is_floating_point()) for t in a.values())
     linear = [
-        (rows, weight, scales, bias, "e2m1", 8, None),
-        (rows[0], weight, scales, None, "e1m2", 8, torch.randn(16)),
-        (rows.bfloat16(), weight, bytes, bias, "e3m0", 8, None),
-        (rows[0, 0], weight, scales, bias, "e2m1", 8, None),
+        (rows, weight, scales, bias, "e2m1", 8, None, "float"),
+        (rows[0], weight, scales, None, "e1m2", 8, torch.randn(16), "float"),
+        (rows.bfloat16(), weight, bytes, bias, "e3m0", 8, None, "int8"),
+        (rows[0, 0], weight, scales, bias, "e2m1", 8, WIDE, "int8"),
     ]
     return {
         "fp4_cast": [(x, "e3m0", "max"), (x.T, "e1m2", "zero"), (x.bfloat16(), "e2m1", "error"), (x[:0],)],
@@ -173,7 +180,7 @@ def _op_samples() -> dict[str, list[tuple]]:
         "mxfp4_quantize": [(x, "floor"), (x.T.half(), "even"), (x[0], "rceil")],
         "mxfp4_dequantize": [(packed[i], scale[i], 37) for i in (slice(None), slice(0), 1)],
         "fp4_linear": linear,
-        "fp4_weight": [(*arguments[1:3], 19, 77, *arguments[4:]) for arguments in linear],
+        "fp4_weight": [(*arguments[1:3], 19, 77, *arguments[4:7]) for arguments in linear],
     }
 
 
@@ -217,6 +224,11 @@ def _error_cases() -> list:
         (ops.fp4_linear, (a["x"], w, s, None, "e2m1", -8), "group_size must be 0 or a positive multiple of 8, got -8"),
         (ops.fp4_linear, (a["x"], w, s, None, "e2m1", 8), r"scale must have shape \[4, 5\], got \[4, 1\]"),
         (ops.fp4_linear, (a["x"], w, s, None, "e2m1", 0, s), r"codebook must have shape \[16\], got \[4, 1\]"),
+        (
+            ops.fp4_linear,
+            (a["x"], w, s, None, "e2m1", 0, None, "int4"),
+            'fp4_linear: activations must be "float" or "int8", got "int4"',
+        ),
         (ops.fp4_linear, (a["x"], w, s.to("meta")), "fp4_linear: .* must be on"),
         (
             ops.fp4_weight,

@@ -19,7 +19,8 @@ CONFIGS = [*(FP4Config(f) for f in ("e2m1", "e1m2", "e3m0")), *(FP4Config("mxfp4
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.format}-{c.scale_rule}")
-each_kind = pytest.mark.parametrize("config", CONFIGS[::3], ids=lambda c: f"{c.format}-{c.scale_rule}")
+KINDS = [*CONFIGS[::3], FP4Config("e1m2", activations="int8"), FP4Config("mxfp4", activations="int8")]
+each_kind = pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.format}-{c.scale_rule}-{c.activations}")
 
 
 def training_layer(config: FP4Config, n: int = 21, k: int = 77, bias: bool = True) -> FP4Linear:

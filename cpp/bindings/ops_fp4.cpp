@@ -2,6 +2,7 @@
 // CPU ops of the fp4 family: check, allocate, call. Schemas: python/bitmill/ops/fp4.py.
 #include "checks.h"
 #include "fp4.h"
+#include "int8_rows.h"
 
 namespace bitmill {
 namespace {
@@ -154,20 +155,41 @@ WeightArguments weight_arguments(const char* op, const Tensor& weight, const Ten
   return {tiles, scales, checked(op, "codebook", codebook, ScalarType::Float, {16}), table};
 }
 
+void check_integers(const char* op, const Fp4Weight& weight) {
+  Fp4Integers integers;
+  if (!fp4_integers(weight.table, integers)) {
+    fail(op,
+         ": codebook must be integers of magnitude up to 127 times a power of two for activations=\"int8\", got other"
+         " values; move their common factor to scale, or pass activations=\"float\"");
+  }
+  const int64_t most = fp4_int8_columns(integers);
+  const int64_t width = weight.group_size > 0 ? std::min(weight.group_size, weight.k) : weight.k;
+  if (width > most) {
+    fail(op, ": a group must have at most ", most, " columns for activations=\"int8\" and these values, got ", width,
+         "; pass a smaller group_size, or activations=\"float\"");
+  }
+}
+
 Tensor fp4_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias, std::string format,
-                      int64_t group_size, std::optional<Tensor> codebook) {
+                      int64_t group_size, std::optional<Tensor> codebook, std::string activations) {
   const char* op = "fp4_linear";
+  const bool int8 = multiplies_int8(op, activations);
   const Rows rows = rows_of(op, x);
   const Dtype dtype = float_dtype(op, rows.x);
   const int64_t k = rows.k, n = scale.dim() > 0 ? scale.size(0) : 0;
   const WeightArguments arguments = weight_arguments(op, weight, scale, n, k, format, group_size, codebook);
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
-  const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
   Fp4MatmulParams p;
-  p.x = rows.x.const_data_ptr();
+  p.weight = arguments.weight(n, k, group_size);
+  if (int8) check_integers(op, p.weight);
+  const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
+  const auto q = scratch<int8_t>(int8 ? rows.m * k : 0);
+  const auto row_scale = scratch<float>(int8 ? rows.m : 0);
+  if (int8) require(op, int8_quantize(int8_rows(op, rows, q.get(), row_scale.get())));
+  p.x = int8 ? q.get() : rows.x.const_data_ptr();
+  p.row_scale = int8 ? row_scale.get() : nullptr;
   p.dtype = dtype;
   p.m = rows.m;
-  p.weight = arguments.weight(n, k, group_size);
   p.bias = data_or_null<float>(bias_row);
   p.out = out.mutable_data_ptr();
   p.parallel_for = torch_parallel_for;

@@ -37,8 +37,14 @@ inline constexpr KernelRow kKernels[] = {{InstructionSet::neon, "bitpack"},
                                          {InstructionSet::avx512, "bitpack"},
                                          {InstructionSet::avx512, "binary_matmul"},
                                          {InstructionSet::avx512, "binary_weight_linear"},
+                                         {InstructionSet::avx512, "e8m0_cast"},
+                                         {InstructionSet::avx512, "e8m0_uncast"},
+                                         {InstructionSet::avx512, "fp4_cast"},
                                          {InstructionSet::avx512, "fp4_linear"},
+                                         {InstructionSet::avx512, "fp4_uncast"},
                                          {InstructionSet::avx512, "int8_quantize"},
+                                         {InstructionSet::avx512, "mxfp4_dequantize"},
+                                         {InstructionSet::avx512, "mxfp4_quantize"},
                                          {InstructionSet::avx512, "salient_linear"}};
 
 }  // namespace bitmill

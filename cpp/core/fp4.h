@@ -82,17 +82,30 @@ struct Fp4Weight {
 };
 Status fp4_weight(const Fp4Weight& weight, float* values, ParallelFor parallel_for = serial_for);
 
-// y[i, o] = sum_g scale[o, g] sum_{j in g} table[code[o, j]] x[i, j] + bias[o], float sums, columns first to last.
+// y[i, o] = sum_g scale[o, g] sum_{j in g} table[code[o, j]] x[i, j] + bias[o], float sums, columns first to last. With
+// int8 activations the sum over a group is one of integers, dot, exact; groups are added first to last to 0, and
+//   y[i, o] = fl(row_scale[i] * sum_g fl(fl(scale[o, g] * unit) * float(dot))) + bias[o]     (every operation rounded)
 struct Fp4MatmulParams {
-  const void* x = nullptr;  // [m, k], contiguous
+  const void* x = nullptr;  // [m, k], contiguous, of `dtype`; int8 if there is a row_scale
   Dtype dtype = Dtype::f32;
   int64_t m = 0;
+  const float* row_scale = nullptr;  // [m] or null: activations are row_scale[i] x[i, j]
   Fp4Weight weight;
   const float* bias = nullptr;  // [n] or null
   void* out = nullptr;          // [m, n] of `dtype`
   ParallelFor parallel_for = serial_for;
 };
+// With int8 activations: bad_argument for a table that fp4_integers refuses or a group wider than fp4_int8_columns.
 Status fp4_matmul(const Fp4MatmulParams& params);
+
+// A table as integers of magnitude up to 127 times a power of two.
+struct Fp4Integers {
+  int8_t value[16];
+  float unit;
+};
+bool fp4_integers(const float* table, Fp4Integers& integers);  // false: the table is not that
+// Columns whose products with int8 activations have a sum within int32, whatever the codes.
+int64_t fp4_int8_columns(const Fp4Integers& integers);
 
 // A magnitude is an integer number of units: units of 2^(p - bias - M) in the binade of exponent field p,
 // where field 0 (subnormal) shares the binade of field 1.
@@ -176,12 +189,30 @@ static inline uint8_t mxfp4_scale(uint32_t amax, ScaleRule rule) {
 }
 
 namespace detail {
-// Rows [begin, end). Answers whether there was a NaN.
+// Rows [begin, end) each. A cast answers whether there was a NaN.
 bool fp4_cast_rows_generic(const Fp4CastParams& params, int64_t begin, int64_t end);
+bool fp4_cast_rows_avx512(const Fp4CastParams& params, int64_t begin, int64_t end);
+void fp4_uncast_rows_generic(const uint8_t* packed, int64_t k, Fp4Format format, float* values, int64_t begin,
+                             int64_t end);
+void fp4_uncast_rows_avx512(const uint8_t* packed, int64_t k, Fp4Format format, float* values, int64_t begin,
+                            int64_t end);
 void mxfp4_quantize_rows_generic(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
+void mxfp4_quantize_rows_avx512(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
+void mxfp4_dequantize_rows_generic(const uint8_t* packed, const uint8_t* scale, int64_t k, float* values, int64_t begin,
+                                   int64_t end);
+void mxfp4_dequantize_rows_avx512(const uint8_t* packed, const uint8_t* scale, int64_t k, float* values, int64_t begin,
+                                  int64_t end);
+void e8m0_cast_generic(const void* x, Dtype dtype, int64_t count, bool up, uint8_t* bytes);
+void e8m0_cast_avx512(const void* x, Dtype dtype, int64_t count, bool up, uint8_t* bytes);
+void e8m0_uncast_generic(const uint8_t* bytes, int64_t count, float* values);
+void e8m0_uncast_avx512(const uint8_t* bytes, int64_t count, float* values);
 // Tiles [begin, end) of the output columns, all rows; m and k above 0.
 void fp4_matmul_tiles_avx512(const Fp4MatmulParams& params, int64_t begin, int64_t end);
 void fp4_matmul_tiles_avx512bf16(const Fp4MatmulParams& params, int64_t begin, int64_t end);
+void fp4_int8_matmul_tiles_generic(const Fp4MatmulParams& params, const Fp4Integers& integers, int64_t begin,
+                                   int64_t end);
+void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& params, const Fp4Integers& integers, int64_t begin,
+                                      int64_t end);
 }  // namespace detail
 
 }  // namespace bitmill

@@ -6,42 +6,23 @@
 namespace bitmill::detail {
 namespace {
 
-constexpr int kSingleTiles = 8;         // tiles side by side for a single row
-constexpr int64_t kPrefetchWords = 32;  // how far ahead a single row asks for its codes: 2 KiB a tile
+constexpr int kSingleTiles = kChunkTiles;
 
-struct FloatPath {
+template <class T>
+struct FloatPath : FloatSums<T> {
   using Values = __m512;
   static constexpr int kSteps = 8;
-  static constexpr bool kSingles = true;
   __m512 table;
 
   static int64_t fours(int64_t rows) { return rows / 4 * 4; }
 
-  template <int rows, class T>
-  void pack(const T* x, int64_t k, float* out, int64_t) const {
-    for (int64_t column = 0; column < k; column += 16) {
-      const __mmask16 lanes = first_lanes(k - column);
-      if constexpr (rows == 1) {
-        _mm512_storeu_ps(out + column, load16(x + column, lanes));
-      } else {
-        for (int half = 0; half < rows; half += 4) {
-          __m512 z[4];
-          for (int i = 0; i < 4; ++i) z[i] = load16(x + (half + i) * k + column, lanes);
-          transpose4(z);
-          for (int i = 0; i < 4; ++i) {
-            float* to = out + (column + i) * rows + half;
-            _mm_storeu_ps(to, _mm512_castps512_ps128(z[i]));
-            _mm_storeu_ps(to + 4 * rows, _mm512_extractf32x4_ps(z[i], 1));
-            _mm_storeu_ps(to + 8 * rows, _mm512_extractf32x4_ps(z[i], 2));
-            _mm_storeu_ps(to + 12 * rows, _mm512_extractf32x4_ps(z[i], 3));
-          }
-        }
-      }
-    }
-  }
+  static __m512 elements(const T* x, int64_t k, int64_t first) { return load16(x + first, first_lanes(k - first)); }
 
   __m512 lookup(__m512i codes) const { return _mm512_permutexvar_ps(codes, table); }
-  static __m512i next(__m512i codes) { return _mm512_srli_epi32(codes, 4); }
+  template <int rows>
+  static __m512i next(__m512i codes) {
+    return _mm512_srli_epi32(codes, 4);
+  }
   static __m512 multiply_add(__m512 sum, __m512 a, __m512 w) { return _mm512_fmadd_ps(a, w, sum); }
 
   // One word of 8 tiles. A byte's codes come from a load that begins at that byte, which spares a shift; the second of
@@ -65,12 +46,10 @@ struct FloatPath {
     }
   }
 
-  // One row times the tiles of a chunk.
-  template <class T>
   void single(const Fp4Task& task, int64_t row, int64_t tile, const float* x) const {
     const int32_t* codes[kSingleTiles];
     for (int t = 0; t < kSingleTiles; ++t) codes[t] = task.codes(tile + t);
-    float partial[kSingleTiles][kTileRows];
+    alignas(64) float result[kSingleTiles][kTileRows] = {};
     for (int64_t group = 0; group < task.groups; ++group) {
       __m512 sum[kSingleTiles];
 #pragma GCC unroll 8
@@ -85,16 +64,22 @@ struct FloatPath {
       }
       if (end < group_end) add_word<true>(codes, end, x, sum);
 #pragma GCC unroll 8
-      for (int t = 0; t < kSingleTiles; ++t) finish<T>(task, row, tile + t, group, sum[t], partial[t]);
+      for (int t = 0; t < kSingleTiles; ++t) {
+        const __m512 scale = _mm512_loadu_ps(task.scales(tile + t) + group * kTileRows);
+        _mm512_store_ps(result[t], this->fold(_mm512_load_ps(result[t]), scale, sum[t]));
+      }
     }
+    finish_rows(task, *this, row, 1, tile, kSingleTiles, result[0]);
   }
 };
 
 }  // namespace
 
 void fp4_matmul_tiles_avx512(const Fp4MatmulParams& p, int64_t begin, int64_t end) {
-  const FloatPath path{_mm512_loadu_ps(p.weight.table)};
-  with_dtype(p.dtype, p.x, [&]<class T>(const T*) { multiply_tiles<FloatPath, T>(p, path, begin, end); });
+  with_dtype(p.dtype, p.x, [&]<class T>(const T*) {
+    const FloatPath<T> path{{}, _mm512_loadu_ps(p.weight.table)};
+    multiply_tiles(p, path, begin, end);
+  });
 }
 
 }  // namespace bitmill::detail

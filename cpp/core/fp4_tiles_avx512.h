@@ -1,13 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the FP4 products with AVX-512 share: blocks of 8 or 4 activation rows times 2 or 4 tiles. A table lookup decodes
-// the 16 outputs of a tile once for all rows of a block. A `Path` decides how activations are stored and multiplied:
-//   kSingles                   whether the last 1 to 3 rows are taken one by one, by pack<1> and single<T>
-//   fours(rows)                how many of the last rows, fewer than 8, are taken in fours
-//   kSteps                     lookups a word of 8 codes; a step takes one 32-bit element of each activation row
-//   pack<rows>(x, k, out, n)   n <= rows activation rows to [words][kSteps][rows] elements, zeros past k and n
-//   lookup(codes)              what the lowest bits of each lane stand for
-//   next(codes)                the codes of the next step, in the lowest bits
+// What the FP4 products with AVX-512 share: blocks of 8 or 4 activation rows times 2 or 4 tiles, and of 1 row times 8.
+// A table lookup decodes the 16 outputs of a tile once for all rows of a block. A `Path` decides how activations are
+// stored and multiplied:
+//   Input                   what activations are
+//   Sum, Values             16 sums, and what a lookup gives
+//   kSteps                  lookups a word of 8 codes; a step takes one 32-bit element of each activation row
+//   fours(rows)             how many of the last rows, fewer than 8, are taken in fours; the others one by one
+//   elements(x, k, first)   16 elements of a row of k activations, zeros past its end
+//   lookup(codes)           what the lowest bits of each lane stand for
+//   next<rows>(codes)       the codes of the next step, in the lowest bits
+//   start(row, group)       what a sum begins with
+//   broadcast(element)      a
 //   multiply_add(sum, a, w)
+//   unit                    what a scale is multiplied with
+//   fold(result, scale, sum)                 a group's sum added to the result
+//   finish(task, row, column, lanes, value)  16 results to memory
+//   single(task, row, tile, x)   one packed row times the tiles of a chunk
 // Sums run over the columns first to last, one accumulator an output: they depend neither on the threads nor on the
 // size of the block that a row is in.
 #pragma once
@@ -16,12 +24,14 @@
 
 #include "avx512.h"
 #include "fp4.h"
+#include "fp4_scales_avx512.h"
 #include "layout.h"
 
 namespace bitmill::detail {
 
-inline constexpr int64_t kChunkTiles = 8;    // tiles whose scales are expanded together
-inline constexpr int64_t kPackedRows = 256;  // rows packed together; fewer if k is large
+inline constexpr int64_t kChunkTiles = 8;      // tiles whose scales are expanded together, and side by side for one row
+inline constexpr int64_t kPackedRows = 256;    // rows packed together; fewer if k is large
+inline constexpr int64_t kPrefetchWords = 32;  // how far ahead codes are asked for: 2 KiB a tile
 
 template <class T>
 static T* new_aligned(int64_t count) {
@@ -49,85 +59,89 @@ struct Fp4Task {
   }
 };
 
-// E8M0 in the lowest byte of each lane; the other bytes are ignored.
-static inline __m512 e8m0_to_floats(__m512i bytes) {
-  const __m512i exponent = _mm512_slli_epi32(bytes, 23), all = _mm512_set1_epi32(0x7F800000);
-  const __m512i bits = _mm512_and_si512(exponent, all);
-  const __mmask16 half = _mm512_testn_epi32_mask(exponent, all) | _mm512_cmpeq_epi32_mask(bits, all);
-  return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, half, bits, _mm512_set1_epi32(0x400000)));
-}
-
-// The scales of a tile's 16 rows to floats [groups][16]. Lanes past n repeat the last row.
-static inline void expand_scales(const Fp4Weight& w, int64_t groups, int64_t tile, float* out) {
-  const int64_t first = tile * kTileRows, last = w.n - 1 - first;
-  const auto row_of = [&](int64_t lane) { return first + (lane < last ? lane : last); };
-  const auto one_group = [&](int64_t group) {
-    for (int64_t lane = 0; lane < kTileRows; ++lane) {
-      const int64_t index = row_of(lane) * groups + group;
-      out[group * kTileRows + lane] = w.scale ? w.scale[index] : e8m0_to_float(w.scale_bytes[index]);
-    }
-  };
-  if (groups < 4) {
-    for (int64_t group = 0; group < groups; ++group) one_group(group);
-    return;
-  }
-  for (int64_t step = 0; step < groups; step += 4) {
-    const int64_t group = step + 4 <= groups ? step : groups - 4;  // the last four overlap
-    float* lanes = out + group * kTileRows;
-    if (w.scale) {
-      __m512 z[4];
-      for (int i = 0; i < 4; ++i) {
-        const auto four = [&](int64_t lane) { return _mm_loadu_ps(w.scale + row_of(lane) * groups + group); };
-        z[i] = _mm512_castps128_ps512(four(i));
-        z[i] = _mm512_insertf32x4(z[i], four(i + 4), 1);
-        z[i] = _mm512_insertf32x4(z[i], four(i + 8), 2);
-        z[i] = _mm512_insertf32x4(z[i], four(i + 12), 3);
-      }
-      transpose4(z);
-      for (int i = 0; i < 4; ++i) _mm512_storeu_ps(lanes + i * kTileRows, z[i]);
+// n <= rows rows of k activations to elements [words * kSteps][rows], zeros past k and n.
+template <class Path, int rows>
+static void pack(const Path& path, const typename Path::Input* x, int64_t k, float* out, int64_t n) {
+  const int64_t count = word_count(k, 4) * Path::kSteps;
+  for (int64_t first = 0; first < count; first += 16) {
+    if constexpr (rows == 1) {
+      _mm512_storeu_ps(out + first, path.elements(x, k, first));
     } else {
-      const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      const __m512i row = _mm512_min_epi32(lane, _mm512_set1_epi32(static_cast<int>(last < 15 ? last : 15)));
-      const __m512i index = _mm512_mullo_epi32(row, _mm512_set1_epi32(static_cast<int>(groups)));
-      __m512i bytes = _mm512_i32gather_epi32(index, w.scale_bytes + first * groups + group, 1);
-      for (int i = 0; i < 4; ++i, bytes = _mm512_srli_epi32(bytes, 8)) {
-        _mm512_storeu_ps(lanes + i * kTileRows, e8m0_to_floats(bytes));
+      for (int half = 0; half < rows; half += 4) {
+        __m512 z[4];
+        for (int i = 0; i < 4; ++i) {
+          z[i] = half + i < n ? path.elements(x + (half + i) * k, k, first) : _mm512_setzero_ps();
+        }
+        transpose4(z);
+        for (int i = 0; i < 4; ++i) {
+          float* to = out + (first + i) * rows + half;
+          _mm_storeu_ps(to, _mm512_castps512_ps128(z[i]));
+          _mm_storeu_ps(to + 4 * rows, _mm512_extractf32x4_ps(z[i], 1));
+          _mm_storeu_ps(to + 8 * rows, _mm512_extractf32x4_ps(z[i], 2));
+          _mm_storeu_ps(to + 12 * rows, _mm512_extractf32x4_ps(z[i], 3));
+        }
       }
     }
   }
 }
 
-// The sums of one group to the result: scaled, carried in `partial` from group to group, finished after the last one.
+// What paths with float sums share. T: the dtype of activations and results.
 template <class T>
-static inline void finish(const Fp4Task& task, int64_t row, int64_t tile, int64_t group, __m512 sum, float* partial) {
-  const __m512 scale = _mm512_loadu_ps(task.scales(tile) + group * kTileRows);
-  const __m512 value = group == 0 ? _mm512_mul_ps(scale, sum) : _mm512_fmadd_ps(scale, sum, _mm512_loadu_ps(partial));
-  if (group + 1 < task.groups) return _mm512_storeu_ps(partial, value);
-  if (tile >= task.end || row >= task.p.m) return;
-  const int64_t column = tile * kTileRows;
-  const __mmask16 lanes = first_lanes(task.p.weight.n - column);
-  const __m512 bias = task.p.bias ? _mm512_maskz_loadu_ps(lanes, task.p.bias + column) : _mm512_set1_ps(-0.0f);
-  store16(static_cast<T*>(task.p.out) + row * task.p.weight.n + column, lanes, _mm512_add_ps(value, bias));
+struct FloatSums {
+  using Input = T;
+  using Sum = __m512;
+  static constexpr float unit = 1.0f;
+
+  static Sum start(int64_t, int64_t) { return _mm512_setzero_ps(); }
+  static __m512 broadcast(float element) { return _mm512_set1_ps(element); }
+
+  static __m512 fold(__m512 result, __m512 scale, Sum sum) { return _mm512_fmadd_ps(scale, sum, result); }
+
+  static void finish(const Fp4Task& task, int64_t row, int64_t column, __mmask16 lanes, __m512 value) {
+    const Fp4MatmulParams& p = task.p;
+    const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(lanes, p.bias + column) : _mm512_set1_ps(-0.0f);
+    store16(static_cast<T*>(p.out) + row * p.weight.n + column, lanes, _mm512_add_ps(value, bias));
+  }
+};
+
+// Results [rows][tiles][16] of a block to memory, except those past the last row or tile.
+template <class Path>
+static void finish_rows(const Fp4Task& task, const Path& path, int64_t row, int rows, int64_t tile, int tiles,
+                        const float* result) {
+  for (int r = 0; r < rows && row + r < task.p.m; ++r) {
+    for (int t = 0; t < tiles && tile + t < task.end; ++t) {
+      const int64_t column = (tile + t) * kTileRows;
+      const __m512 value = _mm512_loadu_ps(result + (r * tiles + t) * kTileRows);
+      path.finish(task, row + r, column, first_lanes(task.p.weight.n - column), value);
+    }
+  }
 }
 
 // `rows` packed rows x times `tiles` tiles side by side.
-template <class Path, class T, int rows, int tiles>
+template <class Path, int rows, int tiles>
 static void block(const Fp4Task& task, const Path& path, int64_t row, int64_t tile, const float* x) {
   const int32_t* codes[tiles];
-  for (int t = 0; t < tiles; ++t) codes[t] = task.codes(tile + t);
-  float partial[rows][tiles][kTileRows];
+  const float* scales[tiles];
+  for (int t = 0; t < tiles; ++t) {
+    codes[t] = task.codes(tile + t);
+    scales[t] = task.scales(tile + t);
+  }
+  alignas(64) float result[rows][tiles][kTileRows] = {};
   for (int64_t group = 0; group < task.groups; ++group) {
-    __m512 sum[rows][tiles];
+    typename Path::Sum sum[rows][tiles];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-      for (int t = 0; t < tiles; ++t) sum[r][t] = _mm512_setzero_ps();
+      for (int t = 0; t < tiles; ++t) sum[r][t] = path.start(row + r, group);
     }
     const int64_t end = task.group_end(group);
     for (int64_t w = group * task.group_words; w < end; ++w) {
       __m512i bits[tiles];
 #pragma GCC unroll 8
-      for (int t = 0; t < tiles; ++t) bits[t] = _mm512_loadu_si512(codes[t] + w * kTileRows);
+      for (int t = 0; t < tiles; ++t) {
+        bits[t] = _mm512_loadu_si512(codes[t] + w * kTileRows);
+        _mm_prefetch(reinterpret_cast<const char*>(codes[t] + (w + kPrefetchWords) * kTileRows), _MM_HINT_T0);
+      }
 #pragma GCC unroll 1
       for (int j = 0; j < Path::kSteps; ++j) {
         const float* a = x + (w * Path::kSteps + j) * rows;
@@ -135,31 +149,35 @@ static void block(const Fp4Task& task, const Path& path, int64_t row, int64_t ti
 #pragma GCC unroll 8
         for (int t = 0; t < tiles; ++t) {
           values[t] = path.lookup(bits[t]);
-          bits[t] = Path::next(bits[t]);
+          bits[t] = Path::template next<rows>(bits[t]);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
-          const __m512 broadcast = _mm512_set1_ps(a[r]);
+          const auto broadcast = Path::broadcast(a[r]);
 #pragma GCC unroll 8
           for (int t = 0; t < tiles; ++t) sum[r][t] = Path::multiply_add(sum[r][t], broadcast, values[t]);
         }
       }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
+    for (int t = 0; t < tiles; ++t) {
+      const __m512 scale = _mm512_loadu_ps(scales[t] + group * kTileRows);
 #pragma GCC unroll 8
-      for (int t = 0; t < tiles; ++t) finish<T>(task, row + r, tile + t, group, sum[r][t], partial[r][t]);
+      for (int r = 0; r < rows; ++r) {
+        _mm512_store_ps(result[r][t], path.fold(_mm512_load_ps(result[r][t]), scale, sum[r][t]));
+      }
     }
   }
+  finish_rows(task, path, row, rows, tile, tiles, result[0][0]);
 }
 
 // Tiles [begin, end) of all rows.
-template <class Path, class T>
+template <class Path>
 static void multiply_tiles(const Fp4MatmulParams& p, const Path& path, int64_t begin, int64_t end) {
-  const int64_t words = word_count(p.weight.k, 4);
+  const int64_t k = p.weight.k, words = word_count(k, 4);
   const int64_t group_words = p.weight.group_size > 0 ? p.weight.group_size / 8 : words;
   Fp4Task task{p, words, ceil_div(words, group_words), group_words, end, begin, nullptr};
-  const int64_t stride = ceil_div(p.weight.k, 16) * 2 * Path::kSteps;  // elements of a packed row
+  const int64_t stride = ceil_div(words * Path::kSteps, 16) * 16;  // elements of a packed row
   const int64_t fit = (int64_t{1} << 20) / stride / 8 * 8;
   const int64_t most = fit < 8 ? 8 : fit < kPackedRows ? fit : kPackedRows;
   float* packed = new_aligned<float>((p.m < most ? ceil_div(p.m, 4) * 4 : most) * stride);
@@ -168,33 +186,30 @@ static void multiply_tiles(const Fp4MatmulParams& p, const Path& path, int64_t b
   task.scale = scale;
   for (int64_t first = 0; first < p.m; first += most) {
     const int64_t rows = p.m - first < most ? p.m - first : most;
-    const T* x = static_cast<const T*>(p.x) + first * p.weight.k;
+    const auto* x = static_cast<const typename Path::Input*>(p.x) + first * k;
     const int64_t eights = rows / 8 * 8, fours = eights + Path::fours(rows - eights);
-    for (int64_t row = 0; row < eights; row += 8)
-      path.template pack<8>(x + row * p.weight.k, p.weight.k, packed + row * stride, 8);
-    for (int64_t row = eights; row < fours; row += 4)
-      path.template pack<4>(x + row * p.weight.k, p.weight.k, packed + row * stride, rows - row < 4 ? rows - row : 4);
-    if constexpr (Path::kSingles) {
-      for (int64_t row = fours; row < rows; ++row)
-        path.template pack<1>(x + row * p.weight.k, p.weight.k, packed + row * stride, 1);
+    for (int64_t row = 0; row < eights; row += 8) pack<Path, 8>(path, x + row * k, k, packed + row * stride, 8);
+    for (int64_t row = eights; row < fours; row += 4) {
+      pack<Path, 4>(path, x + row * k, k, packed + row * stride, rows - row < 4 ? rows - row : 4);
     }
+    for (int64_t row = fours; row < rows; ++row) pack<Path, 1>(path, x + row * k, k, packed + row * stride, 1);
     for (task.chunk = begin; task.chunk < end; task.chunk += kChunkTiles) {
       const int64_t after = task.chunk + kChunkTiles < end ? task.chunk + kChunkTiles : end;
       for (int64_t tile = task.chunk; tile < after; ++tile) {
-        expand_scales(p.weight, task.groups, tile, scale + (tile - task.chunk) * task.groups * kTileRows);
+        float* lanes = scale + (tile - task.chunk) * task.groups * kTileRows;
+        expand_scales(p.weight, task.groups, tile, path.unit, lanes);
       }
       for (int64_t tile = task.chunk; tile < after; tile += 2) {
-        for (int64_t row = 0; row < eights; row += 8)
-          block<Path, T, 8, 2>(task, path, first + row, tile, packed + row * stride);
+        for (int64_t row = 0; row < eights; row += 8) {
+          block<Path, 8, 2>(task, path, first + row, tile, packed + row * stride);
+        }
       }
       for (int64_t row = eights; row < fours; row += 4) {
-        for (int64_t tile = task.chunk; tile < after; tile += 4)
-          block<Path, T, 4, 4>(task, path, first + row, tile, packed + row * stride);
+        for (int64_t tile = task.chunk; tile < after; tile += 4) {
+          block<Path, 4, 4>(task, path, first + row, tile, packed + row * stride);
+        }
       }
-      if constexpr (Path::kSingles) {
-        for (int64_t row = fours; row < rows; ++row)
-          path.template single<T>(task, first + row, task.chunk, packed + row * stride);
-      }
+      for (int64_t row = fours; row < rows; ++row) path.single(task, first + row, task.chunk, packed + row * stride);
     }
   }
   delete_aligned(scale);

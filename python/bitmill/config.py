@@ -142,10 +142,13 @@ class FP4Config(Config):
             for 32 columns.
         scale_rule: for "mxfp4", how a block's scale follows from its largest magnitude: "floor" (the OCP text),
             "rceil", "ceil" or "even".
+        activations: "float" multiplies activations as they are; "int8" rounds every row to int8 with a scale of its own
+            first, in training too (straight-through), which is faster.
     """
 
     format: str = "e2m1"
     scale_rule: str = "floor"
+    activations: str = "float"
 
     FORMATS: ClassVar[tuple[str, ...]] = ("e2m1", "e1m2", "e3m0", "mxfp4")
     SCALE_RULES: ClassVar[tuple[str, ...]] = ("floor", "rceil", "ceil", "even")
@@ -153,6 +156,7 @@ class FP4Config(Config):
     def __post_init__(self) -> None:
         self._require_one_of("format", self.FORMATS)
         self._require_one_of("scale_rule", self.SCALE_RULES)
+        self._require_one_of("activations", ACTIVATIONS)
 
 
 def shorten(value: object) -> str:

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Code tables, ties, special values, E8M0, the scale rules of MXFP4, and the product against a double reference.
+// Code tables, ties, special values, E8M0, the scale rules of MXFP4, and the product against a double reference, on
+// every instruction set of this machine.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -8,6 +9,7 @@
 
 #include "bitpack.h"
 #include "check.h"
+#include "cpu.h"
 #include "fp4.h"
 #include "layout.h"
 
@@ -309,20 +311,23 @@ void test_bad_weights() {
 }  // namespace
 
 int main() {
-  test_tables_and_ties();
-  test_special_values();
-  test_rows();
-  test_e8m0();
-  test_scale_rules();
-  test_mxfp4_blocks();
-  for (const bool bytes : {false, true}) {
-    for (const int64_t group_size : {0, 8, 32, 64}) {
-      test_matmul(3, 19, 77, group_size, bytes, Dtype::f32);
-      test_matmul(2, 16, 600, group_size, bytes, Dtype::bf16);
-      test_matmul(0, 5, 9, group_size, bytes, Dtype::f32);
-      test_matmul(2, 3, 0, group_size, bytes, Dtype::f32);
+  for (const InstructionSet set : kInstructionSets) {
+    if (!select(set)) continue;
+    test_tables_and_ties();
+    test_special_values();
+    test_rows();
+    test_e8m0();
+    test_scale_rules();
+    test_mxfp4_blocks();
+    for (const bool bytes : {false, true}) {
+      for (const int64_t group_size : {0, 8, 32, 64}) {
+        test_matmul(3, 19, 77, group_size, bytes, Dtype::f32);
+        test_matmul(2, 16, 600, group_size, bytes, Dtype::bf16);
+        test_matmul(0, 5, 9, group_size, bytes, Dtype::f32);
+        test_matmul(2, 3, 0, group_size, bytes, Dtype::f32);
+      }
     }
+    test_bad_weights();
   }
-  test_bad_weights();
   return bitmill_test::failures() != 0;
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP4Linear: a linear layer with 4-bit floating-point weights and float activations.
+"""FP4Linear: a linear layer with 4-bit floating-point weights and float or int8 activations.
 
 Formats "e2m1", "e1m2" and "e3m0" have one float32 scale an output channel, amax / largest value; "mxfp4" has E2M1
 codes and one E8M0 scale for 32 columns. Training form and packed form hold the same weight bit for bit; their outputs
@@ -20,6 +20,7 @@ from ..ops import (
     fp4_fake_quant,
     fp4_linear,
     fp4_weight,
+    int8_fake_quant,
     mxfp4_fake_quant,
     mxfp4_quantize,
     tile_pack,
@@ -43,8 +44,10 @@ def row_scale(weight: Tensor, format: str) -> Tensor:
 class FP4Linear(LatentLinear):
     """Training form: latent weight [out_features, in_features], straight-through gradient.
 
-    The scales follow the weight in every forward and carry no gradient. A NaN or an infinity in the weight makes its
-    row (its block, for "mxfp4") NaN. Output dtype = input dtype; the arithmetic is float32, also under autocast.
+    The scales follow the weight in every forward and carry no gradient. With activations="int8" every row of the input
+    is rounded to int8 and back first, with the straight-through identity gradient. A NaN or an infinity in the weight
+    makes its row (its block, for "mxfp4") NaN. Output dtype = input dtype; the arithmetic is float32, also under
+    autocast.
     """
 
     config_class: ClassVar = FP4Config
@@ -60,7 +63,10 @@ class FP4Linear(LatentLinear):
     def forward(self, x: Tensor) -> Tensor:
         require_width("FP4Linear", x, self.in_features)
         with without_autocast(x):
-            return nn.functional.linear(x.float(), self.quantised_weight(), as_float32(self.bias)).to(x.dtype)
+            values = x.float()
+            if self.config.activations == "int8":
+                values = int8_fake_quant(values)
+            return nn.functional.linear(values, self.quantised_weight(), as_float32(self.bias)).to(x.dtype)
 
     @torch.no_grad()
     def pack(self) -> PackedFP4Linear:
@@ -150,8 +156,9 @@ class PackedFP4Linear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         require_width("PackedFP4Linear", x, self.in_features)
+        activations = self.config.activations
         return torch.ops.bitmill.fp4_linear.default(
-            x, self.weight, self._scale(), as_float32(self.bias), self._format, self._group_size
+            x, self.weight, self._scale(), as_float32(self.bias), self._format, self._group_size, None, activations
         )
 
     @torch.no_grad()
@@ -172,6 +179,7 @@ class PackedFP4Linear(PackedModule):
             as_float32(self.bias),
             self._format,
             self._group_size,
+            activations=self.config.activations,
         )
         bad = (self.scale == 255) if self._group_size else ~torch.isfinite(self.scale)
         if bad.any():

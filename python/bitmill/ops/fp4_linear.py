@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear layer with an FP4 weight and float activations, and the weight that it stands for.
+"""A linear layer with an FP4 weight and float or int8 activations, and the weight that it stands for.
 
 fp4_weight: w[o, j] = scale[o, j / group_size] table[code[o, j]], float32; table is the format's (fp4.py) or a codebook.
 fp4_linear: y = sum_g scale[o, g] sum_{j in g} table[code[o, j]] x[.., j] + bias, float32 accumulation.
 The weight is tiles of codes, tile_pack(codes, 4); a scale is float32 or E8M0 bytes. CPUs that multiply bfloat16 do so
 with bfloat16 activations, and take subnormal ones as 0; the products are exact.
+With activations="int8" rows are rounded first, q and row_scale of int8.py, and table = unit integers, unit a power of
+two: dot_g = sum_{j in g} integers[code[o, j]] q[.., j] is exact, within int32 for any codes, and in float32
+  y = fl(fl(sum_g fl(fl(scale[o, g] unit) fl(dot_g))) row_scale) + bias, groups added first to last, each step rounded.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,17 +24,66 @@ from ._checks import MAX_COLUMNS, PACK_REMEDY, ceil_div, check_one_of, check_row
 from ._checks import tile_shape as _tile_shape
 from ._groups import columns_of_groups
 from .bitpack import tile_unpack
-from .fp4 import FORMATS, e8m0_uncast, short_name, table
+from .fp4 import FORMATS, code_values, e8m0_uncast, short_name, table
+from .int8 import ACTIVATIONS, _int8_quantize_reference, int8_fake_quant
 
 library.define(
     "fp4_linear",
-    '(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, str format="e2m1", int group_size=0,'
-    " Tensor? codebook=None) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, str format, int group_size, Tensor? codebook,"
+    " str activations) -> Tensor",
 )
 library.define(
     "fp4_weight",
-    '(Tensor weight, Tensor scale, int n, int k, str format="e2m1", int group_size=0, Tensor? codebook=None) -> Tensor',
+    "(Tensor weight, Tensor scale, int n, int k, str format, int group_size, Tensor? codebook) -> Tensor",
 )
+
+
+def integers_of(codebook: Sequence[float]) -> tuple[list[int], float]:
+    """16 values as integers of magnitude up to 127 and the power of two that they are multiples of."""
+    fractions = [value.as_integer_ratio() for value in codebook if math.isfinite(value)]
+    unit = min(((n & -n) / d for n, d in fractions if n), default=1.0)  # the lowest bit of any value
+    integers = [round(n / d / unit) for n, d in fractions]
+    require(
+        len(fractions) == len(codebook) and max(map(abs, integers)) <= 127,
+        'fp4_linear: codebook must be integers of magnitude up to 127 times a power of two for activations="int8", got'
+        ' other values; move their common factor to scale, or pass activations="float"',
+    )
+    return integers, unit
+
+
+def _check_sums(integers: Sequence[int], k: int, group_size: int) -> None:
+    most = (2**31 - 1) // (127 * max(1, *map(abs, integers)))
+    width = min(group_size, k) if group_size else k
+    require(
+        width <= most,
+        f'fp4_linear: a group must have at most {most} columns for activations="int8" and these values, got {width};'
+        ' pass a smaller group_size, or activations="float"',
+    )
+
+
+def int8_linear(
+    q: Tensor,
+    row_scale: Tensor,
+    integers: Tensor,
+    unit: float,
+    scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    """The formula of activations="int8", float32 [..., n]: q int8 [..., k], integers [n, k], scale float32 [n, groups].
+
+    float64 keeps every sum of integers exact.
+    """
+    n, k = integers.shape
+    width, levels, weights = group_size or max(k, 1), q.double(), integers.double()
+    factors = scale * unit
+    out = scale.new_zeros((*q.shape[:-1], n))
+    for group in range(scale.shape[1]):
+        columns = slice(group * width, (group + 1) * width)
+        dot = (levels[..., columns] @ weights[:, columns].T + 0.0).float()  # + 0: an integer has no -0
+        out = out + factors[:, group] * dot
+    out = out * row_scale.unsqueeze(-1)
+    return out if bias is None else out + bias
 
 
 @library.default("fp4_linear")
@@ -37,13 +91,21 @@ def _fp4_linear_reference(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
-    bias: Tensor | None = None,
-    format: str = "e2m1",
-    group_size: int = 0,
-    codebook: Tensor | None = None,
+    bias: Tensor | None,
+    format: str,
+    group_size: int,
+    codebook: Tensor | None,
+    activations: str,
 ) -> Tensor:
-    _check_fp4_linear(x, weight, scale, bias, format, group_size, codebook)
+    _check_fp4_linear(x, weight, scale, bias, format, group_size, codebook, activations)
     n, k = scale.shape[0], x.shape[-1]
+    if activations == "int8":
+        integers, unit = integers_of(code_values(format) if codebook is None else codebook.tolist())
+        _check_sums(integers, k, group_size)
+        values = torch.tensor(integers, dtype=torch.float64, device=x.device)[tile_unpack(weight, n, k, 4).int()]
+        factors = e8m0_uncast(scale) if scale.dtype == torch.uint8 else scale
+        q, row_scale = _int8_quantize_reference(x)
+        return int8_linear(q, row_scale, values, unit, factors, bias, group_size).to(x.dtype)
     out = x.float() @ _fp4_weight_reference(weight, scale, n, k, format, group_size, codebook).T
     return (out if bias is None else out + bias).to(x.dtype)
 
@@ -54,9 +116,9 @@ def _fp4_weight_reference(
     scale: Tensor,
     n: int,
     k: int,
-    format: str = "e2m1",
-    group_size: int = 0,
-    codebook: Tensor | None = None,
+    format: str,
+    group_size: int,
+    codebook: Tensor | None,
 ) -> Tensor:
     _check_fp4_weight("fp4_weight", weight, scale, n, k, format, group_size, codebook)
     values = (table(format, weight.device) if codebook is None else codebook)[tile_unpack(weight, n, k, 4).int()]
@@ -83,8 +145,16 @@ def _check_fp4_weight(
 
 
 def _check_fp4_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, format: str, group_size: int, codebook: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    format: str,
+    group_size: int,
+    codebook: Tensor | None,
+    activations: str,
 ) -> None:
+    check_one_of("fp4_linear", "activations", activations, ACTIVATIONS)
     k, n = check_rows("fp4_linear", x), scale.shape[0] if scale.dim() else 0
     check_tensor("fp4_linear", "weight", weight, weight.dtype, weight.shape, x)
     _check_fp4_weight("fp4_linear", weight, scale, n, k, format, group_size, codebook)
@@ -92,35 +162,19 @@ def _check_fp4_linear(
 
 
 @torch.library.register_fake("bitmill::fp4_linear")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    format: str = "e2m1",
-    group_size: int = 0,
-    codebook: Tensor | None = None,
-) -> Tensor:
-    _check_fp4_linear(x, weight, scale, bias, format, group_size, codebook)
+def _(x, weight, scale, bias, format, group_size, codebook, activations):
+    _check_fp4_linear(x, weight, scale, bias, format, group_size, codebook, activations)
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
 
 @torch.library.register_fake("bitmill::fp4_weight")
-def _(
-    weight: Tensor,
-    scale: Tensor,
-    n: int,
-    k: int,
-    format: str = "e2m1",
-    group_size: int = 0,
-    codebook: Tensor | None = None,
-) -> Tensor:
+def _(weight, scale, n, k, format, group_size, codebook):
     _check_fp4_weight("fp4_weight", weight, scale, n, k, format, group_size, codebook)
     return weight.new_empty((n, k), dtype=torch.float32)
 
 
 def _setup_fp4_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, _, ctx.format, ctx.group_size, codebook = inputs
+    x, weight, scale, _, ctx.format, ctx.group_size, codebook, ctx.activations = inputs
     ctx.save_for_backward(x, weight, scale, codebook)
 
 
@@ -134,10 +188,11 @@ def _backward_fp4_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if need_x:
             grad_x = (g @ fp4_weight(weight, scale, *settings)).to(x.dtype)
         if need_scale:
-            grad_scale = _scale_gradient(_rows(g).T @ _rows(x).float(), weight, scale, *settings)
+            values = x.float() if ctx.activations == "float" else int8_fake_quant(x.float())
+            grad_scale = _scale_gradient(_rows(g).T @ _rows(values), weight, scale, *settings)
         if need_bias:
             grad_bias = g.sum_to_size(g.shape[-1:])
-    return grad_x, None, grad_scale, grad_bias, None, None, None
+    return grad_x, None, grad_scale, grad_bias, None, None, None, None
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -189,6 +244,7 @@ def fp4_linear(
     format: str = "e2m1",
     group_size: int = 0,
     codebook: Tensor | None = None,
+    activations: str = "float",
 ) -> Tensor:
     """A linear layer with an FP4 weight; the formula is in the module docstring.
 
@@ -200,12 +256,15 @@ def fp4_linear(
         format: "e2m1", "e1m2" or "e3m0".
         group_size: columns that share a scale, a multiple of 8, or 0 for all.
         codebook: float32 [16], the value of each code, instead of the format's.
+        activations: "float" multiplies x as it is; "int8" rounds every row to int8 first (`int8_quantize`), which is
+            faster. Its gradient is the straight-through identity. A codebook must then be integers of magnitude up to
+            127 times a power of two, and a group narrow enough for sums within int32 (1,409,085 columns of e2m1).
     Returns:
         [..., n] of x's dtype. Gradients flow to x, bias and a float scale.
     Raises:
         ValueError: for wrong shapes, dtypes, devices or names.
     """
-    return torch.ops.bitmill.fp4_linear.default(x, weight, scale, bias, format, group_size, codebook)
+    return torch.ops.bitmill.fp4_linear.default(x, weight, scale, bias, format, group_size, codebook, activations)
 
 
 def fp4_weight(

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// int8 activations times FP4 weights whose 16 values are integers: vpermb decodes 64 codes to unsigned bytes, value
+// plus an offset, vpdpbusd multiplies them with 4 columns of activations. A sum begins with what the offset adds to it,
+// negated. Sums are exact modulo 2^32, so only their end must be within int32.
+#include <bit>
+
+#include "fp4_tiles_avx512.h"
+
+namespace bitmill::detail {
+namespace {
+
+struct Int8Path {
+  using Input = int8_t;
+  using Sum = __m512i;
+  using Values = __m512i;
+  static constexpr int kSteps = 2;  // step j takes columns 8 w + j, + 2, + 4, + 6 of word w
+  __m512i table;                    // 4 times: vpermb takes 6 bits
+  float unit;
+  int64_t groups;
+  const int32_t* first_sum;  // [m][groups]
+
+  // Rows that are missing count as zeros.
+  static int64_t fours(int64_t rows) { return rows % 4 == 1 ? rows - 1 : ceil_div(rows, 4) * 4; }
+
+  static __m512 elements(const int8_t* x, int64_t k, int64_t first) {
+    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+    const int64_t left = k - 4 * first;
+    const __mmask64 lanes = left >= 64 ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+    return _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_maskz_loadu_epi8(lanes, x + 4 * first), order));
+  }
+
+  __m512i lookup(__m512i codes) const { return _mm512_permutexvar_epi8(codes, table); }
+  template <int rows>
+  static __m512i next(__m512i codes) {
+    return _mm512_srli_epi32(codes, 4);
+  }
+  Sum start(int64_t row, int64_t group) const { return _mm512_set1_epi32(first_sum[row * groups + group]); }
+  // As an integer: Zen 4 takes longer to hand a float that was broadcast to an integer instruction.
+  static __m512i broadcast(float element) { return _mm512_set1_epi32(std::bit_cast<int32_t>(element)); }
+  static Sum multiply_add(Sum sum, __m512i a, __m512i w) {
+    sum = _mm512_dpbusd_epi32(sum, w, a);
+    asm volatile("" : "+v"(sum));  // g++ 12 would start with other instructions, and run out of registers
+    return sum;
+  }
+
+  static __m512 fold(__m512 result, __m512 scale, Sum sum) {
+    return _mm512_add_ps(result, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum)));
+  }
+
+  static void finish(const Fp4Task& task, int64_t row, int64_t column, __mmask16 lanes, __m512 value) {
+    const Fp4MatmulParams& p = task.p;
+    value = _mm512_mul_ps(value, _mm512_set1_ps(p.row_scale[row]));
+    if (p.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, p.bias + column));
+    with_dtype(p.dtype, p.out, [&](auto* out) { store16(out + row * p.weight.n + column, lanes, value); });
+  }
+
+  void single(const Fp4Task& task, int64_t row, int64_t tile, const float* x) const {
+    block<Int8Path, 1, kChunkTiles>(task, *this, row, tile, x);
+  }
+};
+
+// Sum of a row of n values.
+int32_t sum_of(const int8_t* x, int64_t n) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 64) {
+    const __mmask64 lanes = n - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (n - i)) - 1;
+    sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_maskz_loadu_epi8(lanes, x + i));
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+
+}  // namespace
+
+void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& p, const Fp4Integers& integers, int64_t begin,
+                                      int64_t end) {
+  const int64_t k = p.weight.k, width = p.weight.group_size > 0 ? p.weight.group_size : k, groups = ceil_div(k, width);
+  int offset = 0;
+  for (const int8_t value : integers.value) offset = -value > offset ? -value : offset;
+  const auto* x = static_cast<const int8_t*>(p.x);
+  // Up to 3 rows past the end, which a block may count.
+  int32_t* first_sum = new int32_t[static_cast<size_t>((p.m + 3) * groups)]();
+  for (int64_t row = 0; row < p.m; ++row) {
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t last = (group + 1) * width < k ? (group + 1) * width : k;
+      first_sum[row * groups + group] = -offset * sum_of(x + row * k + group * width, last - group * width);
+    }
+  }
+  alignas(16) uint8_t table[16];
+  for (int i = 0; i < 16; ++i) table[i] = static_cast<uint8_t>(integers.value[i] + offset);
+  const __m512i values = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+  const Int8Path path{values, integers.unit, groups, first_sum};
+  multiply_tiles(p, path, begin, end);
+  delete[] first_sum;
+}
+
+}  // namespace bitmill::detail
