@@ -10,7 +10,7 @@
 
 namespace bitmill::detail {
 
-inline constexpr int64_t kSegmentWords = 16;  // words of a mask that are decoded together
+inline constexpr int64_t kSegmentWords = 30;  // words of a mask that are decoded together
 inline constexpr int64_t kSegmentColumns = 32 * kSegmentWords;
 
 // What will be read 1 KiB further on in a stream.
