@@ -56,9 +56,10 @@ struct FloatPath : FloatSums<T> {
       for (int t = 0; t < kSingleTiles; ++t) sum[t] = _mm512_setzero_ps();
       const int64_t group_end = task.group_end(group), end = group_end < task.words ? group_end : group_end - 1;
       for (int64_t w = group * task.group_words; w < end; ++w) {
+        const int64_t ahead = prefetched_word(task, w, kSingleTiles);
 #pragma GCC unroll 8
         for (int t = 0; t < kSingleTiles; ++t) {
-          _mm_prefetch(reinterpret_cast<const char*>(codes[t] + (w + kPrefetchWords) * kTileRows), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(codes[t] + ahead * kTileRows), _MM_HINT_T1);
         }
         add_word<false>(codes, w, x, sum);
       }
