@@ -71,8 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
         os.environ["OMP_NUM_THREADS"] = os.environ["BNN_NUM_THREADS"] = str(options.threads)  # for engines loaded later
         peaks = Peaks(options.threads)
-        command = " ".join(["python -m benchmarks", *(arguments if arguments is not None else sys.argv[1:])])
-        facts = report.machine(options.threads, peaks, command)
+        facts = report.machine(options.threads, peaks, command(options))
         rows = run(options, peaks)
     if options.json:
         options.json.write_text(json.dumps(report.as_json(facts, rows), indent=1))
@@ -91,9 +90,20 @@ def main(arguments: list[str] | None = None) -> int:
         print("The README stays as it is: its numbers must come from a quiet machine.", file=sys.stderr)
         return 1
     if options.readme:
-        plots.write(facts, rows, shapes.REPOSITORY / "benchmarks" / "plots")
+        plots.write(facts, rows, shapes.REPOSITORY / "benchmarks" / "plots", ("speedup",))
         report.write_readme(report.markdown(facts, rows))
-    return int(any(row.origin == "bitmill" and row.status.startswith(("wrong", "failed")) for row in rows))
+    return int(any(row.origin in ("bitmill", "kernel") and row.status.startswith(("wrong", "failed")) for row in rows))
+
+
+def command(options: argparse.Namespace) -> str:
+    """The command that measures the same again; where its results went does not matter."""
+    words = ["python -m benchmarks"]
+    words += [f"--family {name}" for name in options.family or ()]
+    words += [f"--shape {','.join(map(str, options.shape))}"] if options.shape else []
+    words += [f"--model {options.model}"] if options.model else []
+    words += ["--peers"] * options.peers + ["--quick"] * options.quick
+    words += [f"--{key} {value:g}" for key in ("threads", "seconds") if (value := getattr(options, key)) != 1]
+    return " ".join(words)
 
 
 def workload(options: argparse.Namespace) -> list[tuple[Family, shapes.Problem]]:

@@ -183,7 +183,7 @@ FAMILIES = (
         "product",
         "1-bit x 1-bit integer product, packed operands in, int32 out",
         (
-            Variant("kernel alone, in cache", product_kernel),
+            Variant("kernel alone, in cache", product_kernel, "kernel"),
             Variant("binary_matmul", product_op),
             torch_linear(torch.float32, "fp32", bias=False),
             torch_linear(torch.bfloat16, "bf16", bias=False),

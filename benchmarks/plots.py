@@ -13,22 +13,24 @@ from .report import LAYERS
 from .runner import Row
 
 TORCH = {"torch bfloat16": ("w1a1", "torch bf16"), "torch int8 product": ("w1a1", "torch int8 (_int_mm)")}
-COLOURS = {"bitmill": "tab:blue", "torch": "0.55", "peer": "tab:orange"}
+COLOURS = {"bitmill": "tab:blue", "kernel": "tab:cyan", "torch": "0.55", "peer": "tab:orange"}
 
 
-def write(facts: dict[str, Any], rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write roofline.png and speedup.png; answers the paths. What has no rows is left out."""
+def write(
+    facts: dict[str, Any], rows: Sequence[Row], folder: Path, names: Sequence[str] = ("roofline", "speedup")
+) -> list[Path]:
+    """Write a PNG for each name; answers the paths. What has no rows is left out."""
     import matplotlib
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     done = [row for row in rows if row.status == "ok" and row.gmacs]
     paths = []
-    for name, draw in (("roofline", roofline), ("speedup", speedup)):
-        figure = draw(facts, done)
+    for name in names:
+        figure = {"roofline": roofline, "speedup": speedup}[name](facts, done)
         if figure is not None:
             paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=100, bbox_inches="tight")
+            figure.savefig(paths[-1], dpi=90, bbox_inches="tight")
     return paths
 
 
@@ -69,7 +71,7 @@ def speedup(facts: dict[str, Any], rows: Sequence[Row]) -> Any:
     """Bars: times faster than F.linear in float32, for each shape, of torch's dtypes and bitmill's layers."""
     from matplotlib import pyplot
 
-    found = {(row.family, row.variant, row.m, row.n, row.k): row for row in rows}
+    found = {(row.family, row.variant, row.m, row.n, row.k): row for row in rows if row.x_fp32}
     shapes = list(dict.fromkeys((row.m, row.n, row.k) for row in rows if row.family != "product"))
     series = {
         "torch bfloat16": ("w1a1", "torch bf16"),

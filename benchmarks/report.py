@@ -138,12 +138,16 @@ def as_json(facts: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def from_json(*runs: dict[str, Any]) -> tuple[dict[str, Any], list[Row]]:
-    """The facts of the first run and the rows of all. Raises ValueError for runs of different machines or versions."""
+    """The facts of the first run, the commands and rows of all.
+
+    Raises ValueError for runs of different machines, versions or threads.
+    """
     for key in ("cpu", "torch", "threads", "instruction_set"):
         if len({run.get(key) for run in runs}) > 1:
             raise ValueError(f"runs reported together must have the same {key}, got {[run.get(key) for run in runs]}")
     rows = [Row(**row) for run in runs for row in run["rows"]]
-    return {key: value for key, value in runs[0].items() if key != "rows"}, rows
+    facts = {key: value for key, value in runs[0].items() if key != "rows"}
+    return {**facts, "command": "; ".join(dict.fromkeys(run["command"] for run in runs))}, rows
 
 
 # Columns of the README's first table: family and variant.

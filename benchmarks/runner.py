@@ -89,7 +89,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A declared entry of a family. `origin` is "bitmill", "torch" (a baseline) or "peer"."""
+    """A declared entry of a family. `origin`: "bitmill", "kernel" (ours without its op), "torch" (a baseline), "peer"."""
 
     name: str
     build: Callable[[Case], Prepared]

@@ -189,6 +189,8 @@ ROWS = [
     row("a name that is much too long for a narrow terminal", microseconds=1666.4, low=1.0, high=2.0, x_fp32=1.0),
     row("other", "not installed: see benchmarks/requirements.txt, which says how each of the engines is installed"),
     row("torch fp32", microseconds=1666.4, low=1600.0, high=1700.0, x_fp32=1.0, gmacs=45.0, intensity=20.0),
+    row("no baseline", microseconds=100.0, low=90.0, high=110.0, gmacs=400.0, intensity=20.0),
+    row("binary int8", family="w1a8", microseconds=100.0, low=90.0, high=110.0, gmacs=400.0, intensity=20.0),
 ]
 FACTS = {
     "cpu": "A CPU", "threads": 1, "torch": "2.13.0", "bitmill": "0.1.0", "commit": "abc", "date": "2026-11-24",
@@ -291,7 +293,7 @@ def test_command_times_and_reports(
     assert "9 x 32 x 64, given" in printed and "binary, zero=plus" in printed
     data = json.loads(file.read_text())
     assert {"cpu", "date", "commit", "torch", "threads", "peaks"} <= data.keys()
-    assert data["command"] == " ".join(["python -m benchmarks", *command])
+    assert data["command"] == "python -m benchmarks --family w1a1 --shape 9,32,64 --quick"
     assert all(entry["status"] == "ok" and entry["x_fp32"] > 0 for entry in data["rows"])
     assert main(["--load", str(file)]) == 0
     assert capsys.readouterr().out == printed
@@ -309,7 +311,7 @@ def test_the_readme_needs_a_quiet_machine(
 ) -> None:
     written = []
     monkeypatch.setattr(report, "write_readme", written.append)
-    monkeypatch.setattr(plots, "write", lambda facts, rows, folder: written.append(folder.name))
+    monkeypatch.setattr(plots, "write", lambda facts, rows, folder, names: written.append(folder.name))
     file = tmp_path / "run.json"
     for disturbed, code in ((0, 0), (9, 1)):
         rows = [dataclasses.replace(r, samples=31, disturbed=disturbed) for r in ROWS]
