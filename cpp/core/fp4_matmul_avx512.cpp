@@ -25,6 +25,14 @@ struct FloatPath : FloatSums<T> {
   }
   static __m512 multiply_add(__m512 sum, __m512 a, __m512 w) { return _mm512_fmadd_ps(a, w, sum); }
 
+  // The two columns of a byte of 16 outputs.
+  __m512 add_byte(__m512 sum, __m512i first, __m512i second, __m512 low, __m512 high) const {
+    sum = _mm512_fmadd_ps(low, this->lookup(first), sum);
+    sum = _mm512_fmadd_ps(high, this->lookup(second), sum);
+    asm volatile("" : "+v"(sum));  // one tile after the other; otherwise g++ runs out of registers
+    return sum;
+  }
+
   // One word of 8 tiles. A byte's codes come from a load that begins at that byte, which spares a shift; the second of
   // them from a high product, which leaves the units of lookups and shifts to the lookups. These loads reach 3 bytes
   // past the word, so the last word of a tile is shifted.
@@ -40,8 +48,7 @@ struct FloatPath : FloatSums<T> {
         const char* word = reinterpret_cast<const char*>(codes[t] + w * kTileRows);
         const __m512i bits = last ? _mm512_srl_epi32(_mm512_loadu_si512(word), _mm_cvtsi32_si128(8 * byte))
                                   : _mm512_loadu_si512(word + byte);
-        sum[t] = _mm512_fmadd_ps(low, lookup(bits), sum[t]);
-        sum[t] = _mm512_fmadd_ps(high, lookup(_mm512_mulhi_epu16(bits, sixteenth)), sum[t]);
+        sum[t] = add_byte(sum[t], bits, _mm512_mulhi_epu16(bits, sixteenth), low, high);
       }
     }
   }

@@ -47,10 +47,9 @@ struct Int8Path {
     return _mm512_add_ps(result, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum)));
   }
 
-  static void finish(const Fp4Task& task, int64_t row, int64_t column, __mmask16 lanes, __m512 value) {
+  static void finish(const Fp4Task& task, int64_t row, int64_t column, __mmask16 lanes, __m512 value, __m512 bias) {
     const Fp4MatmulParams& p = task.p;
-    value = _mm512_mul_ps(value, _mm512_set1_ps(p.row_scale[row]));
-    if (p.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, p.bias + column));
+    value = _mm512_add_ps(_mm512_mul_ps(value, _mm512_set1_ps(p.row_scale[row])), bias);
     with_dtype(p.dtype, p.out, [&](auto* out) { store16(out + row * p.weight.n + column, lanes, value); });
   }
 

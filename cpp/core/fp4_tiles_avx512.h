@@ -14,7 +14,7 @@
 //   multiply_add(sum, a, w)
 //   unit                    what a scale is multiplied with
 //   fold(result, scale, sum)                 a group's sum added to the result
-//   finish(task, row, column, lanes, value)  16 results to memory
+//   finish(task, row, column, lanes, value, bias)  16 results to memory
 //   single(task, row, tile, x)   one packed row times the tiles of a chunk
 // Sums run over the columns first to last, one accumulator an output: they depend neither on the threads nor on the
 // size of the block that a row is in.
@@ -98,10 +98,8 @@ struct FloatSums {
 
   static __m512 fold(__m512 result, __m512 scale, Sum sum) { return _mm512_fmadd_ps(scale, sum, result); }
 
-  static void finish(const Fp4Task& task, int64_t row, int64_t column, __mmask16 lanes, __m512 value) {
-    const Fp4MatmulParams& p = task.p;
-    const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(lanes, p.bias + column) : _mm512_set1_ps(-0.0f);
-    store16(static_cast<T*>(p.out) + row * p.weight.n + column, lanes, _mm512_add_ps(value, bias));
+  static void finish(const Fp4Task& task, int64_t row, int64_t column, __mmask16 lanes, __m512 value, __m512 bias) {
+    store16(static_cast<T*>(task.p.out) + row * task.p.weight.n + column, lanes, _mm512_add_ps(value, bias));
   }
 };
 
@@ -115,12 +113,25 @@ static inline int64_t prefetched_word(const Fp4Task& task, int64_t w, int tiles)
 template <class Path>
 static void finish_rows(const Fp4Task& task, const Path& path, int64_t row, int rows, int64_t tile, int tiles,
                         const float* result) {
-  for (int r = 0; r < rows && row + r < task.p.m; ++r) {
-    for (int t = 0; t < tiles && tile + t < task.end; ++t) {
-      const int64_t column = (tile + t) * kTileRows;
+  const Fp4MatmulParams& p = task.p;
+  for (int t = 0; t < tiles && tile + t < task.end; ++t) {
+    const int64_t column = (tile + t) * kTileRows;
+    const __mmask16 lanes = first_lanes(p.weight.n - column);
+    const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(lanes, p.bias + column) : _mm512_set1_ps(-0.0f);
+    for (int r = 0; r < rows && row + r < p.m; ++r) {
       const __m512 value = _mm512_loadu_ps(result + (r * tiles + t) * kTileRows);
-      path.finish(task, row + r, column, first_lanes(task.p.weight.n - column), value);
+      path.finish(task, row + r, column, lanes, value, bias);
     }
+  }
+}
+
+// Asks for the lines that a block is going to write, which arrive while it is computed.
+static inline void request_output(const Fp4Task& task, int64_t row, int rows, int64_t tile, int tiles) {
+  const Fp4MatmulParams& p = task.p;
+  const int64_t bytes = bytes_of(p.dtype);
+  for (int r = 0; r < rows && row + r < p.m; ++r) {
+    const char* out = static_cast<const char*>(p.out) + ((row + r) * p.weight.n + tile * kTileRows) * bytes;
+    for (int t = 0; t < tiles; ++t) __builtin_prefetch(out + t * kTileRows * bytes, 1);
   }
 }
 
@@ -133,6 +144,7 @@ static void block(const Fp4Task& task, const Path& path, int64_t row, int64_t ti
     codes[t] = task.codes(tile + t);
     scales[t] = task.scales(tile + t);
   }
+  if constexpr (rows > 1) request_output(task, row, rows, tile, tiles);
   alignas(64) float result[rows][tiles][kTileRows] = {};
   for (int64_t group = 0; group < task.groups; ++group) {
     typename Path::Sum sum[rows][tiles];
