@@ -268,6 +268,7 @@ def test_peaks_of_several_threads_add_up() -> None:
         (["--shape", "0,1,1"], "every size of M,N,K must be at least 1"),
         (["--shape", "1,1,1", "--model", "BERT"], "give --shape or --model, not both"),
         (["--seconds", "0"], "expected more than 0"),
+        (["--threads", "1024"], "CPU(s), got 1024"),
         (["--load", "no-such-file.json"], "No such file"),
     ],
 )
