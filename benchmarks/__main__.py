@@ -46,6 +46,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 0 < options.seconds <= 60:
         parser.error("argument --seconds: expected more than 0 and at most 60")
+    if options.threads > (cpus := len(os.sched_getaffinity(0))):
+        parser.error(f"argument --threads: this process may use {cpus} CPU(s), got {options.threads}")
     if options.shape and options.model:
         parser.error("give --shape or --model, not both")
     if (options.plots or options.readme) and importlib.util.find_spec("matplotlib") is None:

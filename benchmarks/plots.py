@@ -81,7 +81,7 @@ def speedup(facts: dict[str, Any], rows: Sequence[Row]) -> Any:
     series = {name: key for name, key in series.items() if any((*key, *shape) in found for shape in shapes)}
     if not series:
         return None
-    figure, axes = pyplot.subplots(figsize=(10, 0.42 * len(shapes) * max(len(series), 3) ** 0.6 + 1.2))
+    figure, axes = pyplot.subplots(figsize=(9, 0.55 * len(shapes) + 1))
     thickness = 0.84 / len(series)
     palette = ["0.75", "0.5", *pyplot.get_cmap("tab10").colors]
     colours = {name: palette[i] for i, name in enumerate((*TORCH, *LAYERS))}
@@ -95,12 +95,12 @@ def speedup(facts: dict[str, Any], rows: Sequence[Row]) -> Any:
             label=name,
             color=colours[name],
         )
-        axes.bar_label(bars, [f"{row.x_fp32:.1f}" for _, row in here], fontsize=6, padding=1)
+        axes.bar_label(bars, [f"{row.x_fp32:.1f}" for _, row in here], fontsize=5, padding=1)
     cold = {(row.m, row.n, row.k) for row in rows if row.cold}
     axes.set_yticks(
         range(len(shapes)), [" x ".join(map(str, s)) + (" (cold)" if s in cold else "") for s in shapes], fontsize=8
     )
-    axes.invert_yaxis()
+    axes.set_ylim(len(shapes) - 0.5, -0.5)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="times faster than F.linear in float32")
     axes.xaxis.set_major_formatter("{x:g}")

@@ -156,6 +156,7 @@ LAYERS = {
     "1 bit x int8": ("w1a8", "binary int8"),
     "1 bit x float32": ("w1a32", "binary weight"),
     "salient 10 %, int8": ("salient", "salient 10 % int8"),
+    "FP4, int8": ("fp4", "e2m1 int8"),
     "FP4, bfloat16": ("fp4", "e2m1, bfloat16"),
     "MXFP4, bfloat16": ("fp4", "mxfp4, bfloat16"),
 }

@@ -89,7 +89,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A declared entry of a family. `origin`: "bitmill", "kernel" (ours without its op), "torch" (a baseline), "peer"."""
+    """A declared entry of a family. `origin`: "bitmill", "kernel" (ours, no op), "torch" (a baseline) or "peer"."""
 
     name: str
     build: Callable[[Case], Prepared]
