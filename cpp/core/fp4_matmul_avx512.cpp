@@ -42,7 +42,8 @@ struct FloatPath : FloatSums<T> {
     const __m512i sixteenth = _mm512_set1_epi16(1 << 12);
 #pragma GCC unroll 1
     for (int byte = 0; byte < 4; ++byte) {
-      const __m512 low = _mm512_set1_ps(x[8 * w + 2 * byte]), high = _mm512_set1_ps(x[8 * w + 2 * byte + 1]);
+      __m512 low = _mm512_set1_ps(x[8 * w + 2 * byte]), high = _mm512_set1_ps(x[8 * w + 2 * byte + 1]);
+      asm volatile("" : "+v"(low), "+v"(high));  // in registers; g++ would keep one on the stack
 #pragma GCC unroll 8
       for (int t = 0; t < kSingleTiles; ++t) {
         const char* word = reinterpret_cast<const char*>(codes[t] + w * kTileRows);
