@@ -18,51 +18,59 @@ static inline __m512i biased_log2(__m512i magnitude, bool up) {
 
 // E8M0 in the lowest byte of each lane; the other bytes are ignored.
 static inline __m512 e8m0_to_floats(__m512i bytes) {
-  const __m512i exponent = _mm512_slli_epi32(bytes, 23), all = _mm512_set1_epi32(0x7F800000);
-  const __m512i bits = _mm512_and_si512(exponent, all);
-  const __mmask16 half = _mm512_testn_epi32_mask(exponent, all) | _mm512_cmpeq_epi32_mask(bits, all);
+  const __m512i bits = _mm512_and_si512(_mm512_slli_epi32(bytes, 23), _mm512_set1_epi32(0x7F800000));
+  // Bytes 0 and 255, and no others, are below 2 after 1 is added modulo 256.
+  const __m512i next = _mm512_add_epi32(bits, _mm512_set1_epi32(1 << 23));
+  const __mmask16 half = _mm512_testn_epi32_mask(next, _mm512_set1_epi32(0x7F000000));
   return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, half, bits, _mm512_set1_epi32(0x400000)));
 }
 
 // The scales of a tile's 16 rows times `unit` to floats [groups][16]. Lanes past n repeat the last row.
 static inline void expand_scales(const Fp4Weight& w, int64_t groups, int64_t tile, float unit, float* out) {
   const int64_t first = tile * kTileRows, last = w.n - 1 - first;
-  const auto row_of = [&](int64_t lane) { return first + (lane < last ? lane : last); };
-  const auto one_group = [&](int64_t group) {
-    for (int64_t lane = 0; lane < kTileRows; ++lane) {
-      const int64_t index = row_of(lane) * groups + group;
-      out[group * kTileRows + lane] = (w.scale ? w.scale[index] : e8m0_to_float(w.scale_bytes[index])) * unit;
+  const auto start_of = [&](int64_t lane) { return (first + (lane < last ? lane : last)) * groups; };
+  const int64_t step = w.scale ? 4 : 16;  // groups in 16 bytes of a row
+  if (groups < step) {
+    for (int64_t i = 0; i < groups * kTileRows; ++i) {
+      const int64_t index = start_of(i % kTileRows) + i / kTileRows;
+      out[i] = (w.scale ? w.scale[index] : e8m0_to_float(w.scale_bytes[index])) * unit;
     }
-  };
-  if (groups < 4) {
-    for (int64_t group = 0; group < groups; ++group) one_group(group);
     return;
   }
   const __m512 units = _mm512_set1_ps(unit);
-  for (int64_t step = 0; step < groups; step += 4) {
-    const int64_t group = step + 4 <= groups ? step : groups - 4;  // the last four overlap
+  for (int64_t next = 0; next < groups; next += step) {
+    const int64_t group = next + step <= groups ? next : groups - step;  // the last ones overlap
+    const auto load = [&](int64_t lane) {
+      const int64_t index = start_of(lane) + group;
+      return _mm_loadu_ps(w.scale ? w.scale + index : reinterpret_cast<const float*>(w.scale_bytes + index));
+    };
+    __m512 z[4];
+    for (int i = 0; i < 4; ++i) {
+      z[i] = _mm512_castps128_ps512(load(i));
+      z[i] = _mm512_insertf32x4(z[i], load(i + 4), 1);
+      z[i] = _mm512_insertf32x4(z[i], load(i + 8), 2);
+      z[i] = _mm512_insertf32x4(z[i], load(i + 12), 3);
+    }
+    transpose4(z);
     float* lanes = out + group * kTileRows;
-    if (w.scale) {
-      __m512 z[4];
-      for (int i = 0; i < 4; ++i) {
-        const auto four = [&](int64_t lane) { return _mm_loadu_ps(w.scale + row_of(lane) * groups + group); };
-        z[i] = _mm512_castps128_ps512(four(i));
-        z[i] = _mm512_insertf32x4(z[i], four(i + 4), 1);
-        z[i] = _mm512_insertf32x4(z[i], four(i + 8), 2);
-        z[i] = _mm512_insertf32x4(z[i], four(i + 12), 3);
+    for (int i = 0; i < 4; ++i) {
+      if (w.scale) {
+        _mm512_storeu_ps(lanes + i * kTileRows, _mm512_mul_ps(z[i], units));
+        continue;
       }
-      transpose4(z);
-      for (int i = 0; i < 4; ++i) _mm512_storeu_ps(lanes + i * kTileRows, _mm512_mul_ps(z[i], units));
-    } else {
-      const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      const __m512i row = _mm512_min_epi32(lane, _mm512_set1_epi32(static_cast<int>(last < 15 ? last : 15)));
-      const __m512i index = _mm512_mullo_epi32(row, _mm512_set1_epi32(static_cast<int>(groups)));
-      __m512i bytes = _mm512_i32gather_epi32(index, w.scale_bytes + first * groups + group, 1);
-      for (int i = 0; i < 4; ++i, bytes = _mm512_srli_epi32(bytes, 8)) {
-        _mm512_storeu_ps(lanes + i * kTileRows, _mm512_mul_ps(e8m0_to_floats(bytes), units));
+      __m512i bytes = _mm512_castps_si512(z[i]);
+      for (int j = 4 * i; j < 4 * i + 4; ++j, bytes = _mm512_srli_epi32(bytes, 8)) {
+        _mm512_storeu_ps(lanes + j * kTileRows, _mm512_mul_ps(e8m0_to_floats(bytes), units));
       }
     }
   }
+}
+
+// Asks for the scales of a tile, which lie together.
+static inline void prefetch_scales(const Fp4Weight& w, int64_t groups, int64_t tile) {
+  const int64_t size = w.scale ? 4 : 1, first = tile * kTileRows * groups * size;
+  const char* scale = w.scale ? reinterpret_cast<const char*>(w.scale) : reinterpret_cast<const char*>(w.scale_bytes);
+  for (int64_t i = 0; i < kTileRows * groups * size; i += 64) _mm_prefetch(scale + first + i, _MM_HINT_T1);
 }
 
 }  // namespace bitmill::detail

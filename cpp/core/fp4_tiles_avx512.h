@@ -218,6 +218,7 @@ static void multiply_tiles(const Fp4MatmulParams& p, const Path& path, int64_t b
       for (int64_t tile = task.chunk; tile < after; ++tile) {
         float* lanes = scale + (tile - task.chunk) * task.groups * kTileRows;
         expand_scales(p.weight, task.groups, tile, path.unit, lanes);
+        if (tile + kChunkTiles < end) prefetch_scales(p.weight, task.groups, tile + kChunkTiles);
       }
       for (int64_t tile = task.chunk; tile < after; tile += 2) {
         for (int64_t row = 0; row < eights; row += 8) {

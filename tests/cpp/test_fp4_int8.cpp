@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// int8 activations times FP4 weights: the integers of a table, the widest sums, and every kernel that this machine can
+// run against the generic form bit for bit. Buffers end where the arrays end, so that the sanitizer sees a read past
+// them.
+#include <cmath>
+#include <vector>
+
+#include "bitpack.h"
+#include "check.h"
+#include "cpu.h"
+#include "fp4.h"
+#include "layout.h"
+
+using namespace bitmill;
+
+namespace {
+
+uint32_t state = 1;
+uint32_t next() { return state = state * 1664525u + 1013904223u; }
+float next_float() { return static_cast<float>(static_cast<int>(next())) * 1e-9f; }
+
+void test_integers() {
+  const struct {
+    Fp4Format format;
+    int largest;
+    float unit;
+  } cases[] = {{kE2M1, 12, 0.5f}, {kE1M2, 7, 0.5f}, {kE3M0, 64, 0.25f}};
+  for (const auto& c : cases) {
+    const Fp4Table table = fp4_table(c.format);
+    Fp4Integers integers;
+    CHECK(fp4_integers(table.value, integers) && integers.unit == c.unit && integers.value[7] == c.largest);
+    for (int i = 0; i < 16; ++i) CHECK(static_cast<float>(integers.value[i]) * c.unit == table.value[i]);
+    CHECK(fp4_int8_columns(integers) == 2147483647 / (127 * c.largest));
+  }
+  float table[16] = {};
+  Fp4Integers integers;
+  CHECK(fp4_integers(table, integers) && integers.value[3] == 0 && fp4_int8_columns(integers) > kMaxColumns);
+  for (const float first : {-0x1p127f, 0x1p-149f, 0x1.FCp-120f}) {  // 127 units, or 1
+    table[3] = first;
+    CHECK(fp4_integers(table, integers) && static_cast<float>(integers.value[3]) * integers.unit == first);
+  }
+  table[0] = 1.0f;
+  for (const float other : {0.1f, 128.5f, 0x1p-7f, 0x1p30f, HUGE_VALF, -HUGE_VALF, NAN}) {
+    table[3] = other;
+    CHECK(!fp4_integers(table, integers));
+  }
+}
+
+void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bytes, Dtype dtype) {
+  const int64_t groups = group_size > 0 ? ceil_div(k, group_size) : 1;
+  std::vector<uint8_t> codes(n * k), scale_bytes(n * groups);
+  std::vector<int32_t> tiles(tile_count(n) * word_count(k, 4) * kTileRows);
+  for (uint8_t& code : codes) code = next() >> 28;
+  CHECK(tile_pack(codes.data(), n, k, 4, tiles.data()) == Status::ok);
+  std::vector<int8_t> q(m * k);
+  for (int8_t& value : q) value = static_cast<int8_t>(static_cast<int>(next() >> 8) % 255 - 127);
+  std::vector<float> scale(n * groups), row_scale(m), bias(n);
+  for (auto* values : {&scale, &row_scale, &bias}) {
+    for (float& value : *values) value = next_float();
+  }
+  for (uint8_t& byte : scale_bytes) byte = static_cast<uint8_t>(next() >> 24);  // 0 and NaN too
+  const float table[16] = {-127, 127, 3, 5, -64, 0, 1, -1, 2, 4, 8, 16, 32, 64, 100, -100};
+  Fp4MatmulParams p;
+  p.x = q.data();
+  p.dtype = dtype;
+  p.m = m;
+  p.row_scale = row_scale.data();
+  p.weight = {.tiles = tiles.data(), .n = n, .k = k, .table = table};
+  p.weight.scale = bytes ? nullptr : scale.data();
+  p.weight.scale_bytes = bytes ? scale_bytes.data() : nullptr;
+  p.weight.group_size = group_size;
+  p.bias = m % 2 ? bias.data() : nullptr;
+  Fp4Integers integers;
+  CHECK(fp4_integers(table, integers));
+  const auto size = static_cast<size_t>(m * n);
+  std::vector<float> want(size), got(size);
+  std::vector<BFloat16> want_halves(size), got_halves(size);
+  p.out = dtype == Dtype::f32 ? static_cast<void*>(want.data()) : want_halves.data();
+  detail::fp4_int8_matmul_tiles_generic(p, integers, 0, tile_count(n));
+  p.out = dtype == Dtype::f32 ? static_cast<void*>(got.data()) : got_halves.data();
+  for (const InstructionSet set : kInstructionSets) {
+    if (!select(set)) continue;
+    CHECK(fp4_matmul(p) == Status::ok);
+    for (size_t i = 0; i < size; ++i) {
+      const float a = dtype == Dtype::f32 ? got[i] : to_float(got_halves[i]);
+      const float b = dtype == Dtype::f32 ? want[i] : to_float(want_halves[i]);
+      CHECK(a == b || (std::isnan(a) && std::isnan(b)));
+    }
+    got.assign(size, 0.0f);
+    got_halves.assign(size, BFloat16{});
+  }
+  select(best());
+}
+
+// Sums as large as int32 holds; one column more is refused.
+void test_widest_sums() {
+  const float table[16] = {127, -127};
+  const int64_t most = 2147483647 / (127 * 127);
+  const float one = 1.0f;
+  std::vector<int8_t> q(most + 1, -127);
+  for (const int code : {0, 1}) {
+    const std::vector<int32_t> tiles(word_count(most + 1, 4) * kTileRows, 0x11111111 * code);
+    float out = 0.0f;
+    Fp4MatmulParams p;
+    p.x = q.data();
+    p.m = 1;
+    p.row_scale = &one;
+    p.weight = {.tiles = tiles.data(), .n = 1, .k = most, .table = table, .scale = &one};
+    p.out = &out;
+    for (const InstructionSet set : kInstructionSets) {
+      if (!select(set)) continue;
+      CHECK(fp4_matmul(p) == Status::ok);
+      CHECK(out == static_cast<float>((code ? 1 : -1) * 127 * 127 * most));
+      p.weight.k = most + 1;
+      CHECK(fp4_matmul(p) == Status::bad_argument);
+      p.weight.k = most;
+    }
+    select(best());
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_integers();
+  for (const int64_t group_size : {0, 8, 16, 32, 64, 128}) {
+    for (const bool bytes : {false, true}) {
+      for (const int64_t m : {0, 1, 2, 5, 8, 13}) {
+        compare(m, 19, 77, group_size, bytes, Dtype::f32);
+        compare(m, 150, 264, group_size, bytes, Dtype::bf16);
+      }
+      compare(3, 5, 0, group_size, bytes, Dtype::f32);
+      compare(3, 0, 9, group_size, bytes, Dtype::f32);
+    }
+  }
+  test_widest_sums();
+  return bitmill_test::failures() != 0;
+}
