@@ -235,8 +235,6 @@ FAMILIES = (
             layer("mxfp4 int8", FP4Config("mxfp4", activations="int8"), "int8"),
             layer("e2m1, bfloat16", FP4Config("e2m1"), "bf16", torch.bfloat16),
             layer("mxfp4, bfloat16", FP4Config("mxfp4"), "bf16", torch.bfloat16),
-            layer("e2m1 int8", FP4Config("e2m1", activations="int8"), "int8"),
-            layer("mxfp4 int8", FP4Config("mxfp4", activations="int8"), "int8"),
             *BASELINES,
             *peers.FOUR_BIT,
         ),
