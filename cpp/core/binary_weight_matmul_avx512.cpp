@@ -218,7 +218,7 @@ void single(const Task& task, int64_t row, int64_t tile, const float* tables) {
     const int64_t group_end = task.group_end(group), end = group_end < task.words ? group_end : group_end - 1;
     for (int64_t w = group * task.group_words; w < end; ++w) {
       for (int t = 0; t < kSingleTiles; ++t) {
-        _mm_prefetch(reinterpret_cast<const char*>(weight[t] + (w + kPrefetchWords) * kTileRows), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(weight[t] + (w + kPrefetchWords) * kTileRows), _MM_HINT_T1);
       }
       add_word<false>(sums, weight, w, tables + w * kTableFloats);
     }
