@@ -33,6 +33,14 @@ static inline __m512 load16(const Float16* x, __mmask16 lanes) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x));
 }
 
+// The scales [n, groups] of one group and the 16 outputs from `column` on. Lanes outside the mask are 0, and not read.
+static inline __m512 load_scale(const float* scale, int64_t groups, int64_t column, int64_t group, __mmask16 lanes) {
+  if (groups == 1) return _mm512_maskz_loadu_ps(lanes, scale + column);
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(groups)));
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, scale + column * groups + group, 4);
+}
+
 // Masked stores, of 16-bit values above all, are slow on Zen 4: whole vectors go without.
 static inline void store16(void* out, __mmask16 lanes, __m256i halves) {
   if (lanes == 0xFFFF) return _mm256_storeu_si256(static_cast<__m256i*>(out), halves);

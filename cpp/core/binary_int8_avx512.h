@@ -38,14 +38,6 @@ static inline Int8Task make_int8_task(const BinaryInt8MatmulParams& p, int64_t e
   return task;
 }
 
-static inline __m512 load_scale(const Int8Task& task, int64_t column, int64_t group, __mmask16 lanes) {
-  if (task.groups == 1) return _mm512_maskz_loadu_ps(lanes, task.p.scale + column);
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(task.groups)));
-  const float* first = task.p.scale + column * task.groups + group;
-  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, first, 4);
-}
-
 // `plus`: for 16 outputs the sums of q over the set bits of the group.
 static inline __m512 to_dot(const Int8Task& task, int64_t row, int64_t group, __m512i plus) {
   const __m512i total = _mm512_set1_epi32(task.total[row * task.groups + group]);
@@ -59,7 +51,8 @@ static inline void finish(const Int8Task& task, int64_t row, int64_t tile, int64
   const BinaryInt8MatmulParams& p = task.p;
   const int64_t column = tile * kTileRows;
   const __mmask16 lanes = first_lanes(p.n - column);
-  const __m512 factor = _mm512_mul_ps(load_scale(task, column, group, lanes), _mm512_set1_ps(p.row_scale[row]));
+  const __m512 factor =
+      _mm512_mul_ps(load_scale(p.scale, task.groups, column, group, lanes), _mm512_set1_ps(p.row_scale[row]));
   __m512 value = _mm512_mul_ps(factor, to_dot(task, row, group, plus));
   if (group > 0) value = _mm512_add_ps(_mm512_loadu_ps(partial), value);
   if (group + 1 < task.groups) return _mm512_storeu_ps(partial, value);

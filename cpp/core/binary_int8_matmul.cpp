@@ -80,13 +80,10 @@ Status binary_int8_matmul(const BinaryInt8MatmulParams& p) {
   if (status != Status::ok) return status;
   const auto [tiles, nanoseconds_per_word] = detail::choose_kernel(p);
   const double cost = static_cast<double>(word_count(p.k) + 2) * nanoseconds_per_word;
-  if (p.m >= kManyRows) {
-    split_rows(p.parallel_for, p.m, cost * static_cast<double>(p.n),
-               [&, tiles = tiles](int64_t begin, int64_t end) { tiles(rows_of(p, begin, end), 0, tile_count(p.n)); });
-  } else {
-    split(p.parallel_for, tile_count(p.n), cost * static_cast<double>(p.m * kTileRows),
-          [&, tiles = tiles](int64_t begin, int64_t end) { tiles(p, begin, end); });
-  }
+  split_product(p.parallel_for, p.m, p.n, cost,
+                [&, tiles = tiles](int64_t row, int64_t rows, int64_t begin, int64_t end) {
+                  tiles(rows_of(p, row, rows), begin, end);
+                });
   return Status::ok;
 }
 

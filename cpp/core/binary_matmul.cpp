@@ -135,7 +135,7 @@ BinaryMatmulParams rows_of(BinaryMatmulParams p, int64_t begin, int64_t end) {
   return p;
 }
 
-BinaryWeightMatmulParams rows_of(BinaryWeightMatmulParams p, int64_t begin, int64_t end) {
+[[maybe_unused]] BinaryWeightMatmulParams rows_of(BinaryWeightMatmulParams p, int64_t begin, int64_t end) {
   p.m = end - begin;
   p.x = static_cast<const char*>(p.x) + begin * p.k * bytes_of(p.dtype);
   p.out = static_cast<char*>(p.out) + begin * p.n * bytes_of(p.dtype);
@@ -153,13 +153,10 @@ Status binary_matmul(const BinaryMatmulParams& p) {
   if (status != Status::ok || p.m == 0 || p.n == 0) return status;
   const auto [tiles, nanoseconds_per_word] = detail::choose_kernel();
   const double cost = nanoseconds_per_output(p, nanoseconds_per_word);
-  if (p.m >= kManyRows) {
-    split_rows(p.parallel_for, p.m, cost * static_cast<double>(p.n),
-               [&, tiles = tiles](int64_t begin, int64_t end) { tiles(rows_of(p, begin, end), 0, tile_count(p.n)); });
-  } else {
-    split(p.parallel_for, tile_count(p.n), cost * static_cast<double>(p.m * kTileRows),
-          [&, tiles = tiles](int64_t begin, int64_t end) { tiles(p, begin, end); });
-  }
+  split_product(p.parallel_for, p.m, p.n, cost,
+                [&, tiles = tiles](int64_t row, int64_t rows, int64_t begin, int64_t end) {
+                  tiles(rows_of(p, row, rows), begin, end);
+                });
   return Status::ok;
 }
 
@@ -187,14 +184,9 @@ Status binary_weight_matmul(const BinaryWeightMatmulParams& p) {
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512 && !p.weight_nonzero && p.k > 0) {
     const double cost = static_cast<double>(p.k) * 0.01;
-    if (p.m >= kManyRows) {
-      split_rows(p.parallel_for, p.m, cost * static_cast<double>(p.n), [&](int64_t begin, int64_t end) {
-        detail::binary_weight_matmul_tiles_avx512(rows_of(p, begin, end), 0, tile_count(p.n));
-      });
-    } else {
-      split(p.parallel_for, tile_count(p.n), cost * static_cast<double>((p.m + 1) * kTileRows),
-            [&](int64_t begin, int64_t end) { detail::binary_weight_matmul_tiles_avx512(p, begin, end); });
-    }
+    split_product(p.parallel_for, p.m, p.n, cost, [&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
+      detail::binary_weight_matmul_tiles_avx512(rows_of(p, row, rows), begin, end);
+    });
     return Status::ok;
   }
 #endif

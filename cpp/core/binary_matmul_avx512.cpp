@@ -90,14 +90,6 @@ __m512i to_dot(__m512i counts, __m512i present) {
   return operand == Operand::bool_ ? _mm512_sub_epi32(twice, present) : _mm512_sub_epi32(present, twice);
 }
 
-__m512 load_scale(const Task& task, int64_t column, int64_t group, __mmask16 lanes) {
-  if (task.groups == 1) return _mm512_maskz_loadu_ps(lanes, task.p.scale + column);
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(task.groups)));
-  const float* first = task.p.scale + column * task.groups + group;
-  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, first, 4);
-}
-
 Columns load_columns(const Task& task, int64_t tile, int tiles) {
   Columns c;
   c.first = tile * kTileRows;
@@ -115,7 +107,7 @@ Columns load_columns(const Task& task, int64_t tile, int tiles) {
       }
       continue;
     }
-    c.scale[t] = load_scale(task, column, 0, lanes);
+    c.scale[t] = load_scale(task.p.scale, task.groups, column, 0, lanes);
     // x + -0 is x, for every x
     c.bias[t] = task.p.bias ? _mm512_maskz_loadu_ps(lanes, task.p.bias + column) : _mm512_set1_ps(-0.0f);
   }
@@ -187,7 +179,7 @@ void add_group(const Task& task, const Columns& c, int tiles, int64_t row, int64
     const int64_t column = c.first + t * kTileRows;
     const __mmask16 lanes = t + 1 < tiles ? __mmask16{0xFFFF} : c.lanes;
     const __m512i dot = to_dot<operand>(_mm512_load_si512(counts + t * kTileRows), present);
-    const __m512 scale = _mm512_mul_ps(load_scale(task, column, group, lanes), factor);
+    const __m512 scale = _mm512_mul_ps(load_scale(p.scale, task.groups, column, group, lanes), factor);
     __m512 value = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot));
     if (group > 0) value = _mm512_add_ps(_mm512_load_ps(sums + t * kTileRows), value);
     if (group + 1 < task.groups) {

@@ -71,20 +71,13 @@ void finish(const Task& task, int64_t row, int64_t tile, __m512 value) {
   store16(static_cast<T*>(p.out) + row * p.n + column, lanes, value);
 }
 
-__m512 load_scale(const Task& task, int64_t tile, int64_t group) {
-  const int64_t column = tile * kTileRows;
-  const __mmask16 lanes = first_lanes(task.p.n - column);
-  if (task.groups == 1) return _mm512_maskz_loadu_ps(lanes, task.p.scale + column);
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(task.groups)));
-  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, task.p.scale + column * task.groups + group, 4);
-}
-
 // One group's sums of a row and a tile. `partial` carries a float from group to group.
 template <class T>
 void scale_and_finish(const Task& task, int64_t row, int64_t tile, int64_t group, __m512 sum, float* partial) {
   if (tile >= task.end) return;
-  __m512 value = _mm512_mul_ps(load_scale(task, tile, group), sum);
+  const int64_t column = tile * kTileRows;
+  __m512 value =
+      _mm512_mul_ps(load_scale(task.p.scale, task.groups, column, group, first_lanes(task.p.n - column)), sum);
   value = _mm512_add_ps(group > 0 ? _mm512_loadu_ps(partial) : _mm512_setzero_ps(), value);
   if (group + 1 < task.groups) {
     _mm512_storeu_ps(partial, value);

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "layout.h"
+
 namespace bitmill {
 
 using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
@@ -34,6 +36,19 @@ template <class Body>
 void split_rows(ParallelFor parallel_for, int64_t rows, double cost, const Body& body) {
   split(parallel_for, (rows + kRowUnit - 1) / kRowUnit, cost * kRowUnit,
         [&](int64_t begin, int64_t end) { body(begin * kRowUnit, end * kRowUnit < rows ? end * kRowUnit : rows); });
+}
+
+// A product of m rows and n outputs, by rows if they are many, else by tiles of outputs: run(first row, last row, first
+// tile, last tile), the last ones excluded. `cost` is that of one output of one row.
+template <class Run>
+void split_product(ParallelFor parallel_for, int64_t m, int64_t n, double cost, const Run& run) {
+  if (m >= kManyRows) {
+    split_rows(parallel_for, m, cost * static_cast<double>(n),
+               [&](int64_t begin, int64_t end) { run(begin, end, int64_t{0}, tile_count(n)); });
+  } else {
+    split(parallel_for, tile_count(n), cost * static_cast<double>(m * kTileRows),
+          [&](int64_t begin, int64_t end) { run(int64_t{0}, m, begin, end); });
+  }
 }
 
 }  // namespace bitmill

@@ -177,7 +177,7 @@ struct Kernel {
   bool reads_int8;
 };
 
-Kernel choose_kernel(const SalientMatmulParams& p) {
+Kernel choose_kernel([[maybe_unused]] const SalientMatmulParams& p) {
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512 && has_int8_dot()) {  // VBMI2 is for float activations too
     const SalientWeight& w = p.weight;
@@ -247,8 +247,7 @@ Status salient_matmul(const SalientMatmulParams& p) {
   const Status status = p.m == 0 ? salient_check(w, p.parallel_for) : check_outline(w);
   if (status != Status::ok || p.m == 0 || w.n == 0) return status;
   const Kernel kernel = choose_kernel(p);
-  const int64_t row_bytes_of_x = w.k * (p.dtype == Dtype::f32 ? 4 : 2),
-                row_bytes = w.n * (p.dtype == Dtype::f32 ? 4 : 2);
+  const int64_t row_bytes_of_x = w.k * bytes_of(p.dtype), row_bytes = w.n * bytes_of(p.dtype);
   for (int64_t row = 0; row < p.m; row += kRowBlock) {
     const int64_t m = std::min(kRowBlock, p.m - row);
     const char* x = static_cast<const char*>(p.x) + row * row_bytes_of_x;

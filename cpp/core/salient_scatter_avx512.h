@@ -39,12 +39,7 @@ static inline __mmask16 lanes_of_tile(const SalientWeight& w, int64_t tile) {
 
 // Group `group` of [n, groups] for the 16 rows of a tile; 0 past n.
 static inline __m512 load_factor(const SalientTask& task, const float* factor, int64_t tile, int64_t group) {
-  const __mmask16 lanes = lanes_of_tile(task.weight, tile);
-  if (task.groups == 1) return _mm512_maskz_loadu_ps(lanes, factor + tile * kTileRows);
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(task.groups)));
-  const float* first = factor + tile * kTileRows * task.groups + group;
-  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, first, 4);
+  return load_scale(factor, task.groups, tile * kTileRows, group, lanes_of_tile(task.weight, tile));
 }
 
 // The factors of a tile's 16 rows.

@@ -151,21 +151,18 @@ class PackedFP4Linear(PackedModule):
     def weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
-    def _scale(self) -> Tensor:
-        return self.scale if self._group_size else self.scale.float()  # E8M0 bytes are not numbers
-
     def forward(self, x: Tensor) -> Tensor:
         require_width("PackedFP4Linear", x, self.in_features)
         activations = self.config.activations
         return torch.ops.bitmill.fp4_linear.default(
-            x, self.weight, self._scale(), as_float32(self.bias), self._format, self._group_size, None, activations
+            x, self.weight, self.scale, self.bias, self._format, self._group_size, None, activations
         )
 
     @torch.no_grad()
     def dequantize(self) -> nn.Linear:
         """An nn.Linear (float32) with the quantised weight."""
         n, k = self.weight_shape()
-        dense = fp4_weight(self.weight, self._scale(), n, k, self._format, self._group_size)
+        dense = fp4_weight(self.weight, self.scale, n, k, self._format, self._group_size)
         return linear_from(dense, self.bias, torch.float32, self.training)
 
     @torch.no_grad()
@@ -175,8 +172,8 @@ class PackedFP4Linear(PackedModule):
         fp4_linear(
             torch.zeros(0, self.in_features, device=self.weight.device),
             self.weight,
-            self._scale(),
-            as_float32(self.bias),
+            self.scale,
+            self.bias,
             self._format,
             self._group_size,
             activations=self.config.activations,

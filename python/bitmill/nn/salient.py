@@ -17,6 +17,7 @@ from ..config import SalientConfig
 from ..ops import int8_fake_quant, tile_pack
 from ..ops._checks import ceil_div, tile_shape
 from ..ops._groups import columns_of_groups
+from ..ops._library import without_autocast
 from ..ops._salient_encoding import (
     ENCODINGS,
     encode,
@@ -101,7 +102,7 @@ class SalientLinear(LatentLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         require_width("SalientLinear", x, self.in_features)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             values = int8_fake_quant(x.float()) if self.config.activations == "int8" else x.float()
             return nn.functional.linear(values, self.quantised_weight(), as_float32(self.bias)).to(x.dtype)
 
