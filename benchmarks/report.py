@@ -171,7 +171,7 @@ def markdown(facts: dict[str, Any], rows: Sequence[Row]) -> str:
         f"{facts['cpu']}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}, torch {facts['torch']}, bitmill"
         f" {facts['bitmill']} ({facts['commit']}), {facts['date']}; `{facts['command']}`.",
         "",
-        "Times faster than `F.linear` in float32, in the same run; the columns bfloat16 and int8 product are torch's own.",
+        "Times faster than `F.linear` in float32, in the same run; bfloat16 and int8 product are torch's own.",
         "",
         "| M x N x K | " + " | ".join(("float32, us", "bfloat16", "int8 product", *layers)) + " |",
         "|---" * (4 + len(layers)) + "|",
