@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Golden vectors of FP4 casts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bitmill import ops
+
+from .common import Case, assert_exact
+
+
+def fp4_cast_e2m1(case: Case) -> None:
+    x = case["in_f32_bits"].view(torch.float32)
+    if "out_table" in case:
+        dtype = torch.float16 if case.number("hp_type") else torch.bfloat16
+        every = torch.arange(65536).to(torch.int16).view(dtype)
+        assert_exact(_codes(ops.fp4_cast(every)), case["out_table"], "codes of every 16-bit pattern")
+    assert_exact(_codes(ops.fp4_cast(x), x.numel()), case["out_f32_cuda"], "codes of float32")
+    numbers = ~x.isnan()
+    assert_exact(_codes(ops.fp4_cast(x), x.numel())[numbers], case["out_f32_mldtypes"][numbers], "codes, ml_dtypes")
+    assert_exact(_codes(ops.fp4_cast(x), x.numel())[numbers], case["out_f32_torchao"][numbers], "codes, torchao")
+    values = ops.fp4_uncast(torch.arange(0, 256, 17, dtype=torch.uint8), 32)[::2]
+    if "out_values" in case:
+        assert_exact(values, case["out_values"], "values")
+    if "out_values_half_bits" in case:
+        assert_exact(values.half().view(torch.int16), case["out_values_half_bits"], "float16 values")
+
+
+def _codes(packed: Tensor, k: int | None = None) -> Tensor:
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[..., : k or 2 * packed.shape[-1]]
+
+
+def fp4_pack(case: Case) -> None:
+    packed = ops.fp4_cast(case["in_x"])
+    assert_exact(packed, case["out_packed"], "bytes")
+    assert_exact(_codes(packed), case["out_codes"], "codes")
+
+
+def fp4_e8m0(case: Case) -> None:
+    x = case["in_f32_bits"].view(torch.float32)
+    assert_exact(ops.e8m0_cast(x, "down"), case["out_rz"], "toward zero")
+    assert_exact(ops.e8m0_cast(x, "up"), case["out_rp"], "toward infinity")
+    every = ops.e8m0_uncast(torch.arange(256, dtype=torch.uint8))
+    assert_exact(every, case["out_decode_bf16_bits"].view(torch.bfloat16).float(), "values")
+
+
+def fp4_mxfp4(case: Case) -> None:
+    x = case["in_x_bits"].view(torch.float32)
+    rules = ("floor", "rceil", "ceil", "even")
+    for i, mode in enumerate(case["hp_modes"].tolist()):
+        packed, scale = ops.mxfp4_quantize(x, rules[mode])
+        assert_exact(scale, case["out_scale"][i], f"scales of {rules[mode]}")
+        valid = (scale != 255).repeat_interleave(16, -1)
+        assert_exact(packed[valid], case["out_packed"][i][valid], f"bytes of {rules[mode]}")
+        values = ops.mxfp4_dequantize(packed, scale, x.shape[-1])
+        assert_exact(values, case["out_dequant"][i], f"values of {rules[mode]}")
+
+
+COMPARISONS: dict[str, Callable[[Case], None]] = {
+    "fp4/cast-e2m1": fp4_cast_e2m1,
+    "fp4/pack": fp4_pack,
+    "fp4/e8m0": fp4_e8m0,
+    "fp4/mxfp4": fp4_mxfp4,
+}
