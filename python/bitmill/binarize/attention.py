@@ -19,11 +19,19 @@ import torch
 from torch import Tensor
 
 from ..ops._library import without_autocast
-from .functions import boolean, elastic, sign
+from .functions import ALPHA_FLOOR, boolean, elastic, sign
+from .products import level_product
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    dot = q @ k.mT
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    q_step: Tensor | None = None,
+    k_step: Tensor | None = None,
+) -> Tensor:
+    dot = level_product(q, k.mT, q_step, k_step)
     # divided, as in the published code: the product with a rounded reciprocal may pass a window that the quotient ends
     scores = dot / math.sqrt(q.shape[-1]) if scaling is None else dot * scaling
     if mask is None:
@@ -63,7 +71,7 @@ def bool_attention(
     _check("bool_attention", q, k, v, mask)
     with without_autocast(q):
         query, key, value = (sign(t.float(), "clip_open", zero) for t in (q, k, v))
-        return (boolean(_scores(query, key, mask, scaling), "clip_open") @ value).to(q.dtype)
+        return level_product(boolean(_scores(query, key, mask, scaling), "clip_open"), value).to(q.dtype)
 
 
 def softmax_aware_map(scores: Tensor, beta: float = 0.25) -> Tensor:
@@ -102,7 +110,7 @@ def softmax_aware_attention(
     _check("softmax_aware_attention", q, k, v, mask)
     with without_autocast(q):
         query, key, value = (sign(t.float(), "clip_open", zero) for t in (q, k, v))
-        return (softmax_aware_map(_scores(query, key, mask, scaling), beta) @ value).to(q.dtype)
+        return level_product(softmax_aware_map(_scores(query, key, mask, scaling), beta), value).to(q.dtype)
 
 
 def elastic_attention(
@@ -128,9 +136,9 @@ def elastic_attention(
     """
     _check("elastic_attention", q, k, v, mask)
     with without_autocast(q):
-        query, key, value = (
-            elastic(t.float(), a, zero=zero) for t, a in zip((q, k, v), (alpha_q, alpha_k, alpha_v), strict=True)
-        )
-        probability = torch.softmax(_scores(query, key, mask, scaling), -1)
+        steps = [alpha.clamp_min(ALPHA_FLOOR) for alpha in (alpha_q, alpha_k, alpha_v, alpha_a)]
+        query, key, value = (elastic(t.float(), a, zero=zero) for t, a in zip((q, k, v), steps[:3], strict=True))
+        probability = torch.softmax(_scores(query, key, mask, scaling, steps[0], steps[1]), -1)
         probability = torch.nn.functional.dropout(probability, dropout, dropout > 0)
-        return (elastic(probability, alpha_a, 1, signed=False) @ value).to(q.dtype)
+        attention = elastic(probability, steps[3], 1, signed=False)
+        return level_product(attention, value, steps[3], steps[2]).to(q.dtype)
