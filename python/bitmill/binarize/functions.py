@@ -21,7 +21,8 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, levels: str, surrogate: str) -> Tensor:
-        ctx.save_for_backward(*keep_slope(ctx, x, surrogate))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(*keep_slope(ctx, x, surrogate))
         if levels == "sign":
             return torch.sign(x)
         if levels == "plus":
@@ -67,11 +68,12 @@ class _Elastic(torch.autograd.Function):
         u = (x - minimum) / step
         if signed and bits == 1:
             code = torch.sign(x) if zero == "torch" else torch.where(x >= 0, 1.0, -1.0)
-            slope: tuple[Tensor | None, ...] = keep_levels(code, zero)
+            slope: tuple[Tensor | None, ...] = keep_levels(code, zero) if any(ctx.needs_input_grad) else ()
         else:
             code = u.round().clamp(low, high)
             slope = (torch.where(u < low, float(low), torch.where(u > high, float(high), code - u)),)
-        ctx.save_for_backward(keep_flags((u >= low) & (u <= high)), *slope)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(keep_flags((u >= low) & (u <= high)), *slope)
         ctx.high, ctx.shape = high, x.shape
         return step * code + minimum if shifted else step * code
 

@@ -42,7 +42,7 @@ class _ExactLinear(torch.autograd.Function):
         zero: str,
     ) -> Tensor:
         kept = keep_levels(x, zero) if level is None else (level, None)
-        slope = () if surrogate is None else keep_slope(ctx, x, surrogate)
+        slope = () if surrogate is None or not ctx.needs_input_grad[0] else keep_slope(ctx, x, surrogate)
         tiles = _tiles(weight.signs)
         ctx.save_for_backward(step, rows, weight.scale.detach(), *tiles, *kept, *slope)
         ctx.x_shape, ctx.w_shape, ctx.group_size, ctx.many = x.shape, weight.signs.shape, group_size, level is not None
@@ -123,7 +123,8 @@ class _LevelProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, a_step: Tensor | None, b_step: Tensor | None) -> Tensor:
-        ctx.save_for_backward(a_step, b_step, *keep_levels(torch.sign(a)), *keep_levels(torch.sign(b)))
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(a_step, b_step, *keep_levels(a), *keep_levels(b))
         ctx.shapes = a.shape, b.shape
         return a @ b
 
