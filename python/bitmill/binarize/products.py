@@ -119,14 +119,16 @@ def exact_linear(
 
 
 class _LevelProduct(torch.autograd.Function):
-    """a @ b of levels -1, 0, +1 times a step each; the levels are kept."""
+    """The product of the levels of a and b, times their steps; the levels are kept."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, a_step: Tensor | None, b_step: Tensor | None) -> Tensor:
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(a_step, b_step, *keep_levels(a), *keep_levels(b))
         ctx.shapes = a.shape, b.shape
-        return a @ b
+        if a_step is None or b_step is None:
+            return a @ b
+        return (a_step * b_step) * (torch.sign(a) @ torch.sign(b))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -142,12 +144,14 @@ class _LevelProduct(torch.autograd.Function):
 
 
 def level_product(a: Tensor, b: Tensor, a_step: Tensor | None = None, b_step: Tensor | None = None) -> Tensor:
-    """a @ b with the gradients of a matrix product, for operands that are -1, 0 or +1 times a step or 1.
+    """a @ b and its gradients, for operands that are -1, 0 or +1 times a step: whole numbers times one constant.
+
+    A sum of rounded multiples of a step may be 1e-8 where the exact product is 0, and the next layer takes its sign.
 
     Args:
         a, b: float32 [..., n, d] and [..., d, m].
-        a_step, b_step: scalar tensors, the steps of a and b (BiT's alpha); None for 1.
-    Keeps two bits an element for the backward, not 32.
+        a_step, b_step: positive scalar tensors, the steps of a and b (BiT's alpha); None for both means 1.
+    Between forward and backward two bits an element are kept, not 32.
     """
     a_step, b_step = (None if t is None else t.detach() for t in (a_step, b_step))
     return _LevelProduct.apply(a, b, a_step, b_step)
