@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Binarizers: the rules of the published methods as data, and their forward and straight-through gradient."""
 
+from .activations import (
+    QuantizedActivation,
+    Thresholds,
+    quantize_activation,
+    quantized_linear,
+    threshold_code,
+    threshold_levels,
+)
 from .attention import bool_attention, elastic_attention, softmax_aware_attention, softmax_aware_map
 from .functions import (
     BinarizedWeight,
@@ -12,12 +20,18 @@ from .functions import (
     sign,
     weight_scale,
 )
-from .rules import ActivationRule, Method, WeightRule, method, method_names, register_method
+from .levels import learned_noise, standardised
+from .methods import method, method_names, register_method
+from .rules import ActivationRule, Method, WeightRule
+from .schedules import FollowsEpoch, set_epoch
 
 __all__ = [
     "ActivationRule",
     "BinarizedWeight",
+    "FollowsEpoch",
     "Method",
+    "QuantizedActivation",
+    "Thresholds",
     "WeightRule",
     "binarize_weight",
     "bool_attention",
@@ -26,11 +40,18 @@ __all__ = [
     "elastic_alpha",
     "elastic_attention",
     "exact_linear",
+    "learned_noise",
     "method",
     "method_names",
+    "quantize_activation",
+    "quantized_linear",
     "register_method",
+    "set_epoch",
     "sign",
     "softmax_aware_attention",
     "softmax_aware_map",
+    "standardised",
+    "threshold_code",
+    "threshold_levels",
     "weight_scale",
 ]
