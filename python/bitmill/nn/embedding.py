@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..binarize import binarize_weight, method
+from ..binarize import WeightRule, binarize_weight, method
 from ..config import BinaryConfig
 from ..ops import bitunpack, tile_pack
 from ..ops._checks import TILE_ROWS, tile_shape
@@ -58,8 +58,11 @@ class BinaryEmbedding(nn.Embedding):
         layer.weight = embedding.weight
         return layer.train(embedding.training)
 
+    def _rule(self) -> WeightRule:
+        return method(self.config.method).table_rule(self.config.weight_bits)
+
     def _table(self) -> Any:
-        return binarize_weight(self.weight, method(self.config.method).embedding, self.config.group_size)
+        return binarize_weight(self.weight, self._rule(), self.config.group_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         return nn.functional.embedding(ids, self._table().value.to(self.weight.dtype), self.padding_idx)

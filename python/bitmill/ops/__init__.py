@@ -5,6 +5,7 @@ from . import _library
 from . import _machine as _machine  # defines an op
 from .binary_bits import binary_matmul_bits, bit_ranges
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
+from .bit_serial import bit_serial_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
 from .fp4 import (
     code_values,
@@ -29,6 +30,7 @@ __all__ = [
     "binary_matmul_bits",
     "binary_weight_linear",
     "bit_ranges",
+    "bit_serial_linear",
     "bitpack",
     "bitunpack",
     "code_values",
