@@ -57,7 +57,8 @@ class MaskPredictor(nn.Module):
         """The estimated map of all rows but the first: [batch, heads, N - 1, N] from q, k [batch, heads, N, d]."""
         if q.dim() != 4 or q.shape != k.shape or q.shape[2] != self.tokens:
             raise ValueError(
-                f"MaskPredictor: expected q and k [batch, heads, {self.tokens}, d], got {list(q.shape)}, {list(k.shape)}"
+                f"MaskPredictor: expected q and k [batch, heads, {self.tokens}, d], got {list(q.shape)} and"
+                f" {list(k.shape)}"
             )
         heads = q.shape[1]
         scores = self.query(q) @ (self.key(k).mT @ self.down)
