@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from bitmill import binarize
-from bitmill.binarize import bool_attention, elastic_attention, softmax_aware_attention, softmax_aware_map
+from bitmill.binarize import (
+    bool_attention,
+    elastic_attention,
+    low_rank_addend,
+    one_hot_map,
+    sampled_map,
+    softmax_aware_attention,
+    softmax_aware_map,
+)
 
 STEPS = {f"alpha_{name}": torch.tensor(a) for name, a in (("q", 0.9), ("k", 1.1), ("v", 0.7), ("a", 0.3))}
 
@@ -69,12 +77,13 @@ def test_masks_of_every_form_agree(attention: Callable[..., Tensor]) -> None:
     torch.testing.assert_close(attention(q, k, v, causal)[..., :1, :], first)
 
 
-def test_a_row_without_keys() -> None:
-    """bool and softmax-aware: 0, not NaN, and no NaN in a gradient. The elastic rule keeps what its softmax answers."""
-    for attention in (bool_attention, softmax_aware_attention):
+@every_rule
+def test_a_row_without_keys(attention: Callable[..., Tensor]) -> None:
+    """0, not NaN, and no NaN in a gradient, whatever the form of the mask."""
+    keep = torch.ones(2, 6, 6, dtype=torch.bool)
+    keep[0, 3] = False
+    for mask in (keep, torch.where(keep, 0.0, -1e4), torch.where(keep, 0.0, torch.finfo(torch.bfloat16).min)):
         q, k, v = qkv(2, 6, 16)
-        mask = torch.ones(2, 6, 6, dtype=torch.bool)
-        mask[0, 3] = False
         y = attention(q, k, v, mask)
         assert bool((y[0, 3] == 0).all()) and bool(y.isfinite().all())
         for gradient in torch.autograd.grad(y.square().sum(), (q, k, v)):
@@ -117,6 +126,105 @@ def test_softmax_aware_map_needs_no_softmax(beta: float) -> None:
     assert torch.equal(softmax_aware_map(scores, beta).bool(), want)
     leaf = scores.clone().requires_grad_()
     assert torch.equal(softmax_aware_map(leaf, beta).detach().bool(), want)
+
+
+def test_one_hot_and_sampled_maps() -> None:
+    scores = torch.randn(30, 20).mul(2).round()  # with ties
+    scores[3] = -torch.inf
+    bits = one_hot_map(scores)
+    assert torch.equal(bits.sum(-1), (torch.arange(30) != 3).float())
+    assert torch.equal(bits.argmax(-1)[4:], scores.argmax(-1)[4:])
+    probability = torch.softmax(scores, -1).nan_to_num(0.0)
+    mean = torch.stack([sampled_map(scores) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, probability, rtol=0, atol=0.05)
+    for make in (one_hot_map, sampled_map, softmax_aware_map):
+        leaf = scores[:3].clone().requires_grad_()
+        g = torch.randn(3, 20)
+        bits = make(leaf)
+        assert bool(((bits.detach() == 0) | (bits.detach() == 1)).all())
+        p = probability[:3]
+        want = p * (g - (g * p).sum(-1, keepdim=True))
+        torch.testing.assert_close(torch.autograd.grad(bits, leaf, g)[0], want)
+    q, k, v = qkv(2, 5, 16)
+    want = one_hot_map(torch.sign(q) @ torch.sign(k).mT) @ torch.sign(v)
+    assert torch.equal(softmax_aware_attention(q, k, v, select="one_hot"), want)
+    assert softmax_aware_attention(q, k, v, select="sample").shape == (2, 5, 16)
+    with pytest.raises(ValueError, match="select must be one of threshold, one_hot, sample, got 'best'"):
+        softmax_aware_attention(q, k, v, select="best")
+
+
+def test_row_scale_is_the_mean_selected_probability() -> None:
+    scores = torch.randn(7, 12) * 2
+    scores[2] = -torch.inf
+    bits, probability = softmax_aware_map(scores), torch.softmax(scores, -1).nan_to_num(0.0)
+    v = (bits * probability).sum(-1, keepdim=True) / bits.sum(-1, keepdim=True).clamp_min(1)
+    torch.testing.assert_close(softmax_aware_map(scores, row_scale=True), v * bits)
+    # the scale is the best one: a little more or less of it is farther from the softmax
+    for other in (0.99, 1.01):
+        near, far = ((probability - factor * v * bits).square().sum(-1) for factor in (1, other))
+        assert bool((near <= far).all())
+
+
+def test_dropout_of_scores_and_probabilities() -> None:
+    q, k, _ = (t.detach() for t in qkv(2, 40, 16))
+    keep = torch.rand(2, 1, 40) < 0.5
+    keep[..., 0] = True
+    dot, one_key_each = torch.sign(q) @ torch.sign(k).mT, torch.eye(40).expand(2, 40, 40)
+    bits = bool_attention(q, k, one_key_each, keep, dropout=0.5)
+    assert bool((bits <= ((dot > 0) & keep)).all())
+    assert 0.4 < float(bits.sum() / ((dot > 0) & keep).sum()) < 0.6
+    # a dropped score is 0: where all others are negative it is one of the largest
+    bits = softmax_aware_attention(q.abs() + 1, -1 - k.abs(), one_key_each, keep, beta=1.0, dropout=0.5)
+    assert bool((bits <= keep).all())
+    assert 0.4 < float(bits.sum() / keep.expand(2, 40, 40).sum()) < 0.6
+    steps = {**STEPS, "alpha_a": torch.tensor(0.06)}
+    scale = steps["alpha_a"] * steps["alpha_v"]
+    kept = [elastic_attention(q, k, one_key_each, **steps, mask=keep, dropout=p) / scale for p in (0.0, 0.5, 0.5)]
+    assert all(bool((bits.round() <= keep).all()) for bits in kept)
+    assert not torch.equal(kept[1], kept[2]) and not torch.equal(kept[0], kept[1])
+
+
+def test_elastic_context_is_exact() -> None:
+    """Whole numbers times one constant, so that a context of 0 is 0 for the next layer's sign."""
+    q, k, v = qkv(3, 50, 32)
+    y = elastic_with_steps(q, k, v) / (STEPS["alpha_a"] * STEPS["alpha_v"])
+    torch.testing.assert_close(y, y.round(), rtol=1e-6, atol=0)
+    assert bool((y == 0).any())
+
+
+def test_low_rank_estimators() -> None:
+    """BiPFT's score and context, written out element by element."""
+    (q, k, v), r = qkv(2, 3, 6, 16), 2
+    query_plus, query_minus, key_plus, key_minus = (torch.randn(2, 1, 6, r, requires_grad=True) for _ in range(4))
+    value_plus = torch.randn(2, 1, 6, 1, requires_grad=True)
+    addend = low_rank_addend(query_plus, query_minus, key_plus, key_minus)
+    y = elastic_attention(q, k, v, **STEPS, addend=addend, value_addend=value_plus)
+    steps = {name: float(a) for name, a in STEPS.items()}
+    for b, h, i in ((0, 0, 0), (1, 2, 5)):
+        score = torch.stack(
+            [
+                steps["alpha_q"] * steps["alpha_k"] * (q[b, h, i].sign() @ k[b, h, j].sign())
+                + (query_minus + query_plus)[b, 0, i] @ key_plus[b, 0, j]
+                + query_plus[b, 0, i] @ key_minus[b, 0, j]
+                for j in range(6)
+            ]
+        )
+        bits = torch.softmax(score / 4, 0) > steps["alpha_a"] / 2
+        values = steps["alpha_v"] * v[b, h].sign() + value_plus[b, 0]
+        torch.testing.assert_close(y[b, h, i], steps["alpha_a"] * values[bits].sum(0))
+    y.square().sum().backward()
+    for t in (query_plus, query_minus, key_plus, key_minus, value_plus):
+        assert t.grad is not None and bool(t.grad.isfinite().all())
+
+
+@every_rule
+def test_fewer_heads_of_keys(attention: Callable[..., Tensor]) -> None:
+    q, _, _ = qkv(2, 6, 5, 16)
+    _, k, v = qkv(2, 3, 5, 16)
+    want = attention(q, k[:, [0, 0, 1, 1, 2, 2]], v[:, [0, 0, 1, 1, 2, 2]])
+    assert torch.equal(attention(q, k, v), want)
+    with pytest.raises(ValueError, match="heads that divide those of q"):
+        attention(q[:, :4], k, v)
 
 
 @every_rule

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import random
 import resource
 import statistics
 import time
@@ -114,6 +115,8 @@ def interleave(
 ) -> dict[str, Spread]:
     """Run every sample once a round, for about `seconds` each, but at least `ROUNDS` rounds.
 
+    The order changes with every round, so that none always follows the one that leaves the caches at their worst.
+
     A sample that would take longer than that skips rounds; it runs at least 5 times.
 
     Args:
@@ -135,8 +138,10 @@ def interleave(
     collecting = gc.isenabled()
     gc.disable()
     try:
+        order, shuffle = list(samples.items()), random.Random(0).shuffle
         for index in range(rounds):
-            for name, sample in samples.items():
+            shuffle(order)
+            for name, sample in order:
                 if index % strides[name] == 0:
                     taken[name].add(sample)
             if progress is not None:

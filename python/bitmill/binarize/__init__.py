@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Binarizers: the rules of the published methods as data, and their forward and straight-through gradient."""
 
-from .attention import bool_attention, elastic_attention, softmax_aware_attention, softmax_aware_map
+from .attention import bool_attention, elastic_attention, low_rank_addend, softmax_aware_attention
+from .attention_maps import one_hot_map, sampled_map, softmax_aware_map
 from .functions import (
     BinarizedWeight,
     binarize_weight,
@@ -26,9 +27,12 @@ __all__ = [
     "elastic_alpha",
     "elastic_attention",
     "exact_linear",
+    "low_rank_addend",
     "method",
     "method_names",
+    "one_hot_map",
     "register_method",
+    "sampled_map",
     "sign",
     "softmax_aware_attention",
     "softmax_aware_map",

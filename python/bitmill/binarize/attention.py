@@ -1,39 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention with binary queries, keys, values and attention maps: the training forms, in plain torch, float32.
 
-q, k, v are [..., heads, tokens, d], before their signs. Scores are S = qb kb^T scaling + mask, with qb = sgn(q) and
+q, k, v are [..., heads, tokens, d], before their signs. Scores are S = qb kb^T / sqrt(d) + mask, with qb = sgn(q) and
 kb = sgn(k), so S is an exact integer times a constant plus the mask; the map is a {0, 1} matrix, the context map . vb.
 
 bool           map = [S > 0]                                     BiBERT, ICLR 2022
 softmax_aware  map = [softmax(S) >= beta max], row by row        BiViT, ICCV 2023, equation 9
 elastic        map = alpha_a [softmax(alpha_q alpha_k S) > alpha_a / 2], context alpha_v map . vb     BiT, NeurIPS 2022
 
-A mask is boolean (True: attend) or additive, and is broadcast to S; None attends everywhere.
+A mask is boolean (True: attend) or additive, and is broadcast to S; None attends everywhere. An additive mask drops a
+key where it is -10000 or less, and is a bias elsewhere. A row without an attended key has the context 0. Heads of k and
+v may be fewer than those of q: every one then serves a group of neighbours.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from ..ops._library import without_autocast
-from .functions import boolean, elastic, sign
+from .attention_maps import SELECTIONS, exact_product, masked_scores, row_softmax, scaled, softmax_aware_map
+from .functions import ALPHA_FLOOR, boolean, elastic, sign
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    dot = q @ k.mT
-    # divided, as in the published code: the product with a rounded reciprocal may pass a window that the quotient ends
-    scores = dot / math.sqrt(q.shape[-1]) if scaling is None else dot * scaling
-    if mask is None:
-        return scores
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, -torch.inf)
-    return scores + mask.float()
-
-
-def _check(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+def _checked(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v with as many heads in k and v as in q."""
     if q.dim() < 2 or q.shape[-1] != k.shape[-1] or q.shape[-1] == 0 or k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
             f"{name}: expected q [..., n, d], k [..., m, d] and v [..., m, e] with d > 0,"
@@ -41,10 +32,25 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> N
         )
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"{name}: mask must be boolean (True: attend) or additive floats, got {mask.dtype}")
+    if q.shape[:-2] == k.shape[:-2]:
+        return q, k, v
+    if q.dim() < 3 or q.shape[:-3] != k.shape[:-3] or k.shape[-3] == 0 or q.shape[-3] % k.shape[-3]:
+        raise ValueError(
+            f"{name}: k and v must have the leading dimensions of q, or heads that divide those of q,"
+            f" got {list(q.shape)} and {list(k.shape)}"
+        )
+    group = q.shape[-3] // k.shape[-3]
+    return q, k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
 
 
 def bool_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scaling: float | None = None, zero: str = "torch"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    zero: str = "torch",
+    dropout: float = 0.0,
 ) -> Tensor:
     """BiBERT's Bi-Attention: no softmax, and a context of whole numbers.
 
@@ -55,33 +61,17 @@ def bool_attention(
         mask: bool or additive float, broadcast to [..., n, m], or None.
         scaling: of the scores; None for 1 / sqrt(d). It does not change the map, only the window of its gradient.
         zero: what sgn(0) is, as in `sign`.
+        dropout: of the scores, before their sign, as BiBERT trains: a dropped score is 0, so its bit is 0.
     Returns:
         [..., n, e] of q's dtype; a row without an attended key is 0.
     Raises:
         ValueError: for shapes that do not fit, or an integer mask.
     """
-    _check("bool_attention", q, k, v, mask)
+    q, k, v = _checked("bool_attention", q, k, v, mask)
     with without_autocast(q):
         query, key, value = (sign(t.float(), "clip_open", zero) for t in (q, k, v))
-        return (boolean(_scores(query, key, mask, scaling), "clip_open") @ value).to(q.dtype)
-
-
-def softmax_aware_map(scores: Tensor, beta: float = 0.25) -> Tensor:
-    """[softmax(scores) >= beta max] of every row, with the gradient of the softmax (BiViT, section 3.2).
-
-    Decided on the scores, as scores >= max - ln(1 / beta), so no softmax is needed without a gradient. Scores of -inf
-    are never 1. `beta` lies in (0, 1].
-    """
-    if not 0 < beta <= 1:
-        raise ValueError(f"softmax_aware_map: beta must lie in (0, 1], got {beta}")
-    if scores.shape[-1] == 0:
-        return scores.clone()
-    gap = math.log(1 / beta)
-    bits = (scores.detach() >= scores.detach().amax(-1, keepdim=True) - gap) & (scores.detach() > -torch.inf)
-    if not (torch.is_grad_enabled() and scores.requires_grad):
-        return bits.to(scores.dtype)
-    probability = torch.softmax(scores, -1).nan_to_num(0.0)  # a row of -inf has none
-    return bits.to(scores.dtype) + (probability - probability.detach())
+        scores = masked_scores(scaled(query @ key.mT, q.shape[-1], scaling), mask, dropout)
+        return (boolean(scores, "clip_open") @ value).to(q.dtype)
 
 
 def softmax_aware_attention(
@@ -92,17 +82,32 @@ def softmax_aware_attention(
     scaling: float | None = None,
     beta: float = 0.25,
     zero: str = "torch",
+    dropout: float = 0.0,
+    row_scale: bool = False,
+    select: str = "threshold",
 ) -> Tensor:
-    """BiViT's attention with Softmax-aware Binarization, without the row scale, as its code computes it.
+    """BiViT's attention with Softmax-aware Binarization.
 
     The gradient of the map is the softmax's, without a window; those of q, k and v have open windows |x| < 1.
-    Arguments, result and errors are those of `bool_attention`; `beta` in (0, 1] is the threshold's share of the row's
-    largest probability.
+
+    Args:
+        beta: in (0, 1], the threshold's share of the row's largest probability.
+        dropout: of the scores, before the decision, as BiViT's code trains.
+        row_scale: multiply the map by the mean selected probability of the row; off in BiViT's code.
+        select: "threshold", or what BiViT's code has for comparison: "one_hot" (the largest score) or "sample"
+            (Bernoulli samples of the softmax).
+        The others, the result and the errors are those of `bool_attention`.
     """
-    _check("softmax_aware_attention", q, k, v, mask)
+    q, k, v = _checked("softmax_aware_attention", q, k, v, mask)
+    if select != "threshold" and select not in SELECTIONS:
+        raise ValueError(
+            f"softmax_aware_attention: select must be one of threshold, {', '.join(SELECTIONS)}, got {select!r}"
+        )
     with without_autocast(q):
         query, key, value = (sign(t.float(), "clip_open", zero) for t in (q, k, v))
-        return (softmax_aware_map(_scores(query, key, mask, scaling), beta) @ value).to(q.dtype)
+        scores = masked_scores(scaled(query @ key.mT, q.shape[-1], scaling), mask, dropout)
+        chosen = softmax_aware_map(scores, beta, row_scale) if select == "threshold" else SELECTIONS[select](scores)
+        return (chosen @ value).to(q.dtype)
 
 
 def elastic_attention(
@@ -117,20 +122,37 @@ def elastic_attention(
     scaling: float | None = None,
     zero: str = "torch",
     dropout: float = 0.0,
+    addend: Tensor | None = None,
+    value_addend: Tensor | None = None,
 ) -> Tensor:
     """BiT's attention: elastic signs of q, k and v, the softmax, and an elastic {0, alpha} map.
 
     Args:
         alpha_q, alpha_k, alpha_v, alpha_a: float32 scalar tensors, the learned steps.
         dropout: of the probabilities, before their threshold, as BiT trains.
+        addend: float, broadcast to [..., n, m], added to the products of queries and keys before their scaling:
+            BiPFT's low-rank estimators (`low_rank_addend`).
+        value_addend: float, broadcast to v's shape, added to the elastic values: BiPFT's estimator [..., m, 1].
         The others are those of `bool_attention`.
     Gradients are those of `elastic` (with closed windows) and of the softmax.
     """
-    _check("elastic_attention", q, k, v, mask)
+    q, k, v = _checked("elastic_attention", q, k, v, mask)
     with without_autocast(q):
         query, key, value = (
             elastic(t.float(), a, zero=zero) for t, a in zip((q, k, v), (alpha_q, alpha_k, alpha_v), strict=True)
         )
-        probability = torch.softmax(_scores(query, key, mask, scaling), -1)
+        step_q, step_k, step_v, step_a = (a.clamp_min(ALPHA_FLOOR) for a in (alpha_q, alpha_k, alpha_v, alpha_a))
+        products = exact_product(query, key.mT, step_q * step_k)
+        if addend is not None:
+            products = products + addend.float()
+        probability = row_softmax(masked_scores(scaled(products, q.shape[-1], scaling), mask))
         probability = torch.nn.functional.dropout(probability, dropout, dropout > 0)
-        return (elastic(probability, alpha_a, 1, signed=False) @ value).to(q.dtype)
+        chosen = elastic(probability, alpha_a, 1, signed=False)
+        if value_addend is not None:
+            return (chosen @ (value + value_addend.float())).to(q.dtype)
+        return exact_product(chosen, value, step_a * step_v).to(q.dtype)
+
+
+def low_rank_addend(query_plus: Tensor, query_minus: Tensor, key_plus: Tensor, key_minus: Tensor) -> Tensor:
+    """BiPFT's estimate of what binary scores leave out: (qm + qp) kp^T + qp km^T, from [..., n, r] and [..., m, r]."""
+    return (query_minus + query_plus) @ key_plus.mT + query_plus @ key_minus.mT

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers, each in a training form (latent weight, straight-through gradient) and a packed form (buffers, one op)."""
 
+from .attention import BinaryAttention
 from .binary import BinaryLinear, PackedBinaryLinear
 from .embedding import BinaryEmbedding, PackedBinaryEmbedding
 from .fp4 import FP4Linear, PackedFP4Linear
 from .salient import PackedSalientLinear, SalientLinear
 
 __all__ = [
+    "BinaryAttention",
     "BinaryEmbedding",
     "BinaryLinear",
     "FP4Linear",
