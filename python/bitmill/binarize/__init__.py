@@ -9,10 +9,10 @@ from .functions import (
     boolean,
     elastic,
     elastic_alpha,
-    exact_linear,
     sign,
     weight_scale,
 )
+from .products import exact_linear, level_product
 from .rules import ActivationRule, Method, WeightRule, method, method_names, register_method
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "elastic_alpha",
     "elastic_attention",
     "exact_linear",
+    "level_product",
     "low_rank_addend",
     "method",
     "method_names",

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..ops._library import without_autocast
-from .attention_maps import SELECTIONS, exact_product, masked_scores, row_softmax, scaled, softmax_aware_map
+from .attention_maps import SELECTIONS, masked_scores, row_softmax, scaled, softmax_aware_map
 from .functions import ALPHA_FLOOR, boolean, elastic, sign
+from .products import level_product
 
 
 def _checked(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,8 +71,8 @@ def bool_attention(
     q, k, v = _checked("bool_attention", q, k, v, mask)
     with without_autocast(q):
         query, key, value = (sign(t.float(), "clip_open", zero) for t in (q, k, v))
-        scores = masked_scores(scaled(query @ key.mT, q.shape[-1], scaling), mask, dropout)
-        return (boolean(scores, "clip_open") @ value).to(q.dtype)
+        scores = masked_scores(scaled(level_product(query, key.mT), q.shape[-1], scaling), mask, dropout)
+        return level_product(boolean(scores, "clip_open"), value).to(q.dtype)
 
 
 def softmax_aware_attention(
@@ -105,9 +106,10 @@ def softmax_aware_attention(
         )
     with without_autocast(q):
         query, key, value = (sign(t.float(), "clip_open", zero) for t in (q, k, v))
-        scores = masked_scores(scaled(query @ key.mT, q.shape[-1], scaling), mask, dropout)
+        scores = masked_scores(scaled(level_product(query, key.mT), q.shape[-1], scaling), mask, dropout)
         chosen = softmax_aware_map(scores, beta, row_scale) if select == "threshold" else SELECTIONS[select](scores)
-        return (chosen @ value).to(q.dtype)
+        context = chosen @ value if row_scale else level_product(chosen, value)
+        return context.to(q.dtype)
 
 
 def elastic_attention(
@@ -142,7 +144,7 @@ def elastic_attention(
             elastic(t.float(), a, zero=zero) for t, a in zip((q, k, v), (alpha_q, alpha_k, alpha_v), strict=True)
         )
         step_q, step_k, step_v, step_a = (a.clamp_min(ALPHA_FLOOR) for a in (alpha_q, alpha_k, alpha_v, alpha_a))
-        products = exact_product(query, key.mT, step_q * step_k)
+        products = level_product(query, key.mT, step_q, step_k)
         if addend is not None:
             products = products + addend.float()
         probability = row_softmax(masked_scores(scaled(products, q.shape[-1], scaling), mask))
@@ -150,7 +152,7 @@ def elastic_attention(
         chosen = elastic(probability, alpha_a, 1, signed=False)
         if value_addend is not None:
             return (chosen @ (value + value_addend.float())).to(q.dtype)
-        return exact_product(chosen, value, step_a * step_v).to(q.dtype)
+        return level_product(chosen, value, step_a, step_v).to(q.dtype)
 
 
 def low_rank_addend(query_plus: Tensor, query_minus: Tensor, key_plus: Tensor, key_minus: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,28 +12,6 @@ from torch.nn.functional import dropout as drop
 
 # An additive mask drops a key from here down: BERT's -10000, the lowest float of any dtype, and minus infinity alike.
 DROPPED = -1e4
-
-
-class _ExactProduct(torch.autograd.Function):
-    """scale (sgn(a) @ sgn(b)): whole numbers times one constant; gradients as a @ b has them.
-
-    A sum of rounded multiples of a step may be 1e-8 where the exact product is 0, and the next layer takes its sign.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return scale * (torch.sign(a) @ torch.sign(b))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b = ctx.saved_tensors
-        return grad @ b.mT, a.mT @ grad, None
-
-
-def exact_product(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """a [..., n, d] @ b [..., d, m], multiples of two steps with the product `scale` (scalar tensor), rounded once."""
-    return _ExactProduct.apply(a, b, scale.detach())
 
 
 def scaled(products: Tensor, d: int, scaling: float | None) -> Tensor:

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward and the straight-through gradient of every rule, once. All arithmetic is float32.
-
-The linear product is computed from the signs themselves, so it is the exact integer and the canonical epilogue of
-`bitmill.ops.binary_linear`: a training layer and its packed form agree bit for bit. Gradients use the scaled values.
-"""
+"""The forward and the straight-through gradient of every rule, once. All arithmetic is float32."""
 
 from __future__ import annotations
 
@@ -14,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..ops._groups import columns_of_groups
-from ..ops._library import without_autocast
-from ..ops.binary_matmul import canonical_linear, surrogate_slope
 from .rules import WeightRule
+from .saved import keep_flags, keep_levels, keep_slope, kept_flags, kept_levels, times_slope
 
 ALPHA_FLOOR = 1e-5
 
@@ -26,8 +21,8 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, levels: str, surrogate: str) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.surrogate = surrogate
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(*keep_slope(ctx, x, surrogate))
         if levels == "sign":
             return torch.sign(x)
         if levels == "plus":
@@ -36,8 +31,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        return grad * surrogate_slope(x, ctx.surrogate), None, None
+        return times_slope(ctx, grad, ctx.saved_tensors), None, None
 
 
 def sign(x: Tensor, surrogate: str = "clip", zero: str = "torch") -> Tensor:
@@ -74,19 +68,22 @@ class _Elastic(torch.autograd.Function):
         u = (x - minimum) / step
         if signed and bits == 1:
             code = torch.sign(x) if zero == "torch" else torch.where(x >= 0, 1.0, -1.0)
-            slope = code
+            slope: tuple[Tensor | None, ...] = keep_levels(code, zero) if any(ctx.needs_input_grad) else ()
         else:
             code = u.round().clamp(low, high)
-            slope = torch.where(u < low, float(low), torch.where(u > high, float(high), code - u))
-        ctx.save_for_backward((u >= low) & (u <= high), slope)
-        ctx.high = high
+            slope = (torch.where(u < low, float(low), torch.where(u > high, float(high), code - u)),)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(keep_flags((u >= low) & (u <= high)), *slope)
+        ctx.high, ctx.shape = high, x.shape
         return step * code + minimum if shifted else step * code
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inside, slope = ctx.saved_tensors
+        inside, *kept = ctx.saved_tensors
+        slope = kept[0] if len(kept) == 1 else kept_levels(kept[0], kept[1], ctx.shape)
         count = torch.sym_max(grad.numel(), 1)  # symbolic under torch.compile, where math.sqrt would fix the batch size
-        return grad * inside, (grad * slope).sum() / torch.sym_sqrt(count * ctx.high), None, None, None
+        grad_x = grad * kept_flags(inside, ctx.shape)
+        return grad_x, (grad * slope).sum() / torch.sym_sqrt(count * ctx.high), None, None, None
 
 
 def elastic(x: Tensor, alpha: Tensor, bits: int = 1, signed: bool = True, zero: str = "torch") -> Tensor:
@@ -118,17 +115,18 @@ class _WeightSign(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, centred: Tensor, scale: Tensor, surrogate: str, carries_scale: bool) -> Tensor:
         signs = torch.sign(centred)
-        ctx.save_for_backward(centred, scale, signs)
-        ctx.surrogate, ctx.carries_scale = surrogate, carries_scale
+        planes = keep_levels(signs) if ctx.needs_input_grad[1] else (None, None)
+        ctx.save_for_backward(scale if carries_scale else None, *planes, *keep_slope(ctx, centred, surrogate))
         return scale * signs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        centred, scale, signs = ctx.saved_tensors
-        grad_centred = grad * surrogate_slope(centred, ctx.surrogate)
-        if ctx.carries_scale:
+        scale, sign, nonzero, *slope = ctx.saved_tensors
+        grad_centred = times_slope(ctx, grad, slope)
+        if scale is not None:
             grad_centred = grad_centred * scale
-        return grad_centred, grad * signs, None, None
+        grad_scale = None if sign is None else grad * kept_levels(sign, nonzero, grad.shape)
+        return grad_centred, grad_scale, None, None
 
 
 class BinarizedWeight(NamedTuple):
@@ -176,57 +174,3 @@ def _group_means(w: Tensor, group_size: int | None) -> Tensor:
     if not group_size:
         return w.mean(-1, keepdim=True)
     return torch.cat([part.mean(-1, keepdim=True) for part in w.split(group_size, 1)], 1)
-
-
-class _ExactLinear(torch.autograd.Function):
-    """canonical_linear of the levels and signs; gradients as F.linear(x_value, w_value, bias) has them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_value: Tensor,
-        w_value: Tensor,
-        bias: Tensor | None,
-        level: Tensor,
-        signs: Tensor,
-        scale: Tensor,
-        rows: Tensor | None,
-        group_size: int,
-    ) -> Tensor:
-        ctx.save_for_backward(x_value, w_value)
-        return canonical_linear(level, signs, scale, rows, bias, group_size)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_value, w_value = ctx.saved_tensors
-        need_x, need_w, need_bias = ctx.needs_input_grad[:3]
-        flat, flat_x = (t.unsqueeze(0).flatten(0, -2) for t in (grad, x_value))
-        with without_autocast(grad):
-            grad_x = grad @ w_value if need_x else None
-            grad_w = flat.T @ flat_x if need_w else None
-        return grad_x, grad_w, flat.sum(0) if need_bias else None, None, None, None, None, None
-
-
-def exact_linear(
-    x_value: Tensor,
-    weight: BinarizedWeight,
-    bias: Tensor | None,
-    step: Tensor | None = None,
-    rows: Tensor | None = None,
-    group_size: int | None = None,
-    level: Tensor | None = None,
-) -> Tensor:
-    """x_value @ weight.value.T + bias in float32, computed as integers and the canonical epilogue.
-
-    Args:
-        x_value: float32 [..., k]: the step (or the row's scale, or 1) times -1, 0, +1.
-        weight: from `binarize_weight`.
-        bias: float32 [n] or None.
-        step: scalar tensor that multiplies the scale of every output (BiT's alpha).
-        rows: float32 [..., 1] that multiplies the scale of every row (XNOR-Net's K, the scale of int8 activations).
-        level: whole numbers [..., k] that x_value is a multiple of; None for its signs.
-    """
-    scale = weight.scale.detach() if step is None else step.detach() * weight.scale.detach()
-    level = torch.sign(x_value.detach()) if level is None else level
-    rows = None if rows is None else rows.detach()
-    return _ExactLinear.apply(x_value, weight.value, bias, level, weight.signs, scale, rows, group_size or 0)

@@ -19,7 +19,7 @@ from ..ops import int8_fake_quant, int8_quantize, tile_pack
 from ..ops._checks import TILE_ROWS, ceil_div, tile_shape
 from ..ops._groups import columns_of_groups
 from ..ops._library import without_autocast
-from ..ops.binary_matmul import int8_levels, unpack_signs
+from ..ops.binary_matmul import unpack_signs
 from ..ops.bitpack import mean_by_halves
 from ._module import LatentLinear, PackedModule, as_float32, linear_from, require_finite, require_width
 
@@ -74,10 +74,10 @@ class BinaryLinear(LatentLinear):
         if config.act_bits == 32 and config.activations == "int8":
             q, scale = int8_quantize(x.detach())
             value, rows = int8_fake_quant(x), scale.unsqueeze(-1)
-            return exact_linear(value, weight, bias, rows=rows, group_size=config.group_size, level=int8_levels(q))
+            return exact_linear(value, weight, bias, rows=rows, group_size=config.group_size, level=q)
         if config.act_bits == 32:
             return nn.functional.linear(x, weight.value, bias)
-        unshifted = x
+        unshifted, group_size = x, config.group_size
         if self.shift is not None:
             x = x + self.shift
         if activation.scale == "learned":
@@ -85,14 +85,15 @@ class BinaryLinear(LatentLinear):
             value = elastic(x, alpha, config.act_bits, config.signed, config.zero)
             if config.act_bits > 1:
                 return nn.functional.linear(value, weight.value, bias)
-            return exact_linear(value, weight, bias, step=alpha.clamp_min(ALPHA_FLOOR), group_size=config.group_size)
-        level = sign(x, activation.surrogate, config.zero)
+            return exact_linear(value, weight, bias, step=alpha.clamp_min(ALPHA_FLOOR), group_size=group_size)
         if activation.shift == "gradient":
+            level = sign(x, activation.surrogate, config.zero)
             level = level + (sign(unshifted, zero=config.zero) - level).detach()
-        if activation.scale == "row_mean":
-            rows = mean_by_halves(x.detach().abs()).unsqueeze(-1)
-            return exact_linear(rows * level, weight, bias, rows=rows, group_size=config.group_size)
-        return exact_linear(level, weight, bias, group_size=config.group_size)
+            return exact_linear(level, weight, bias, group_size=group_size)
+        mean = mean_by_halves(x.detach().abs()).unsqueeze(-1) if activation.scale == "row_mean" else None
+        return exact_linear(
+            x, weight, bias, rows=mean, group_size=group_size, surrogate=activation.surrogate, zero=config.zero
+        )
 
     def _step(self, x: Tensor) -> Tensor:
         """alpha; before the first training batch the value that the first-use rule gives for this input."""

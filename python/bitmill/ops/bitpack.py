@@ -41,10 +41,9 @@ Packed = tuple[Tensor, Tensor, Tensor, Tensor]
 def _pack_bits(bits: Tensor) -> Tensor:
     """bool [..., k] to int32 [..., ceil(k / 32)]."""
     k = bits.shape[-1]
-    padded = torch.nn.functional.pad(bits.to(torch.int64), (0, -k % 32))
-    place = 1 << torch.arange(32, device=bits.device, dtype=torch.int64)
-    words = (padded.unflatten(-1, (ceil_div(k, 32), 32)) * place).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    padded = torch.nn.functional.pad(bits.to(torch.int32), (0, -k % 32))
+    place = torch.arange(32, device=bits.device, dtype=torch.int32)
+    return (padded.unflatten(-1, (ceil_div(k, 32), 32)) << place).sum(-1, dtype=torch.int32)
 
 
 def _unpack_bits(words: Tensor, k: int) -> Tensor:

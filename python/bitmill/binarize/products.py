@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of binary values with the gradients of float products. Between forward and backward they keep the levels.
+
+The linear product is computed from the signs themselves, so it is the exact integer and the canonical epilogue of
+`bitmill.ops.binary_linear`: a training layer and its packed form agree bit for bit. Gradients use the scaled values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import binary_matmul, tile_pack
+from ..ops._groups import columns_of_groups
+from ..ops._library import has_compiled_kernel, without_autocast
+from ..ops.binary_matmul import canonical_linear, int8_levels, unpack_signs
+from .functions import BinarizedWeight
+from .saved import keep_levels, keep_slope, kept_levels, times_slope
+
+
+class _ExactLinear(torch.autograd.Function):
+    """canonical_linear of the levels and signs; gradients as F.linear(x_value, w_value, bias) has them.
+
+    The values are the levels times `step` or `rows` and the signs times their scale, so the levels and signs are kept.
+    With a surrogate, x is what the levels are the signs of, and the gradient is that of x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_value: Tensor,
+        bias: Tensor | None,
+        level: Tensor | None,
+        weight: BinarizedWeight,
+        step: Tensor | None,
+        rows: Tensor | None,
+        group_size: int,
+        surrogate: str | None,
+        zero: str,
+    ) -> Tensor:
+        kept = keep_levels(x, zero) if level is None else (level, None)
+        slope = () if surrogate is None or not ctx.needs_input_grad[0] else keep_slope(ctx, x, surrogate)
+        tiles = _tiles(weight.signs)
+        ctx.save_for_backward(step, rows, weight.scale.detach(), *tiles, *kept, *slope)
+        ctx.x_shape, ctx.w_shape, ctx.group_size, ctx.many = x.shape, weight.signs.shape, group_size, level is not None
+        ctx.window = surrogate is not None
+        scale = weight.scale.detach() if step is None else step * weight.scale.detach()
+        if level is not None or group_size or tiles[1] is not None or not _packed_forward(x):
+            levels = kept_levels(kept[0], kept[1], x.shape) if level is None else int8_levels(level)
+            return canonical_linear(levels, weight.signs, scale, rows, bias, group_size)
+        n, k = weight.signs.shape
+        out = binary_matmul(kept[0], tiles[0], n, k, kept[1]).float()
+        out = out.mul_(scale[:, 0] if rows is None else scale[:, 0] * rows)
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        step, rows, scale, signs, w_nonzero, level, x_nonzero, *slope = ctx.saved_tensors
+        need_x, need_w, need_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_w = None
+        flat = grad.unsqueeze(0).flatten(0, -2)
+        with without_autocast(grad):
+            if need_w:
+                value = level.float() if ctx.many else kept_levels(level, x_nonzero, ctx.x_shape)
+                if step is not None or rows is not None:
+                    value = value.mul_(rows if step is None else step)
+                grad_w = flat.T @ value.unsqueeze(0).flatten(0, -2)
+                del value  # before as large a gradient comes
+            if need_x:
+                columns = columns_of_groups(scale, ctx.w_shape[1], ctx.group_size)
+                grad_x = grad @ (columns * unpack_signs(signs, w_nonzero, *ctx.w_shape))
+                if slope or (rows is not None and not ctx.many):
+                    grad_x = times_slope(ctx, grad_x if rows is None else grad_x * rows, slope)
+        return grad_x, grad_w, flat.sum(0) if need_bias else None, *[None] * 7
+
+
+def _tiles(signs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Planes of a weight: signs, and nonzeros unless it is known that there is no 0."""
+    plane = tile_pack((signs > 0).to(torch.uint8), 1)
+    if signs.device.type == "cpu" and not torch.compiler.is_compiling() and signs.all():
+        return plane, None
+    return plane, tile_pack((signs != 0).to(torch.uint8), 1)
+
+
+def _packed_forward(level: Tensor) -> bool:
+    """Whether the packed kernel answers the integers sooner than a float product."""
+    return not torch.compiler.is_compiling() and has_compiled_kernel("binary_matmul", level.device.type.upper())
+
+
+def exact_linear(
+    x: Tensor,
+    weight: BinarizedWeight,
+    bias: Tensor | None,
+    step: Tensor | None = None,
+    rows: Tensor | None = None,
+    group_size: int | None = None,
+    level: Tensor | None = None,
+    surrogate: str | None = None,
+    zero: str = "torch",
+) -> Tensor:
+    """value(x) @ weight.value.T + bias in float32, computed as integers and the canonical epilogue.
+
+    Args:
+        x: float32 [..., k]. With a surrogate: what is binarised, value(x) = `rows` sgn(x). Without: value(x) = x, which
+            is `step` or `rows` times a level; only its signs and its gradient are used.
+        weight: from `binarize_weight`.
+        bias: float32 [n] or None.
+        step: scalar tensor that multiplies the scale of every output (BiT's alpha).
+        rows: float32 [..., 1] that multiplies the scale of every row (XNOR-Net's K, the scale of int8 activations).
+        level: int8 [..., k], where there are more levels than -1, 0, +1; None for the signs of x.
+        surrogate: the window of the gradient of sgn, as in `sign`.
+        zero: what sgn(0) is, as in `sign`, where there is a surrogate.
+    """
+    step, rows = (None if t is None else t.detach() for t in (step, rows))
+    return _ExactLinear.apply(x, weight.value, bias, level, weight, step, rows, group_size or 0, surrogate, zero)
+
+
+class _LevelProduct(torch.autograd.Function):
+    """The product of the levels of a and b, times their steps; the levels are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, a_step: Tensor | None, b_step: Tensor | None) -> Tensor:
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(a_step, b_step, *keep_levels(a), *keep_levels(b))
+        ctx.shapes = a.shape, b.shape
+        if a_step is None or b_step is None:
+            return a @ b
+        return (a_step * b_step) * (torch.sign(a) @ torch.sign(b))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a_step, b_step, *planes = ctx.saved_tensors
+        grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            b = kept_levels(planes[2], planes[3], ctx.shapes[1])
+            grad_a = (grad @ (b if b_step is None else b_step * b).mT).sum_to_size(ctx.shapes[0])
+        if ctx.needs_input_grad[1]:
+            a = kept_levels(planes[0], planes[1], ctx.shapes[0])
+            grad_b = ((a if a_step is None else a_step * a).mT @ grad).sum_to_size(ctx.shapes[1])
+        return grad_a, grad_b, None, None
+
+
+def level_product(a: Tensor, b: Tensor, a_step: Tensor | None = None, b_step: Tensor | None = None) -> Tensor:
+    """a @ b and its gradients, for operands that are -1, 0 or +1 times a step: whole numbers times one constant.
+
+    A sum of rounded multiples of a step may be 1e-8 where the exact product is 0, and the next layer takes its sign.
+
+    Args:
+        a, b: float32 [..., n, d] and [..., d, m].
+        a_step, b_step: positive scalar tensors, the steps of a and b (BiT's alpha); None for both means 1.
+    Between forward and backward two bits an element are kept, not 32.
+    """
+    a_step, b_step = (None if t is None else t.detach() for t in (a_step, b_step))
+    return _LevelProduct.apply(a, b, a_step, b_step)
