@@ -95,7 +95,7 @@ def train(
     model: Any,
     loss: Callable[[Batch], Tensor],
     examples: tuple[Examples, Examples],
-    folder: str | None = None,
+    folder: str | Path | None = None,
     epochs: float | None = None,
     step_lr: float | None = None,
 ) -> dict[str, float]:
