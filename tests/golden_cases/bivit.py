@@ -76,10 +76,34 @@ def bivit_attention(case: Case, method: str) -> None:
     assert_gradients_of(case, 5e-5, x=x, **parameters)
 
 
+def bivit_mlp(case: Case) -> None:
+    """lin2(gelu(lin1(x))): W1A1, W1A32, and W1A32 with learned scales."""
+    kind = int(case.number("hp_kind"))
+    learned = {"weight_scale": "scale"} if kind == 3 else {}
+    config = BinaryConfig("bivit_pws" if learned else "bivit", act_bits=1 if kind == 1 else 32)
+    fc1, fc2 = (named_linear(case, name, config, **learned) for name in ("fc1", "fc2"))
+    x = leaf(case["in_x"])
+    hidden = torch.nn.functional.gelu(fc1(x))
+    assert_relative(hidden, case["out_hidden"], 2e-5, "hidden")
+    y = fc2(hidden)
+    assert_relative(y, case["out_y"], 2e-5, "y")
+    y.backward(case["gout_y"])
+    places = {"weight": "weight", "bias": "bias", **learned}
+    parameters = {
+        f"{name}_{theirs}": layer.get_parameter(ours)
+        for name, layer in (("fc1", fc1), ("fc2", fc2))
+        for ours, theirs in places.items()
+    }
+    assert_gradients_of(case, 5e-5, x=x, **parameters)
+    packed = fc2.pack()(torch.nn.functional.gelu(fc1.pack()(case["in_x"])))
+    assert_relative(packed, case["out_y"], 2e-5, "packed output")
+
+
 COMPARISONS: dict[str, Callable[[Case], None]] = {
     "bivit/sab-mask": bivit_sab_mask,
     "bivit/sab-attention": lambda case: bivit_attention(case, "bivit_pws"),
     "bivit/bool-attention": lambda case: bivit_attention(case, "bivit"),
+    "bivit/mlp": bivit_mlp,
     "bivit/linear-w1a1": lambda case: bivit_linear(case, "bivit", 1),
     "bivit/linear-pws": lambda case: bivit_linear(case, "bivit_pws", 1),
     "bivit/linear-w1a32": lambda case: bivit_linear(case, "bivit", 32),

