@@ -160,17 +160,22 @@ inline int64_t group_count(const char* op, int64_t k, int64_t group_size) {
   return group_size > 0 ? ceil_div(k, group_size) : 1;
 }
 
-// An uninitialised, contiguous CPU tensor.
-inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype) {
-  Sizes strides = sizes;
-  int64_t step = 1;
-  for (size_t i = strides.size(); i-- > 0;) step *= std::max<int64_t>(std::exchange(strides[i], step), 1);
+// An uninitialised CPU tensor.
+inline Tensor new_tensor(const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), code, aoti_torch_device_type_cpu(), 0,
                                                          &handle));
   return Tensor(handle);
+}
+
+// The same, contiguous.
+inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype) {
+  Sizes strides = sizes;
+  int64_t step = 1;
+  for (size_t i = strides.size(); i-- > 0;) step *= std::max<int64_t>(std::exchange(strides[i], step), 1);
+  return new_tensor(sizes, strides, dtype);
 }
 
 // Uninitialised memory for the length of a call; cheaper than a tensor.
