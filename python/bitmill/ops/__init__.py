@@ -5,6 +5,7 @@ from . import _library
 from . import _machine as _machine  # defines an op
 from .binary_attention import binary_attention
 from .binary_bits import binary_matmul_bits, bit_ranges
+from .binary_conv import binary_conv2d
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
 from .bit_serial import bit_serial_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
@@ -27,6 +28,7 @@ _library.load()
 
 __all__ = [
     "binary_attention",
+    "binary_conv2d",
     "binary_linear",
     "binary_matmul",
     "binary_matmul_bits",
