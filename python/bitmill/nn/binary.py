@@ -17,6 +17,7 @@ from ..binarize import (
     FollowsEpoch,
     binarize_weight,
     elastic_alpha,
+    epoch_numbers,
     exact_linear,
     learned_noise,
     method,
@@ -74,8 +75,9 @@ class BinaryLinear(LatentLinear, FollowsEpoch):
             state[f"{part}_outer"] = None if inner is None else torch.zeros_like(inner.T)
         for name, value in state.items():
             self.register_parameter(name, None if value is None else nn.Parameter(value))
-        self.register_buffer("alpha_ready", ready)
-        self.create_schedules(binarizer.schedules, device)
+        buffers = {"alpha_ready": ready, **epoch_numbers(binarizer.schedules, device)}
+        for name, t in sorted(buffers.items(), key=lambda item: item[1] is None):  # see PackedModule.register_buffers
+            self.register_buffer(name, t)
 
     def forward(self, x: Tensor) -> Tensor:
         require_width("BinaryLinear", x, self.in_features)
