@@ -85,7 +85,7 @@ class PackedBinaryLinear(PackedModule):
         rule, self._planes = activation_rule(config), config.weight_rule.planes
         if not self._planes:
             raise ValueError(
-                f"PackedBinaryLinear: weight_bits={config.weight_bits} of {config.method!r} is no plane of signs"
+                f"PackedBinaryLinear: weight_bits={config.weight_bits} of method {config.method!r} have no packed form"
             )
         signs = self._planes == 1 and config.act_bits == 1 and rule.scale in ("none", "row_mean", "learned")
         self.kernel = (
