@@ -367,7 +367,7 @@ def test_a_new_method_may_mix_everything() -> None:
         layer(x).sum().backward()
         assert all(p.grad is not None for p in layer.parameters())
         packed = layer.eval().pack()
-        assert packed.kernel == "bit_serial_linear" and packed.weight.shape[0] == 3
+        assert packed.kernel == "integer_linear" and packed.weight.shape[0] == 3
         assert_same_bits(packed(x), layer(x).detach())
         torch.testing.assert_close(packed.dequantize().weight, layer.dequantize().weight)
         error = (layer.dequantize().weight - (layer.weight - layer.weight.mean(1, keepdim=True))).abs().mean()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bit_serial_linear: whole numbers times planes of signs, exact on every instruction set."""
+"""integer_linear: whole numbers times planes of signs, exact on every instruction set."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ def written_out(given: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("problem", UGLY, ids=lambda p: p.name)
 @pytest.mark.parametrize(("low", "high"), RANGES)
-def test_bit_serial_linear_equals_its_formula(problem: Problem, low: int, high: int) -> None:
+def test_integer_linear_equals_its_formula(problem: Problem, low: int, high: int) -> None:
     given = arguments(problem, low, high, planes=1 + high % 3, rows=problem.m > 3)
     want = written_out(given)
-    for machine, got in on_every_machine(lambda: ops.bit_serial_linear(**given)):
+    for machine, got in on_every_machine(lambda: ops.integer_linear(**given)):
         assert_same_bits(got, want + 0.0, f"{problem.name}, {machine}")
 
 
-def test_bit_serial_linear_without_its_options() -> None:
+def test_integer_linear_without_its_options() -> None:
     given = arguments(UGLY[4], -8, 7, planes=1)
     plain = {key: given[key] for key in ("value", "code", "weight", "scale", "low", "high")}
     given.update(bias=torch.zeros(81), step=torch.ones(()), offset=torch.zeros(()))
     given["weight_nonzero"] = torch.stack([ops.tile_pack(torch.ones(81, 197, dtype=torch.uint8), 1)])
-    torch.testing.assert_close(ops.bit_serial_linear(**plain), written_out(given), rtol=0, atol=0)
+    torch.testing.assert_close(ops.integer_linear(**plain), written_out(given), rtol=0, atol=0)
 
 
 def test_integers_past_the_exact_floats() -> None:
@@ -80,24 +80,24 @@ def test_integers_past_the_exact_floats() -> None:
     k = 70_001
     ones = torch.stack([ops.tile_pack(torch.ones(1, k, dtype=torch.uint8), 1)])
     code = torch.full((1, k), 255.0)
-    y = ops.bit_serial_linear(code, code, ones, torch.ones(1, 1), low=0, high=255)
+    y = ops.integer_linear(code, code, ones, torch.ones(1, 1), low=0, high=255)
     assert y.item() == torch.tensor(255 * k, dtype=torch.float64).float().item()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bit_serial_linear_takes_any_layout(layout: str) -> None:
+def test_integer_linear_takes_any_layout(layout: str) -> None:
     given = arguments(UGLY[4], 0, 3)
     given["value"], given["code"] = given["value"][0], given["code"][0]
-    want = ops.bit_serial_linear(**given)
+    want = ops.integer_linear(**given)
     given["value"], given["code"] = (LAYOUTS[layout](given[key]) for key in ("value", "code"))
-    assert_same_bits(ops.bit_serial_linear(**given), want)
+    assert_same_bits(ops.integer_linear(**given), want)
 
 
-def test_bit_serial_linear_gradients() -> None:
+def test_integer_linear_gradients() -> None:
     given = arguments(UGLY[4], -8, 7, rows=True)
     for name in ("value", "bias"):
         given[name].requires_grad_()
-    y = ops.bit_serial_linear(**given)
+    y = ops.integer_linear(**given)
     g = torch.randn_like(y)
     y.backward(g)
     dense = sum(given["scale"][:, p : p + 1].double() * plane for p, plane in enumerate(dense_planes(given)))
@@ -106,19 +106,19 @@ def test_bit_serial_linear_gradients() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1, 1), (0, 3)])
-def test_bit_serial_linear_opcheck(low: int, high: int) -> None:
+def test_integer_linear_opcheck(low: int, high: int) -> None:
     given = arguments(UGLY[3], low, high)
     given["value"].requires_grad_()
     given["bias"].requires_grad_()
-    torch.library.opcheck(torch.ops.bitmill.bit_serial_linear.default, tuple(given.values()))
+    torch.library.opcheck(torch.ops.bitmill.integer_linear.default, tuple(given.values()))
 
 
-def test_bit_serial_linear_compiles() -> None:
+def test_integer_linear_compiles() -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(ops.bit_serial_linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(ops.integer_linear, fullgraph=True, dynamic=True, backend="aot_eager")
     for problem in (UGLY[3], UGLY[3]._replace(m=9)):
         given = arguments(problem, 0, 3)
-        assert_same_bits(compiled(**given), ops.bit_serial_linear(**given))
+        assert_same_bits(compiled(**given), ops.integer_linear(**given))
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,13 @@ def test_bit_serial_linear_compiles() -> None:
         ({"code": torch.zeros(2, 5, 33).double()}, "code must be float32, bfloat16 or float16, got float64"),
         ({"value": torch.zeros(2, 5, 32)}, "value must have shape [2, 5, 33], got [2, 5, 32]"),
         ({"weight": torch.zeros(2, 2, 1, 16, dtype=torch.int32)}, "weight must have shape [2, 2, 2, 16]"),
-        ({"scale": torch.zeros(17)}, "scale must have shape [n, planes], got [17]"),
+        ({"scale": torch.zeros(17)}, "scale must have shape [n, planes] with a plane at least, got [17]"),
         ({"step": torch.zeros(2, 5)}, "step must have shape [2, 5, 1], got [2, 5]"),
         ({"offset": torch.zeros(1)}, "offset must have shape [2, 5, 1], got [1]"),
         ({"bias": torch.zeros(3)}, "bias must have shape [17], got [3]"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_bit_serial_linear_refuses(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=r"bit_serial_linear: .*" + re.escape(message)):
-        ops.bit_serial_linear(**{**arguments(UGLY[3], 0, 3), **change})
+def test_integer_linear_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"integer_linear: .*" + re.escape(message)):
+        ops.integer_linear(**{**arguments(UGLY[3], 0, 3), **change})
