@@ -193,7 +193,7 @@ def test_attention_of_the_model_is_bivits() -> None:
 def test_binarize_errors() -> None:
     with pytest.raises(ValueError, match=r"groups must be some of attn, mlp, got \('ffn',\)"):
         bivit.binarize_(vit(), ("ffn",))
-    with pytest.raises(ValueError, match="kind must be one of .*, got 'softmax'"):
+    with pytest.raises(ValueError, match=r"kind must be one of .*, got 'softmax'"):
         bivit.binarize_(vit(), attention="softmax")
     with pytest.raises(ValueError, match="expected a model with timm's Attention, got only Linear, Sequential"):
         bivit.binarize_(nn.Sequential(nn.Linear(3, 3)))
