@@ -14,8 +14,10 @@ from bitmill.binarize import method_names
 from bitmill.config import Config
 
 CONFIGS: list[Config] = [
-    *(BinaryConfig(method=m, act_bits=bits) for m in method_names() for bits in (1, 32)),
+    *(BinaryConfig(method=m, act_bits=bits) for m in method_names() for bits in (None, 32)),
     BinaryConfig(method="bit", act_bits=2),
+    BinaryConfig(method="tbt", weight_bits=2, act_bits=2),
+    BinaryConfig(method="binarydm", weight_bits=2, act_bits=32),
     BinaryConfig(act_bits=32, activations="int8"),
     BinaryConfig(method="bit", signed=False),
     BinaryConfig(zero="plus", group_size=32),

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bitmill import BinaryConfig, binarize
-from bitmill.binarize import WeightRule, rules
+from bitmill.binarize import WeightRule, methods
 from bitmill.nn import BinaryLinear
-from bitmill.ops.binary_matmul import SURROGATES, surrogate_slope
+from bitmill.ops._surrogates import SURROGATES, surrogate_slope
 
 EDGES = torch.tensor([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 2.0, 1 + 1e-6, float("nan"), float("inf")])
 
@@ -137,7 +137,7 @@ def test_register_method() -> None:
         with pytest.raises(ValueError, match="the name 'median_free' is taken"):
             binarize.register_method(new)
     finally:
-        rules._METHODS.pop("median_free")
+        methods._METHODS.pop("median_free")
     with pytest.raises(ValueError, match="expected a Method whose name is an identifier"):
         binarize.register_method(dataclasses.replace(new, name="two words"))
 

@@ -15,7 +15,7 @@ from bitmill.binarize import method_names
 from bitmill.config import Config
 
 VALID = [
-    *(BinaryConfig(method=m, act_bits=bits, embeddings=True) for m in method_names() for bits in (1, 32)),
+    *(BinaryConfig(method=m, act_bits=bits, embeddings=True) for m in method_names() for bits in (None, 32)),
     *(BinaryConfig(method="bit", act_bits=bits, signed=signed) for bits in (1, 2, 4) for signed in (True, False)),
     *(BinaryConfig(method=m, group_size=64, zero="plus") for m in ("bibert", "bivit", "xnor", "sign")),
     *(SalientConfig(fraction=f, bits=b) for f in (0.0, 0.1, 1, 1.0) for b in (8, 16)),
@@ -47,7 +47,8 @@ JUNK: list[Any] = [
 # What each field refuses besides.
 FIELDS = [
     (BinaryConfig, "method", [True, None, 1]),
-    (BinaryConfig, "act_bits", [True, False, None, 1.0, 0, 3, 8, -1, "1"]),
+    (BinaryConfig, "act_bits", [True, False, 1.0, 0, 2, 3, 4, 8, -1, "1"]),
+    (BinaryConfig, "weight_bits", [True, False, 1.0, 0, 2, -1, "1"]),
     (BinaryConfig, "signed", [None, 0, 1, "True"]),
     (BinaryConfig, "zero", [None, 0, True, "Torch"]),
     (BinaryConfig, "group_size", [True, 0, -32, 31, 33, 64.0, "64", (1 << 24) + 32]),
@@ -92,9 +93,16 @@ def test_every_field_is_covered() -> None:
     [
         ({"method": "bibert", "act_bits": 2}, "act_bits"),
         ({"method": "xnor", "act_bits": 4}, "act_bits"),
+        ({"method": "llmqat", "act_bits": 1}, "act_bits"),
+        ({"method": "statsq", "weight_bits": 1}, "weight_bits"),
+        ({"method": "bibert", "weight_bits": 2}, "weight_bits"),
         ({"method": "bibert", "signed": False}, "signed"),
+        ({"method": "n2uq", "signed": False}, "signed"),
         ({"method": "bit", "group_size": 32}, "group_size"),
         ({"method": "bivit_pws", "group_size": 32}, "group_size"),
+        ({"method": "recu", "group_size": 32}, "group_size"),
+        ({"method": "statsq", "group_size": 32}, "group_size"),
+        ({"method": "tbt", "group_size": 32, "act_bits": 8}, "group_size"),
     ],
 )
 def test_fields_that_a_method_does_not_have(values: dict[str, Any], field: str) -> None:
@@ -106,7 +114,7 @@ def test_fields_that_a_method_does_not_have(values: dict[str, Any], field: str) 
 def test_the_error_names_what_came_and_what_is_allowed() -> None:
     with pytest.raises(ValueError) as error:
         BinaryConfig(act_bits=3)
-    assert str(error.value) == "BinaryConfig: act_bits must be one of 1, 2, 4, 32, got 3"
+    assert str(error.value) == "BinaryConfig: act_bits must be one of 1, 32 for method 'bibert', got 3"
 
 
 @pytest.mark.parametrize("config", VALID, ids=repr)

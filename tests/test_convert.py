@@ -20,9 +20,11 @@ from bitmill.demo.model import load_stories
 from bitmill.nn import BinaryEmbedding, BinaryLinear, PackedBinaryEmbedding, PackedBinaryLinear
 
 CONFIGS: list[Config] = [
-    *(BinaryConfig(method=m, act_bits=bits) for m in method_names() for bits in (1, 32)),
+    *(BinaryConfig(method=m, act_bits=bits) for m in method_names() for bits in (None, 32)),
     *(BinaryConfig(method="bit", act_bits=bits) for bits in (2, 4)),
     BinaryConfig(method="bit", signed=False),
+    BinaryConfig(method="tbt", weight_bits=2, act_bits=8),
+    BinaryConfig(method="binarydm", weight_bits=2, act_bits=32),
     BinaryConfig(zero="plus", group_size=32),
     *(BinaryConfig(method=m, embeddings=True) for m in method_names()),
     SalientConfig(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BinaryLinear and its packed form: equal bit for bit where activations are bits, and drop-in for nn.Linear."""
+"""BinaryLinear and its packed form: equal bit for bit where activations are whole numbers; drop-in for nn.Linear."""
 
 from __future__ import annotations
 
@@ -13,30 +13,43 @@ import torch
 from torch import Tensor, nn
 
 from bitmill import BinaryConfig
-from bitmill.binarize import method_names
+from bitmill.binarize import method, method_names, set_epoch
 from bitmill.nn import BinaryLinear, PackedBinaryLinear
 from problems import LAYOUTS, assert_same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 K, N = 200, 19  # two groups of 128 columns and two tiles, neither full
 
-ONE_BIT = (
-    *(BinaryConfig(method) for method in method_names()),
-    *(BinaryConfig(method, zero="plus") for method in method_names()),
+INTEGER = (
+    *(BinaryConfig(m) for m in method_names()),
+    *(BinaryConfig(m, zero="plus") for m in method_names() if method(m).act_bits[0] == 1),
     BinaryConfig("bit", signed=False),
+    *(BinaryConfig("bit", act_bits=bits, signed=signed) for bits in (2, 4) for signed in (True, False)),
+    *(
+        BinaryConfig("tbt", act_bits=a, weight_bits=w, signed=s)
+        for a in (1, 2, 8)
+        for w in (1, 2)
+        for s in (True, False)
+    ),
+    *(BinaryConfig("llmqat", weight_bits=w, signed=s) for w in (1, 2) for s in (True, False)),
+    *(BinaryConfig("n2uq", act_bits=a, weight_bits=w) for a, w in ((2, 1), (1, 2), (4, 3))),
+    BinaryConfig("statsq", act_bits=4, weight_bits=4, signed=False),
+    BinaryConfig("binarydm", act_bits=4, weight_bits=2),
     *(BinaryConfig(m, group_size=g) for m in ("bibert", "bivit", "xnor", "sign") for g in (32, 128)),
 )
 FLOAT = (
-    *(BinaryConfig(method, act_bits=32) for method in method_names()),
-    *(BinaryConfig("bit", act_bits=bits, signed=signed) for bits in (2, 4) for signed in (True, False)),
+    *(BinaryConfig(m, act_bits=32) for m in method_names()),
+    BinaryConfig("tbt", act_bits=32, weight_bits=2),
+    BinaryConfig("binarydm", act_bits=32, weight_bits=2),
+    BinaryConfig("statsq", act_bits=32, weight_bits=4),
     BinaryConfig("bibert", act_bits=32, group_size=32),
     BinaryConfig("xnor", act_bits=32, group_size=128),
 )
 INT8 = (
-    *(BinaryConfig(method, act_bits=32, activations="int8") for method in ("bibert", "bit", "bivit")),
+    *(BinaryConfig(m, act_bits=32, activations="int8") for m in ("bibert", "bit", "bivit")),
     BinaryConfig("bibert", act_bits=32, activations="int8", group_size=128),
 )
-CONFIGS = ONE_BIT + FLOAT + INT8
+CONFIGS = INTEGER + FLOAT + INT8
 
 
 def name(config: BinaryConfig) -> str:
@@ -50,7 +63,7 @@ every_config = pytest.mark.parametrize("config", CONFIGS, ids=name)
 # One of each graph: zero="plus" and a second group size change a constant only.
 graphs = [c for c in CONFIGS if (c.zero == "torch" or c.method == "xnor") and c.group_size in (None, 128)]
 every_graph = pytest.mark.parametrize("config", graphs, ids=name)
-every_method = pytest.mark.parametrize("config", [BinaryConfig(method) for method in method_names()], ids=name)
+every_method = pytest.mark.parametrize("config", [BinaryConfig(m) for m in method_names()], ids=name)
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +88,11 @@ def trained(config: BinaryConfig, k: int = K, n: int = N, bias: bool = True, dty
             layer.shift.normal_(0, 0.1)
         if layer.weight_scale is not None:
             layer.weight_scale.mul_(1.5)
+        if layer.widths is not None:
+            layer.widths.copy_(torch.rand_like(layer.widths).float() + 0.1)
+            layer.start.fill_(-1.0)
+            layer.in_scale.fill_(0.75)
+    set_epoch(layer, 29, 30)  # the packed form's gradient is that of the last epoch
     return layer.eval()
 
 
@@ -88,7 +106,7 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
 
 def assert_agree(got: Tensor, want: Tensor, config: BinaryConfig, what: str = "") -> None:
     """The promise of training against packed form: every bit with integer activations, else the order of summation."""
-    if config.act_bits == 1 or config.activations == "int8":
+    if config.act_bits != 32 or config.activations == "int8":
         assert_same_bits(got, want, what)
     else:
         assert_close(got, want)
@@ -241,7 +259,8 @@ def test_layers_export(config: BinaryConfig) -> None:
             x = inputs(m, K)
             assert_agree(program.module()(x), module(x), config)
     calls = [node.target for node in program.graph.nodes if "bitmill" in str(node.target)]
-    assert [str(call).split(".")[1] for call in calls] == [module.kernel], "the op stays one node"
+    planes = config.weight_rule.planes if module.kernel == "binary_weight_linear" else 1
+    assert [str(call).split(".")[1] for call in calls] == [module.kernel] * planes, "the op stays one node"
 
 
 @every_config
@@ -290,7 +309,7 @@ def test_from_linear_shares_parameters_and_leaves_the_random_state(config: Binar
     assert torch.equal(torch.get_rng_state(), state)
     assert layer.weight is linear.weight and layer.bias is linear.bias and not layer.training
     assert all(t.device == linear.weight.device for t in (*layer.parameters(), *layer.buffers()))
-    if config.method != "bit" or config.act_bits == 32:
+    if layer.alpha is None:  # which a training batch sets
         layer.pack()
     assert torch.equal(torch.get_rng_state(), state)
     assert BinaryLinear.from_linear(nn.Linear(K, N, bias=False), config).bias is None
@@ -314,11 +333,19 @@ def test_from_linear_refuses_a_subclass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "added"),
-    [("bit", {"shift", "alpha"}), ("bivit_pws", {"weight_scale"}), ("bibert", set()), ("xnor", set())],
+    ("name", "added"),
+    [
+        ("bit", {"shift", "alpha"}),
+        ("bivit_pws", {"weight_scale"}),
+        ("recu", {"weight_scale"}),
+        ("n2uq", {"widths", "start", "in_scale", "out_scale"}),
+        ("binarydm", {"weight_scale", "alpha"}),
+        ("bibert", set()),
+        ("xnor", set()),
+    ],
 )
-def test_added_parameters_are_trained(method: str, added: set[str]) -> None:
-    layer = BinaryLinear.from_linear(nn.Linear(K, N), BinaryConfig(method))
+def test_added_parameters_are_trained(name: str, added: set[str]) -> None:
+    layer = BinaryLinear.from_linear(nn.Linear(K, N), BinaryConfig(name))
     assert {key for key, _ in layer.named_parameters()} == {"weight", "bias"} | added
     layer(inputs(8, K))
     before = {key: p.detach().clone() for key, p in layer.named_parameters()}
@@ -402,9 +429,11 @@ def test_unsigned_levels_of_an_empty_batch(act_bits: int) -> None:
 @every_method
 @pytest.mark.parametrize("group_size", [None, 32])
 def test_constant_rows_and_scattered_zeros_pack_exactly(config: BinaryConfig, group_size: int | None) -> None:
-    if group_size and config.method in ("bit", "bivit_pws", "bnn", "xnorpp"):
-        pytest.skip("this method has no groups")
-    config = BinaryConfig(config.method, group_size=group_size)
+    if group_size:
+        try:
+            config = BinaryConfig(config.method, group_size=group_size)
+        except ValueError:
+            pytest.skip("this method has no groups")
     linear = nn.Linear(64, 20)
     with torch.no_grad():
         linear.weight[0] = 0
@@ -415,7 +444,11 @@ def test_constant_rows_and_scattered_zeros_pack_exactly(config: BinaryConfig, gr
     layer = BinaryLinear.from_linear(linear, config)
     layer(inputs(8, 64))
     packed = layer.eval().pack()
-    assert packed.weight_zeros == (packed.weight_nonzero is not None) == (config.method != "bit")
+    assert (
+        packed.weight_zeros
+        == (packed.weight_nonzero is not None)
+        == bool((layer.binarized_weight().signs[3] == 0).any())
+    )
     x = inputs(9, 64)
     assert torch.equal(packed(x), layer(x))
     assert_close(gradient(packed, x, torch.ones(9, 20)), gradient(layer, x, torch.ones(9, 20)))
@@ -438,7 +471,7 @@ def test_layers_of_width_one(config: BinaryConfig, k: int, n: int) -> None:
     layer = trained(config, k, n)
     packed = layer.pack()
     x = inputs(4, k)
-    assert torch.equal(packed(x), layer(x)) if config.act_bits == 1 else packed(x).allclose(layer(x), atol=1e-5)
+    assert torch.equal(packed(x), layer(x)) if config.act_bits != 32 else packed(x).allclose(layer(x), atol=1e-5)
     assert gradient(packed, x, torch.ones(4, n)).shape == (4, k)
 
 
@@ -499,7 +532,7 @@ def test_packed_is_small_and_owns_its_state(config: BinaryConfig) -> None:
     layer = trained(config)
     packed = layer.pack()
     assert not list(packed.parameters())
-    assert packed.weight.numel() * 32 == 2 * 16 * 7 * 32, "one bit a weight, in whole tiles"
+    assert packed.weight.numel() == config.weight_rule.planes * 2 * 16 * 7, "a bit a weight and plane, in whole tiles"
     x = inputs(5, K)
     want = packed(x)
     with torch.no_grad():

@@ -21,7 +21,7 @@ from bitmill.ops._machine import kernel_of
 from bitmill.report import LayerSummary
 
 CONFIGS: list[Config] = [
-    *(BinaryConfig(method=m, act_bits=bits, embeddings=True) for m in method_names() for bits in (1, 32)),
+    *(BinaryConfig(method=m, act_bits=bits, embeddings=True) for m in method_names() for bits in (None, 32)),
     BinaryConfig(group_size=32),
     SalientConfig(),
     SalientConfig(bits=16, centre=False, group_size=32),

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -160,17 +161,27 @@ inline int64_t group_count(const char* op, int64_t k, int64_t group_size) {
   return group_size > 0 ? ceil_div(k, group_size) : 1;
 }
 
-// An uninitialised, contiguous CPU tensor.
-inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype) {
-  Sizes strides = sizes;
+// An uninitialised CPU tensor whose dimensions follow each other in memory as in `order`, the last one closest.
+inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype, const std::vector<size_t>& order) {
+  Sizes strides(sizes.size());
   int64_t step = 1;
-  for (size_t i = strides.size(); i-- > 0;) step *= std::max<int64_t>(std::exchange(strides[i], step), 1);
+  for (size_t i = order.size(); i-- > 0;) {
+    strides[order[i]] = step;
+    step *= std::max<int64_t>(sizes[order[i]], 1);
+  }
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), code, aoti_torch_device_type_cpu(), 0,
                                                          &handle));
   return Tensor(handle);
+}
+
+// The same, contiguous.
+inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype) {
+  std::vector<size_t> order(sizes.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  return new_tensor(sizes, dtype, order);
 }
 
 // Uninitialised memory for the length of a call; cheaper than a tensor.

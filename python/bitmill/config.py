@@ -6,8 +6,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from .binarize import WeightRule, method_names
 from .binarize import method as find_method
-from .binarize import method_names
 from .ops._salient_encoding import STRUCTURES
 from .ops.int8 import ACTIVATIONS
 
@@ -40,10 +40,10 @@ class Config:
         if not condition:
             raise ValueError(f"{type(self).__name__}: {field} must be {expected}, got {shorten(getattr(self, field))}")
 
-    def _require_one_of(self, field: str, allowed: tuple[Any, ...]) -> None:
+    def _require_one_of(self, field: str, allowed: tuple[Any, ...], condition: str = "") -> None:
         value = getattr(self, field)
         same_type = any(type(value) is type(a) and value == a for a in allowed)
-        self._require(field, same_type, "one of " + ", ".join(repr(a) for a in allowed))
+        self._require(field, same_type, "one of " + ", ".join(repr(a) for a in allowed) + condition)
 
     def _require_group_size(self) -> None:
         size = getattr(self, "group_size")  # noqa: B009  (only the subclasses have it)
@@ -53,45 +53,62 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class BinaryConfig(Config):
-    """1-bit weights, with 1-bit activations or float ones.
+    """Weights of 1 bit or a few, with activations of 1 bit, a few, or float ones.
 
     Attributes:
         method: the binarizer, one of `bitmill.binarize.method_names()`: "bibert", "bit", "bivit", "xnor", "sign", ...
-        act_bits: 1 (bits x bits), 32 (activations stay floats), or 2 and 4 for methods with multi-bit activations.
-        signed: for methods with an elastic activation (BiT): levels {-1, +1} (True) or {0, 1} (False; after ReLU or
-            softmax).
+        act_bits: bits of an activation, as the method has them; 32: activations stay floats. None for the method's
+            usual number, which then stands here: 1 for most.
+        signed: for activations with levels of a step (BiT, TBT, LLM-QAT): around 0 (True) or from 0 up (False; after
+            ReLU or softmax).
         zero: what sign(0) of an activation is: "torch" 0, as in the published code; "plus" +1, which packs to one
             plane instead of two.
         group_size: columns that share a weight scale, a multiple of 32; None for the method's own granularity.
         embeddings: let `quantize_` swap nn.Embedding too.
         activations: for act_bits=32: "float" multiplies activations as they are; "int8" rounds every row to int8 with a
             scale of its own first, in training too (straight-through), which is faster.
+        weight_bits: bits of a weight, as the method has them; None for its usual number. 2 is ternary for TBT and two
+            planes of signs for the others.
     """
 
     method: str = "bibert"
-    act_bits: int = 1
+    act_bits: int = None  # type: ignore[assignment]  # __post_init__ puts a number here
     signed: bool = True
     zero: str = "torch"
     group_size: int | None = None
     embeddings: bool = False
     activations: str = "float"
+    weight_bits: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         self._require_one_of("method", method_names())
-        self._require_one_of("act_bits", (1, 2, 4, 32))
-        self._require_one_of("signed", (True, False))
-        self._require_one_of("zero", ("torch", "plus"))
-        self._require_one_of("embeddings", (True, False))
+        binarizer = find_method(self.method)
+        for field, allowed in (("act_bits", binarizer.act_bits), ("weight_bits", binarizer.weight_bits)):
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, allowed[0])
+            self._require_one_of(field, allowed, f" for method {self.method!r}")
+        for field, options in (("signed", (True, False)), ("zero", ("torch", "plus")), ("embeddings", (True, False))):
+            self._require_one_of(field, options)
         self._require_one_of("activations", ACTIVATIONS)
-        self._require("activations", self.activations == "float" or self.act_bits == 32, "'float' unless act_bits=32")
         self._require_group_size()
-        rule = find_method(self.method)
-        if self.act_bits in (2, 4) or not self.signed:
-            elastic = rule.activation.scale == "learned"
-            self._require("act_bits", self.act_bits not in (2, 4) or elastic, f"1 or 32 for method {self.method!r}")
-            self._require("signed", self.signed or elastic, f"True for method {self.method!r}")
-        grouped = rule.weight.centre != "global" and rule.weight.scale in ("row", "row_centred")
-        self._require("group_size", self.group_size is None or grouped, f"None for method {self.method!r}")
+        weight, activation = self.weight_rule, binarizer.activation_rule(self.act_bits)
+        if self.act_bits == 32:
+            activation = binarizer.activation
+        self._require("signed", self.signed or activation.has_unsigned, f"True for method {self.method!r}")
+        floats = self.act_bits == 32 and weight.planes == 1
+        self._require(
+            "activations", self.activations == "float" or floats, "'float' unless act_bits=32 and weights are one plane"
+        )
+        grouped = weight.centre != "global" and weight.scale in ("row", "row_centred") and weight.planes == 1
+        grouped = grouped and (self.act_bits in (1, 32) and activation.scale != "thresholds")
+        self._require(
+            "group_size", self.group_size is None or grouped, f"None for method {self.method!r} with these bits"
+        )
+
+    @property
+    def weight_rule(self) -> WeightRule:
+        """The method's rule for weights of this many bits."""
+        return find_method(self.method).weight_rule(self.weight_bits)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,4 +131,4 @@ def _cost(module: nn.Module) -> float:
 
     if isinstance(config, SalientConfig):  # the share of each kind
         return config.fraction * worth(config.bits) + (1 - config.fraction) * worth(1)
-    return worth(1 if isinstance(config, BinaryConfig) else 4 if isinstance(config, FP4Config) else 32)
+    return worth(config.weight_bits if isinstance(config, BinaryConfig) else 4 if isinstance(config, FP4Config) else 32)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from bitmill import BinaryConfig, binarize
+from bitmill import BinaryConfig, binarize, pack_
 
+from . import hosts
 from .common import (
     Case,
     assert_exact,
@@ -102,6 +103,24 @@ def bit_attention(case: Case) -> None:
     assert_gradients_of(case, 5e-5, x=x, **parameters, **steps)
 
 
+def bit_layer(case: Case) -> None:
+    model = hosts.bert_of_layer(case)
+    hosts.recipe("bit").binarize_(model)
+    layer = model.train().encoder.layer[0]  # steps have gradients in training mode only
+    parameters = hosts.parameters_of_layer(layer, case)
+    places = {"attention.self": "ctx", "attention.output.dense": "att", "attention": "h1"}
+    places |= {"intermediate": "u", "output.dense": "ffn"}
+    x = leaf(case["in_x"])
+    with hosts.recorded(layer, places) as outputs:
+        y = layer(x, hosts.key_mask(case))
+    for name, got in {**outputs, "y": y.detach()}.items():
+        assert_relative(got, case[f"out_{name}"], 5e-5, name)
+    y.backward(case["gout_y"])
+    assert_gradients_of(case, 1e-4, x=x, **parameters)
+    pack_(layer.eval())
+    assert_exact(layer(x.detach(), hosts.key_mask(case)), y.detach(), "y of the packed layer")
+
+
 COMPARISONS: dict[str, Callable[[Case], None]] = {
     "bit/weight": bit_weight,
     "bit/elastic-signed": lambda case: bit_elastic(case, True),
@@ -109,4 +128,5 @@ COMPARISONS: dict[str, Callable[[Case], None]] = {
     "bit/linear": bit_linear,
     "bit/embedding": lambda case: embedding_case(case, "bit", 1e-5, 1e-6),
     "bit/attention": bit_attention,
+    "bit/layer": bit_layer,
 }

@@ -11,6 +11,9 @@ elastic        map = alpha_a [softmax(alpha_q alpha_k S) > alpha_a / 2], context
 A mask is boolean (True: attend) or additive, and is broadcast to S; None attends everywhere. An additive mask drops a
 key where it is -10000 or less, and is a bias elsewhere. A row without an attended key has the context 0. Heads of k and
 v may be fewer than those of q: every one then serves a group of neighbours.
+
+Without a gradient, dropout or another extra the functions call `bitmill.ops.binary_attention`. Its contexts are equal,
+bit for bit for the first two rules; for the elastic one up to the rounding of this softmax, which decides near ties.
 """
 
 from __future__ import annotations
@@ -18,13 +21,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import binary_attention
+from ..ops._checks import FLOATS
 from ..ops._library import without_autocast
 from .attention_maps import SELECTIONS, masked_scores, row_softmax, scaled, softmax_aware_map
 from .functions import ALPHA_FLOOR, boolean, elastic, sign
 from .products import level_product
 
 
-def _checked(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _runs_packed(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
+    """Whether nothing asks for a gradient, and the op takes these dtypes."""
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, *others))
+    return not trains and q.dtype == k.dtype == v.dtype and q.dtype in FLOATS
+
+
+def _kernel_mask(mask: Tensor | None) -> Tensor | None:
+    return mask.float() if mask is not None and mask.dtype == torch.float64 else mask
+
+
+def _checked(
+    name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v with as many heads in k and v as in q."""
     if q.dim() < 2 or q.shape[-1] != k.shape[-1] or q.shape[-1] == 0 or k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
@@ -33,6 +50,8 @@ def _checked(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
         )
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"{name}: mask must be boolean (True: attend) or additive floats, got {mask.dtype}")
+    if scaling is not None and not scaling > 0:
+        raise ValueError(f"{name}: scaling must be positive, got {scaling}")
     if q.shape[:-2] == k.shape[:-2]:
         return q, k, v
     if q.dim() < 3 or q.shape[:-3] != k.shape[:-3] or k.shape[-3] == 0 or q.shape[-3] % k.shape[-3]:
@@ -68,7 +87,9 @@ def bool_attention(
     Raises:
         ValueError: for shapes that do not fit, or an integer mask.
     """
-    q, k, v = _checked("bool_attention", q, k, v, mask)
+    q, k, v = _checked("bool_attention", q, k, v, mask, scaling)
+    if not dropout and _runs_packed(q, k, v, mask):
+        return binary_attention(q, k, v, _kernel_mask(mask), "bool", scaling, zero=zero)
     with without_autocast(q):
         query, key, value = (sign(t.float(), "clip_open", zero) for t in (q, k, v))
         scores = masked_scores(scaled(level_product(query, key.mT), q.shape[-1], scaling), mask, dropout)
@@ -99,11 +120,13 @@ def softmax_aware_attention(
             (Bernoulli samples of the softmax).
         The others, the result and the errors are those of `bool_attention`.
     """
-    q, k, v = _checked("softmax_aware_attention", q, k, v, mask)
+    q, k, v = _checked("softmax_aware_attention", q, k, v, mask, scaling)
     if select != "threshold" and select not in SELECTIONS:
         raise ValueError(
             f"softmax_aware_attention: select must be one of threshold, {', '.join(SELECTIONS)}, got {select!r}"
         )
+    if select == "threshold" and not dropout and not row_scale and _runs_packed(q, k, v, mask):
+        return binary_attention(q, k, v, _kernel_mask(mask), "softmax_aware", scaling, beta, zero)
     with without_autocast(q):
         query, key, value = (sign(t.float(), "clip_open", zero) for t in (q, k, v))
         scores = masked_scores(scaled(level_product(query, key.mT), q.shape[-1], scaling), mask, dropout)
@@ -138,12 +161,16 @@ def elastic_attention(
         The others are those of `bool_attention`.
     Gradients are those of `elastic` (with closed windows) and of the softmax.
     """
-    q, k, v = _checked("elastic_attention", q, k, v, mask)
+    q, k, v = _checked("elastic_attention", q, k, v, mask, scaling)
+    alphas = (alpha_q, alpha_k, alpha_v, alpha_a)
+    if not dropout and addend is None and value_addend is None and _runs_packed(q, k, v, mask, *alphas):
+        steps = (a.float() for a in alphas)
+        return binary_attention(q, k, v, _kernel_mask(mask), "elastic", scaling, 0.25, zero, *steps)
     with without_autocast(q):
         query, key, value = (
             elastic(t.float(), a, zero=zero) for t, a in zip((q, k, v), (alpha_q, alpha_k, alpha_v), strict=True)
         )
-        step_q, step_k, step_v, step_a = (a.clamp_min(ALPHA_FLOOR) for a in (alpha_q, alpha_k, alpha_v, alpha_a))
+        step_q, step_k, step_v, step_a = (a.clamp_min(ALPHA_FLOOR) for a in alphas)
         products = level_product(query, key.mT, step_q, step_k)
         if addend is not None:
             products = products + addend.float()

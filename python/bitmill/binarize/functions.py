@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops._groups import columns_of_groups
+from .levels import level_scale, level_slope, planes_of, redistributed, weight_levels, with_slope
 from .rules import WeightRule
 from .saved import keep_flags, keep_levels, keep_slope, kept_flags, kept_levels, times_slope
 
@@ -50,22 +51,31 @@ def boolean(x: Tensor, surrogate: str = "clip_open") -> Tensor:
     return _StraightThrough.apply(x, "bool", surrogate)
 
 
-def _elastic_range(bits: int, signed: bool) -> tuple[int, int]:
+def elastic_range(bits: int, signed: bool, narrow: bool = False) -> tuple[int, int]:
+    """The lowest and the highest code of `elastic`."""
     if signed:
-        return (-1, 1) if bits == 1 else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
-    return 0, (1 << bits) - 1
+        return (-1, 1) if bits == 1 else (-(1 << (bits - 1)) + narrow, (1 << (bits - 1)) - 1)
+    return 0, (1 << bits) - 1 - (narrow and bits > 1)
+
+
+def elastic_units(x: Tensor, step: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor | None]:
+    """x in steps, before rounding, and the minimum of the whole tensor where it is subtracted first (no gradient)."""
+    if signed or bits == 1:
+        return x / step, None
+    minimum = x.min() if x.numel() else x.new_zeros(())
+    return (x - minimum) / step, minimum
 
 
 class _Elastic(torch.autograd.Function):
     """BiT's elastic quantiser: alpha times an integer code, with gradients to x and alpha."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, alpha: Tensor, bits: int, signed: bool, zero: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, alpha: Tensor, bits: int, signed: bool, zero: str, narrow: bool, normalised: bool
+    ) -> Tensor:
         step = alpha.clamp_min(ALPHA_FLOOR)
-        low, high = _elastic_range(bits, signed)
-        shifted = bits > 1 and not signed  # the minimum of the whole tensor is subtracted and gets no gradient
-        minimum = x.min() if shifted and x.numel() else x.new_zeros(())
-        u = (x - minimum) / step
+        low, high = elastic_range(bits, signed, narrow)
+        u, minimum = elastic_units(x, step, bits, signed)
         if signed and bits == 1:
             code = torch.sign(x) if zero == "torch" else torch.where(x >= 0, 1.0, -1.0)
             slope: tuple[Tensor | None, ...] = keep_levels(code, zero) if any(ctx.needs_input_grad) else ()
@@ -74,19 +84,29 @@ class _Elastic(torch.autograd.Function):
             slope = (torch.where(u < low, float(low), torch.where(u > high, float(high), code - u)),)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(keep_flags((u >= low) & (u <= high)), *slope)
-        ctx.high, ctx.shape = high, x.shape
-        return step * code + minimum if shifted else step * code
+        ctx.high, ctx.shape = high if normalised else None, x.shape
+        return step * code if minimum is None else step * code + minimum
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inside, *kept = ctx.saved_tensors
         slope = kept[0] if len(kept) == 1 else kept_levels(kept[0], kept[1], ctx.shape)
-        count = torch.sym_max(grad.numel(), 1)  # symbolic under torch.compile, where math.sqrt would fix the batch size
-        grad_x = grad * kept_flags(inside, ctx.shape)
-        return grad_x, (grad * slope).sum() / torch.sym_sqrt(count * ctx.high), None, None, None
+        grad_alpha = (grad * slope).sum()
+        if ctx.high is not None:
+            count = torch.sym_max(grad.numel(), 1)  # symbolic under torch.compile: math.sqrt would fix the batch size
+            grad_alpha = grad_alpha / torch.sym_sqrt(count * ctx.high)
+        return grad * kept_flags(inside, ctx.shape), grad_alpha, *(None,) * 5
 
 
-def elastic(x: Tensor, alpha: Tensor, bits: int = 1, signed: bool = True, zero: str = "torch") -> Tensor:
+def elastic(
+    x: Tensor,
+    alpha: Tensor,
+    bits: int = 1,
+    signed: bool = True,
+    zero: str = "torch",
+    narrow: bool = False,
+    normalised: bool = True,
+) -> Tensor:
     """BiT's elastic binarization and its multi-bit (LSQ) relatives.
 
     Signed, 1 bit: alpha sgn(x). Otherwise alpha clamp(rint(x / alpha), low, high) with [-2^(b-1), 2^(b-1) - 1] or
@@ -95,12 +115,14 @@ def elastic(x: Tensor, alpha: Tensor, bits: int = 1, signed: bool = True, zero: 
     Args:
         x: float32, any shape.
         alpha: float32 scalar tensor, the step; bounded below by 1e-5.
-        bits: 1, 2 or 4.
+        bits: 1 to 8.
         signed: whether levels are symmetric around 0.
         zero: sign of 0 for signed 1 bit, as in `sign`.
+        narrow: without the lowest (signed) or the highest (unsigned) code of more bits than one: TBT's ternary levels.
+        normalised: divide the gradient of alpha by sqrt(x.numel() high), as LSQ does; BinaryViT does not.
     Source: Liu et al., BiT, NeurIPS 2022, section 3 (learned step: Esser et al., LSQ, ICLR 2020).
     """
-    return _Elastic.apply(x, alpha, bits, signed, zero)
+    return _Elastic.apply(x, alpha, bits, signed, zero, narrow, normalised)
 
 
 def elastic_alpha(x: Tensor, bits: int = 1, signed: bool = True) -> Tensor:
@@ -130,36 +152,80 @@ class _WeightSign(torch.autograd.Function):
 
 
 class BinarizedWeight(NamedTuple):
-    """value [n, k] = scale * signs, with the rule's gradient; signs [n, k] in {-1, 0, 1}; scale [n, groups]."""
+    """A weight [n, k] as levels times scales, and the value with the rule's gradient.
+
+    One plane: value = scale * signs, signs [n, k] in {-1, 0, 1}, scale [n, groups]. More: value is the sum over planes
+    of scale[:, p] * signs[:, p k : (p + 1) k], signs [n, planes k], scale [n, planes]. Levels "integer" have no planes:
+    their signs are whole numbers.
+    """
 
     value: Tensor
     signs: Tensor
     scale: Tensor
+    is_plane: bool = True  # one plane of signs
 
 
 def binarize_weight(
-    weight: Tensor, rule: WeightRule, group_size: int | None = None, learned_scale: Tensor | None = None
+    weight: Tensor,
+    rule: WeightRule,
+    group_size: int | None = None,
+    learned_scale: Tensor | None = None,
+    tau: Tensor | None = None,
+    terms: Tensor | None = None,
 ) -> BinarizedWeight:
-    """Binarise a weight [n, k] by a rule; statistics of rows become statistics of groups of `group_size` columns."""
+    """Binarise a weight [n, k] by a rule; statistics of rows become statistics of groups of `group_size` columns.
+
+    Args:
+        learned_scale: float [n, planes] for rules with one; None for where it starts.
+        tau, terms: the numbers of the epoch for ReCU's redistribution and the "fourier" surrogate (`set_epoch`).
+    """
     w = weight.float()
     n, k = w.shape
-    centred = w - _centre(w, rule, group_size)
+    latent = w - _centre(w, rule, group_size)
+    if rule.redistribute:
+        latent = redistributed(latent, tau)
     scale = weight_scale(w.detach(), rule, group_size) if learned_scale is None else learned_scale.float()
+    if rule.levels == "residual":
+        return _residual_planes(latent, scale, rule)
     columns = columns_of_groups(scale, k, group_size)
-    value = _WeightSign.apply(centred, columns.expand(n, k), rule.surrogate, rule.carries_scale)
-    return BinarizedWeight(value, torch.sign(centred.detach()), scale)
+    if rule.levels == "sign" and terms is None:
+        value = _WeightSign.apply(latent, columns.expand(n, k), rule.surrogate, rule.carries_scale)
+        return BinarizedWeight(value, torch.sign(latent.detach()), scale)
+    levels = weight_levels(latent.detach(), columns, rule)
+    value = with_slope(latent, columns * levels, level_slope(latent.detach(), columns, rule, terms))
+    signs, scale = planes_of(levels, scale, rule)
+    return BinarizedWeight(value, signs, scale, rule.planes == 1)
+
+
+def _residual_planes(latent: Tensor, scale: Tensor, rule: WeightRule) -> BinarizedWeight:
+    """Each plane binarises what the ones before leave, and gradients flow through what they leave (BinaryDM)."""
+    rest, values, signs = latent, [], []
+    for s in scale.unbind(1):
+        values.append(_WeightSign.apply(rest, s.unsqueeze(1).expand_as(rest), rule.surrogate, rule.carries_scale))
+        signs.append(torch.sign(rest.detach()))
+        rest = rest - values[-1]
+    return BinarizedWeight(torch.stack(values).sum(0), torch.cat(signs, 1), scale, len(signs) == 1)
 
 
 def weight_scale(weight: Tensor, rule: WeightRule, group_size: int | None = None) -> Tensor:
-    """The scale of a rule, float32 [n, groups]; for "learned" where it starts."""
+    """The scale of a rule, float32 [n, groups], or [n, planes] for "residual"; for "learned" where it starts."""
     w = weight.float()
     if rule.scale == "none":
         return w.new_ones((w.shape[0], 1))
+    if rule.scale == "row_max":
+        return level_scale(w, rule)
+    if rule.levels == "residual":
+        rest, scales = w - _centre(w, rule, group_size), []
+        for _ in range(rule.bits):
+            scales.append(rest.abs().mean(-1, keepdim=True))
+            rest = rest - scales[-1] * torch.sign(rest)
+        return torch.cat(scales, 1)
     if rule.scale == "tensor":
-        return w.abs().mean().expand(w.shape[0], 1).contiguous()
+        return rule.scale_factor * w.abs().mean().expand(w.shape[0], 1).contiguous()
     if rule.scale == "row_centred":
         w = w - _centre(w, rule, group_size)
-    return _group_means(w.abs(), group_size)
+    means = _group_means(w.abs(), group_size)
+    return means if rule.scale_factor == 1 else means * rule.scale_factor
 
 
 def _centre(w: Tensor, rule: WeightRule, group_size: int | None) -> Tensor:

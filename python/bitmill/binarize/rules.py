@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Binarizers as data: one row a method, one implementation for all (functions.py). A new method is a new row.
+"""The words in which a binarizer is declared; methods.py is the table of the published ones.
 
-A weight becomes scale * sgn(weight - centre); its gradient passes a surrogate window and may carry the scale. An
-activation is shifted, becomes levels of its scale, and its gradient passes another window.
+A weight is prepared (centred, redistributed), divided by a scale and becomes levels; its gradient passes a surrogate
+window and may carry the scale. An activation is shifted, becomes levels of its scale, and passes another window.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..ops.binary_matmul import SURROGATES
+from ..ops._surrogates import SURROGATES
+from .schedules import SCHEDULES
+
+FLOAT_BITS = 32
 
 
 def _require_one_of(rule: Any, field: str, allowed: tuple[str, ...]) -> None:
@@ -19,187 +22,159 @@ def _require_one_of(rule: Any, field: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{type(rule).__name__}: {field} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def _require(rule: Any, field: str, condition: bool, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{type(rule).__name__}: {field} must be {expected}, got {getattr(rule, field)!r}")
+
+
+def _is_bits(value: object) -> bool:
+    return type(value) is int and 1 <= value <= 8
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightRule:
     """How a weight [n, k] is binarised.
 
     Attributes:
-        centre: subtracted before the sign: "none", "row" mean (gradients flow through it) or "global" mean (detached).
-        scale: "row" mean |W|, "row_centred" mean |W - centre|, "tensor" mean |W| (all detached), "none" 1, or
-            "learned": a parameter that starts as the row mean |W|.
-        surrogate: window on the centred weight, see `bitmill.ops.binary_matmul.surrogate_slope`.
+        centre: subtracted first: "none", "row" mean (gradients flow through it) or "global" mean (detached).
+        scale: "row" mean |W|, "row_centred" mean |W - centre|, "tensor" mean |W|, "row_max" max |W| (all detached),
+            "none" 1, or "learned": a parameter that starts as the row mean |W|.
+        surrogate: window on the prepared weight, see `bitmill.ops._surrogates.surrogate_slope`.
         carries_scale: whether the gradient of the weight is multiplied by the scale.
+        levels: what is multiplied by the scale. "sign" -1, 0, +1 by sign; "ternary" -1, 0, +1 by rounding; "mid_rise"
+            (StatsQ) and "uniform" (N2UQ) the odd whole numbers -(2^b - 1) ... 2^b - 1, which are b signs worth 1, 2,
+            4, ...; "integer" -(2^(b-1) - 1) ... 2^(b-1) - 1, which have no packed form; "residual" the sign of the
+            weight and the signs of what the planes before leave, each with a learned scale.
+        bits: b.
+        scale_factor: multiplies the statistic of `scale`.
+        window: half the width of the surrogate's window.
+        divides_span: whether the gradient is divided by the largest value that the row can take (N2UQ).
+        redistribute: ReCU's chain after the centre: every row is divided by its standard deviation and clamped at a
+            quantile that follows the epoch; gradients flow through both.
     """
 
     centre: str = "none"
     scale: str = "row"
     surrogate: str = "clip"
     carries_scale: bool = False
+    levels: str = "sign"
+    bits: int = 1
+    scale_factor: float = 1.0
+    window: float = 1.0
+    divides_span: bool = False
+    redistribute: bool = False
 
     def __post_init__(self) -> None:
         _require_one_of(self, "centre", ("none", "row", "global"))
-        _require_one_of(self, "scale", ("none", "row", "row_centred", "tensor", "learned"))
+        _require_one_of(self, "scale", ("none", "row", "row_centred", "tensor", "row_max", "learned"))
         _require_one_of(self, "surrogate", SURROGATES)
+        _require_one_of(self, "levels", ("sign", "ternary", "mid_rise", "uniform", "integer", "residual"))
+        _require(self, "bits", _is_bits(self.bits), "a whole number from 1 to 8")
+        _require(self, "bits", self.bits == 1 or self.levels != "sign", "1 for levels 'sign'")
+        _require(self, "scale", self.levels != "residual" or self.scale == "learned", "'learned' for levels 'residual'")
+        _require(self, "scale", (self.levels == "integer") == (self.scale == "row_max"), "'row_max' for whole numbers")
+        learned = self.scale == "learned" and (self.surrogate == "fourier" or self.levels not in ("sign", "residual"))
+        _require(self, "scale", not learned, f"a statistic for levels {self.levels!r} and surrogate {self.surrogate!r}")
+
+    @property
+    def planes(self) -> int:
+        """Planes of signs that the packed form holds; 0 for none."""
+        if self.levels == "integer":
+            return 0
+        return self.bits if self.levels in ("mid_rise", "uniform", "residual") else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ActivationRule:
-    """How an activation [..., k] is binarised.
+    """How an activation [..., k] is quantised.
 
     Attributes:
         shift: a learned vector [k] that is added first: "none", "added", or "gradient" if only the window of the
             gradient sees it, as in BiBench's linear layer of ReActNet.
-        scale: "none" 1, "row_mean" mean |x| of each row (detached), or "learned": one elastic step per layer.
+        scale: of signs: "none" 1, or "row_mean" mean |x| of each row (detached). Of b-bit levels: "learned" one elastic
+            step a layer; "tensor_range" and "row_range" from the largest magnitude (signed) or from minimum to maximum
+            (unsigned) of the tensor or of each row; "thresholds" learned thresholds and uniform levels (N2UQ).
         surrogate: window on the shifted activation (divided by a learned scale).
+        bits: the widths that this rule serves, the usual one first.
+        narrow: elastic levels leave out the lowest (signed) or highest (unsigned) code, as in TBT.
+        window: half the width of the window of a range's gradient; a tensor's range is clipped to it, too.
+        standardise: in training, divide each row by its standard deviation (ReCU); no sign changes.
     """
 
     shift: str = "none"
     scale: str = "none"
     surrogate: str = "clip"
+    bits: tuple[int, ...] = (1,)
+    narrow: bool = False
+    window: float = 1.0
+    standardise: bool = False
 
     def __post_init__(self) -> None:
         _require_one_of(self, "shift", ("none", "added", "gradient"))
-        _require_one_of(self, "scale", ("none", "row_mean", "learned"))
+        scales = ("none", "row_mean", "learned", "tensor_range", "row_range", "thresholds")
+        _require_one_of(self, "scale", scales)
         _require_one_of(self, "surrogate", SURROGATES)
+        valid = isinstance(self.bits, tuple) and len(self.bits) > 0 and all(_is_bits(b) for b in self.bits)
+        _require(self, "bits", valid, "a tuple of whole numbers from 1 to 8")
+        _require(self, "bits", self.bits == (1,) or self.scale in scales[2:], f"(1,) for scale {self.scale!r}")
+
+    @property
+    def only_signs(self) -> bool:
+        """Whether the value is the sign of the shifted activation, or that times the mean of the row."""
+        return self.scale in ("none", "row_mean") and self.shift != "gradient"
+
+    @property
+    def has_unsigned(self) -> bool:
+        """Whether there is a choice between levels around 0 and levels from 0 up."""
+        return self.scale in ("learned", "tensor_range", "row_range")
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A published binarizer: rules for linear weights, their activations, and embedding tables; and its source."""
+    """A published binarizer: rules for linear weights, their activations, and embedding tables; and its source.
+
+    Attributes:
+        weights, activations: rules for further bit widths.
+        schedules: what follows the epoch, names of `bitmill.binarize.schedules.SCHEDULES`.
+        noise: whether learned noise is added to weights and activations in training, times the schedule "noise" (FDA).
+    """
 
     name: str
     source: str
     weight: WeightRule
     activation: ActivationRule
     embedding: WeightRule
+    weights: tuple[WeightRule, ...] = ()
+    activations: tuple[ActivationRule, ...] = ()
+    schedules: tuple[str, ...] = ()
+    noise: bool = False
 
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.schedules if name not in SCHEDULES]
+        _require(self, "schedules", not unknown, f"names among {', '.join(SCHEDULES)}")
+        for field, all_bits in (("weights", self.weight_bits), ("activations", self.act_bits)):
+            _require(self, field, len(set(all_bits)) == len(all_bits), "one rule for each number of bits")
 
-_BIVIT = WeightRule(centre="row", scale="row", surrogate="clip_open", carries_scale=True)
+    @property
+    def weight_bits(self) -> tuple[int, ...]:
+        """Widths of weights, the usual one first."""
+        return tuple(rule.bits for rule in (self.weight, *self.weights))
 
-_DOREFA = WeightRule(surrogate="clip_open", carries_scale=True)
+    @property
+    def act_bits(self) -> tuple[int, ...]:
+        """Widths of activations, the usual one first; 32 are floats."""
+        return (*(b for rule in (self.activation, *self.activations) for b in rule.bits), FLOAT_BITS)
 
-_METHODS = {
-    m.name: m
-    for m in (
-        Method(
-            "bibert",
-            "Qin et al., BiBERT: Accurate Fully Binarized BERT, ICLR 2022, as its code computes it",
-            weight=WeightRule(centre="row", scale="row", surrogate="clip"),
-            activation=ActivationRule(surrogate="clip"),
-            embedding=WeightRule(centre="row", scale="row", surrogate="clip"),
-        ),
-        Method(
-            "bit",
-            "Liu et al., BiT: Robustly Binarized Multi-distilled Transformer, NeurIPS 2022",
-            weight=WeightRule(centre="global", scale="tensor", surrogate="identity"),
-            activation=ActivationRule(shift="added", scale="learned", surrogate="clip"),
-            embedding=WeightRule(centre="global", scale="row", surrogate="identity"),
-        ),
-        Method(
-            "bivit",
-            "He et al., BiViT: Extremely Compressed Binary Vision Transformers, ICCV 2023, analytic scales",
-            weight=_BIVIT,
-            activation=ActivationRule(surrogate="clip_open"),
-            embedding=_BIVIT,
-        ),
-        Method(
-            "bivit_pws",
-            "He et al., BiViT, ICCV 2023, parameterized weight scales",
-            weight=dataclasses.replace(_BIVIT, scale="learned"),
-            activation=ActivationRule(surrogate="clip_open"),
-            embedding=_BIVIT,
-        ),
-        Method(
-            "xnor",
-            "Rastegari et al., XNOR-Net, ECCV 2016, as BiBench's linear layer computes it",
-            weight=WeightRule(centre="row", scale="row_centred", surrogate="clip", carries_scale=True),
-            activation=ActivationRule(scale="row_mean", surrogate="clip"),
-            embedding=WeightRule(centre="row", scale="row_centred", surrogate="clip", carries_scale=True),
-        ),
-        Method(
-            "bnn",
-            "Courbariaux et al., Binarized Neural Networks, NeurIPS 2016: signs without a scale",
-            weight=WeightRule(scale="none"),
-            activation=ActivationRule(),
-            embedding=WeightRule(scale="none"),
-        ),
-        Method(
-            "dorefa",
-            "Zhou et al., DoReFa-Net, 2016, 1 bit, a scale a row as in BiBench (the paper has one a layer)",
-            weight=_DOREFA,
-            activation=ActivationRule(surrogate="clip_open"),
-            embedding=_DOREFA,
-        ),
-        Method(
-            "bireal",
-            "Liu et al., Bi-Real Net, ECCV 2018: a polynomial window on activations",
-            weight=WeightRule(),
-            activation=ActivationRule(surrogate="polynomial"),
-            embedding=WeightRule(),
-        ),
-        Method(
-            "xnorpp",
-            "Bulat and Tzimiropoulos, XNOR-Net++, BMVC 2019: learned output scales, here from the row means on",
-            weight=WeightRule(scale="learned", surrogate="clip_open", carries_scale=True),
-            activation=ActivationRule(surrogate="clip_open"),
-            embedding=WeightRule(surrogate="clip_open", carries_scale=True),
-        ),
-        Method(
-            "react",
-            "Liu et al., ReActNet, ECCV 2020: a learned shift before the sign",
-            weight=WeightRule(),
-            activation=ActivationRule(shift="added", surrogate="polynomial"),
-            embedding=WeightRule(),
-        ),
-        Method(
-            "react_bibench",
-            "ReActNet as BiBench's linear layer computes it: the shift moves the window of the gradient only",
-            weight=WeightRule(),
-            activation=ActivationRule(shift="gradient", surrogate="polynomial"),
-            embedding=WeightRule(),
-        ),
-        Method(
-            "binaryvit",
-            "Le and Li, BinaryViT, CVPRW 2023",
-            weight=WeightRule(centre="row"),
-            activation=ActivationRule(surrogate="polynomial"),
-            embedding=WeightRule(centre="row"),
-        ),
-        Method(
-            "sign",
-            "the sign times the mean magnitude of the row (binary weight networks; Courbariaux et al. 2016)",
-            weight=WeightRule(),
-            activation=ActivationRule(),
-            embedding=WeightRule(),
-        ),
-    )
-}
+    def weight_rule(self, bits: int) -> WeightRule:
+        """The rule for linear weights of this many bits."""
+        return next(rule for rule in (self.weight, *self.weights) if rule.bits == bits)
 
+    def activation_rule(self, bits: int) -> ActivationRule:
+        """The rule for activations of this many bits; the empty rule for floats."""
+        rules = (self.activation, *self.activations)
+        return next((rule for rule in rules if bits in rule.bits), ActivationRule())
 
-def register_method(new: Method) -> None:
-    """Add a method under its name, so that BinaryConfig accepts it. Files that name it load where it is registered.
-
-    Raises:
-        ValueError: if the name is taken, or no Python identifier.
-    """
-    if not isinstance(new, Method) or not new.name.isidentifier():
-        raise ValueError(f"register_method: expected a Method whose name is an identifier, got {new!r}")
-    if new.name in _METHODS:
-        raise ValueError(f"register_method: the name {new.name!r} is taken; choose another one")
-    _METHODS[new.name] = new
-
-
-def method_names() -> tuple[str, ...]:
-    """Names that BinaryConfig(method=...) accepts."""
-    return tuple(_METHODS)
-
-
-def method(name: str) -> Method:
-    """The rules of a method.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if name not in _METHODS:
-        raise ValueError(f"method: expected one of {', '.join(_METHODS)}, got {name!r}")
-    return _METHODS[name]
+    def table_rule(self, bits: int) -> WeightRule:
+        """The rule for embedding tables beside weights of this many bits: one plane, so ternary or 1 bit."""
+        rule = self.weight_rule(bits)
+        return rule if rule.levels == "ternary" else self.embedding

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops import bitpack, bitunpack
-from ..ops.binary_matmul import surrogate_slope
+from ..ops._surrogates import surrogate_slope
 
 WINDOWS = ("clip", "clip_open", "unit")  # surrogates whose slope is 0 or 1
 CHUNK = 1 << 18  # elements that are floats at a time on their way to bits or back

@@ -2,9 +2,10 @@
 """Layers, each in a training form (latent weight, straight-through gradient) and a packed form (buffers, one op)."""
 
 from .attention import BinaryAttention
-from .binary import BinaryLinear, PackedBinaryLinear
+from .binary import BinaryLinear
 from .embedding import BinaryEmbedding, PackedBinaryEmbedding
 from .fp4 import FP4Linear, PackedFP4Linear
+from .packed_binary import PackedBinaryLinear
 from .salient import PackedSalientLinear, SalientLinear
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..binarize import binarize_weight, method, weight_scale
+from ..binarize import WeightRule, binarize_weight, method, weight_scale
 from ..config import BinaryConfig
 from ..ops import bitunpack, tile_pack
 from ..ops._checks import TILE_ROWS, tile_shape
@@ -59,12 +59,15 @@ class BinaryEmbedding(nn.Embedding):
         layer.weight = embedding.weight
         return layer.train(embedding.training)
 
+    def _rule(self) -> WeightRule:
+        return method(self.config.method).table_rule(self.config.weight_bits)
+
     def _table(self) -> Any:
-        return binarize_weight(self.weight, method(self.config.method).embedding, self.config.group_size)
+        return binarize_weight(self.weight, self._rule(), self.config.group_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         """[..., embedding_dim]. Only the rows that are looked up are binarised: a batch sees little of a vocabulary."""
-        rule = method(self.config.method).embedding
+        rule = self._rule()
         rows = nn.functional.embedding(ids, self.weight, self.padding_idx).view(-1, self.embedding_dim)
         scale = weight_scale(rows.detach(), rule, self.config.group_size)
         if rule.centre == "global":

@@ -3,8 +3,10 @@
 
 from . import _library
 from . import _machine as _machine  # defines an op
+from .binary_attention import binary_attention
 from .binary_bits import binary_matmul_bits, bit_ranges
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
+from .bit_serial import bit_serial_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
 from .fp4 import (
     code_values,
@@ -24,11 +26,13 @@ from .salient_scatter import salient_linear, salient_weight
 _library.load()
 
 __all__ = [
+    "binary_attention",
     "binary_linear",
     "binary_matmul",
     "binary_matmul_bits",
     "binary_weight_linear",
     "bit_ranges",
+    "bit_serial_linear",
     "bitpack",
     "bitunpack",
     "code_values",

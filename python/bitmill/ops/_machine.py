@@ -36,6 +36,7 @@ def instruction_set() -> str | None:
 
 def kernel_of(op: str) -> str:
     """What runs for an op on CPU tensors: "avx512", "generic", or "torch" for the default kernel."""
+    op = "binary_matmul" if op == "bit_serial_linear" else op  # which is composed of it
     if not library.has_compiled_kernel(op):
         return "torch"
     function = {"binary_linear": "binary_matmul", "binary_matmul_bits": "binary_matmul"}.get(op, op)

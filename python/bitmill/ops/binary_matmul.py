@@ -19,10 +19,9 @@ from . import _library as library
 from ._checks import MAX_COLUMNS, PACK_REMEDY, ceil_div, check_one_of, check_rows, check_tensor, group_count, require
 from ._checks import tile_shape as _tile_shape
 from ._groups import columns_of_groups
+from ._surrogates import SURROGATES, surrogate_slope
 from .bitpack import LEVELS, _unpack_bits, binarized, mean_by_halves, tile_unpack
 from .int8 import ACTIVATIONS, _int8_quantize_reference, int8_fake_quant
-
-SURROGATES = ("identity", "clip", "clip_open", "polynomial", "unit")
 
 library.define(
     "binary_matmul",
@@ -201,23 +200,6 @@ def _(x, weight, scale, bias, weight_nonzero, shift, alpha, levels, row_scale, g
 def _(x, weight, scale, bias, weight_nonzero, group_size, activations):
     _check_binary_weight_linear(x, weight, scale, bias, weight_nonzero, group_size, activations)
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
-
-
-def surrogate_slope(u: Tensor, surrogate: str) -> Tensor:
-    """Slope of the straight-through surrogate at u = z / window: what stands in for the derivative of the level.
-
-    "identity" 1; "clip" [|u| <= 1]; "clip_open" [|u| < 1], and 1 at NaN; "polynomial" (2 - 2 |u|)+ (Bi-Real net);
-    "unit" [0 <= u <= 1] (elastic {0, 1}).
-    """
-    if surrogate == "identity":
-        return torch.ones_like(u)
-    if surrogate == "clip":
-        return (u.abs() <= 1).to(u.dtype)
-    if surrogate == "clip_open":
-        return (~(u.abs() >= 1)).to(u.dtype)
-    if surrogate == "polynomial":
-        return (2 - 2 * u.abs()).clamp_min(0)
-    return ((u >= 0) & (u <= 1)).to(u.dtype)
 
 
 def _setup_binary_linear(ctx, inputs, output) -> None:

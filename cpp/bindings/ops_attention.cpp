@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU op of binary attention: check, allocate, call. Schema: python/bitmill/ops/binary_attention.py.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <numeric>
+
+#include "binary_attention.h"
+#include "checks.h"
+
+namespace bitmill {
+namespace {
+
+constexpr const char* op = "binary_attention";
+constexpr float kAlphaFloor = 1e-5f;
+
+AttentionRule rule_of(const std::string& rule) {
+  if (rule == "bool") return AttentionRule::bool_;
+  if (rule == "softmax_aware") return AttentionRule::softmax_aware;
+  if (rule == "elastic") return AttentionRule::elastic;
+  fail(op, ": rule must be \"bool\", \"softmax_aware\" or \"elastic\", got \"", rule, "\"");
+}
+
+Dtype dtype_of(const char* expected, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      fail(op, ": ", expected, ", got ", dtype_name(t.scalar_type()));
+  }
+}
+
+// k and v are like q: its device and dtype, and these sizes.
+void check_like(const Tensor& q, const char* name, const Tensor& t, const Sizes& sizes) {
+  if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU like q, got another device");
+  if (t.scalar_type() != q.scalar_type()) {
+    fail(op, ": ", name, " must be ", dtype_name(q.scalar_type()), ", got ", dtype_name(t.scalar_type()));
+  }
+  if (!same_sizes(t, sizes)) {
+    fail(op, ": ", name, " must have shape ", to_string(sizes), ", got ", to_string(sizes_of(t)));
+  }
+}
+
+// A tensor of matrices [..., rows, columns], without moving it; `offset` has an entry a matrix.
+struct View {
+  Matrices matrices;
+  std::vector<int64_t> offset;
+};
+
+// `leading` sizes of t, and their strides.
+std::vector<int64_t> offsets(const Sizes& sizes, const Sizes& strides) {
+  std::vector<int64_t> offset = {0};
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    std::vector<int64_t> next;
+    next.reserve(offset.size() * static_cast<size_t>(sizes[i]));
+    for (const int64_t start : offset) {
+      for (int64_t j = 0; j < sizes[i]; ++j) next.push_back(start + j * strides[i]);
+    }
+    offset = std::move(next);
+  }
+  return offset;
+}
+
+Sizes strides_of(const Tensor& t) {
+  const auto strides = t.strides();
+  return {strides.begin(), strides.end()};
+}
+
+Sizes without_last_two(Sizes sizes) {
+  sizes.resize(sizes.size() - 2);
+  return sizes;
+}
+
+View view_of(const Tensor& t) {
+  const Sizes strides = strides_of(t);
+  View view{{}, offsets(without_last_two(sizes_of(t)), without_last_two(strides))};
+  view.matrices = {t.const_data_ptr(), view.offset.data(), strides[strides.size() - 2], strides.back()};
+  return view;
+}
+
+// [..., n, e] in the memory of [first, n, ..., e]: heads beside each other, so merging them copies nothing.
+Tensor new_context(const Sizes& leading, int64_t n, int64_t e, ScalarType dtype) {
+  Sizes sizes = leading;
+  sizes.insert(sizes.end(), {n, e});
+  std::vector<size_t> order(sizes.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  if (leading.size() >= 2) std::rotate(order.begin() + 1, order.end() - 2, order.end() - 1);
+  return new_tensor(sizes, dtype, order);
+}
+
+// A mask broadcast to [..., n, m]: which of its matrices each of the batch reads, and their places.
+struct MaskView {
+  Sizes sizes, strides;  // of as many dimensions as the scores; 1 where one entry serves all
+  std::vector<int64_t> offset, of;
+  AttentionMask mask;
+};
+
+MaskView mask_view(const Tensor& t, const Sizes& scores) {
+  MaskView view;
+  const Sizes sizes = sizes_of(t), strides = strides_of(t);
+  const size_t missing = scores.size() - std::min(scores.size(), sizes.size());
+  bool fits = sizes.size() <= scores.size();
+  for (size_t i = 0; i < scores.size() && fits; ++i) {
+    const int64_t size = i < missing ? 1 : sizes[i - missing], stride = i < missing ? 0 : strides[i - missing];
+    fits = size == 1 || size == scores[i];
+    const bool shared = size == 1 || stride == 0;  // an expanded mask is read once too
+    view.sizes.push_back(shared ? std::min<int64_t>(size, 1) : size);
+    view.strides.push_back(shared ? 0 : stride);
+  }
+  if (!fits) fail(op, ": mask must be broadcastable to ", to_string(scores), ", got shape ", to_string(sizes));
+  const Sizes leading = without_last_two(view.sizes), all = without_last_two(scores);
+  view.offset = offsets(leading, without_last_two(view.strides));
+  Sizes places(leading.size());  // of the matrices among themselves
+  int64_t step = 1;
+  for (size_t i = leading.size(); i-- > 0;) {
+    places[i] = leading[i] > 1 ? step : 0;
+    step *= leading[i];
+  }
+  view.of = offsets(all, places);
+  view.mask.count = static_cast<int64_t>(view.offset.size());
+  view.mask.rows = view.sizes[view.sizes.size() - 2];
+  view.mask.boolean = t.scalar_type() == ScalarType::Bool;
+  if (!view.mask.boolean) view.mask.dtype = dtype_of("mask must be bool, float32, bfloat16 or float16", t);
+  view.mask.values = {t.const_data_ptr(), view.offset.data(), view.strides[scores.size() - 2], view.strides.back()};
+  view.mask.of = view.of.data();
+  return view;
+}
+
+void check_steps(const std::string& rule,
+                 const std::vector<std::pair<const char*, const std::optional<Tensor>*>>& steps) {
+  for (const auto& [name, step] : steps) {
+    if (step->has_value() != (rule == "elastic")) {
+      fail(op, ": ", name, " goes with rule \"elastic\" only, and is needed there; got rule \"", rule, "\"");
+    }
+    checked(op, name, *step, ScalarType::Float, {});
+  }
+}
+
+float step_of(const std::optional<Tensor>& alpha) {
+  const float value = *data<float>(*alpha);
+  return value < kAlphaFloor ? kAlphaFloor : value;
+}
+
+Tensor binary_attention_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, std::string rule,
+                            std::optional<double> scaling, double beta, std::string zero, std::optional<Tensor> alpha_q,
+                            std::optional<Tensor> alpha_k, std::optional<Tensor> alpha_v,
+                            std::optional<Tensor> alpha_a) {
+  BinaryAttentionParams p;
+  p.rule = rule_of(rule);
+  if (zero != "torch" && zero != "plus") fail(op, ": zero must be \"torch\" or \"plus\", got \"", zero, "\"");
+  p.zeros = zero == "torch";
+  p.dtype = dtype_of("q must be float32, bfloat16 or float16", q);
+  const int64_t dims = q.dim();
+  if (dims < 2 || k.dim() != dims || v.dim() != dims || q.size(dims - 1) != k.size(dims - 1) || q.size(dims - 1) == 0) {
+    fail(op, ": expected q [..., n, d], k [..., m, d] and v [..., m, e] with d > 0, got ", to_string(sizes_of(q)), ", ",
+         to_string(sizes_of(k)), " and ", to_string(sizes_of(v)));
+  }
+  const Sizes leading = without_last_two(sizes_of(q));
+  p.n = q.size(dims - 2);
+  p.d = q.size(dims - 1);
+  p.m = k.size(dims - 2);
+  p.e = v.size(dims - 1);
+  p.batch = std::accumulate(leading.begin(), leading.end(), int64_t{1}, std::multiplies<>());
+  if (std::max(p.d, p.m) > kMaxColumns) {
+    fail(op, ": d and m must be at most ", kMaxColumns, ", got ", p.d, " and ", p.m);
+  }
+  check_like(q, "k", k, with_last(with_last(leading, p.m), p.d));
+  check_like(q, "v", v, with_last(with_last(leading, p.m), p.e));
+  const float largest = std::numeric_limits<float>::max(), smallest = std::numeric_limits<float>::min();
+  if (scaling && !(*scaling >= smallest && *scaling <= largest)) {
+    fail(op, ": scaling must be a positive, finite float32, got ", *scaling);
+  }
+  if (!(beta > 0 && beta <= 1)) fail(op, ": beta must lie in (0, 1], got ", beta);
+  check_steps(rule, {{"alpha_q", &alpha_q}, {"alpha_k", &alpha_k}, {"alpha_v", &alpha_v}, {"alpha_a", &alpha_a}});
+  const double root = std::sqrt(static_cast<double>(p.d));
+  p.divide = !scaling;
+  p.scale = static_cast<float>(scaling ? *scaling : root);
+  p.gap = static_cast<float>(std::log(1 / beta));
+  if (p.rule == AttentionRule::elastic) {
+    const float step_a = step_of(alpha_a);
+    const double product = static_cast<double>(step_of(alpha_q)) * static_cast<double>(step_of(alpha_k));
+    p.slope = scaling ? product * *scaling : product / root;
+    p.threshold = static_cast<double>(step_a) / 2;
+    p.step = step_a * step_of(alpha_v);
+  }
+  const View queries = view_of(q), keys = view_of(k), values = view_of(v);
+  p.q = queries.matrices;
+  p.k = keys.matrices;
+  p.v = values.matrices;
+  std::optional<MaskView> attended;
+  if (mask) {
+    if (!mask->is_cpu()) fail(op, ": mask must be on the CPU like q, got another device");
+    attended = mask_view(*mask, with_last(with_last(leading, p.n), p.m));
+    p.mask = attended->mask;
+  }
+  const Tensor context = new_context(leading, p.n, p.e, q.scalar_type());
+  const View out = view_of(context);
+  p.out = context.mutable_data_ptr();
+  p.out_offset = out.offset.data();
+  p.out_row_stride = out.matrices.row_stride;
+  p.parallel_for = torch_parallel_for;
+  require(op, binary_attention(p));
+  return context;
+}
+
+}  // namespace
+}  // namespace bitmill
+
+STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) { m.impl("binary_attention", TORCH_BOX(&bitmill::binary_attention_cpu)); }

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+// The obvious form of binary attention, composed of packing and binary products (so every instruction set has it), what
+// is prepared once a call, and the choice of the instruction set.
+#include "binary_attention.h"
+
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "binary_attention_task.h"
+#include "binary_matmul.h"
+#include "bitpack.h"
+#include "cpu.h"
+
+namespace bitmill {
+namespace detail {
+namespace {
+
+// A matrix [rows, columns] whose columns lie side by side: where it is, or in `copy`.
+struct Rows {
+  const void* x;
+  int64_t stride;
+};
+
+template <class T>
+Rows rows_of(const Matrices& matrices, const T* data, int64_t matrix, int64_t first, int64_t rows, int64_t columns,
+             std::unique_ptr<char[]>& copy) {
+  const T* x = data + matrices.offset[matrix] + first * matrices.row_stride;
+  if (matrices.column_stride == 1) return {x, matrices.row_stride};
+  copy.reset(new char[static_cast<size_t>(rows * columns) * sizeof(T)]);
+  T* to = reinterpret_cast<T*>(copy.get());
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      std::memcpy(to + i * columns + j, x + i * matrices.row_stride + j * matrices.column_stride, sizeof(T));
+    }
+  }
+  return {to, columns};
+}
+
+Rows rows_of(const BinaryAttentionParams& p, const Matrices& matrices, int64_t matrix, int64_t first, int64_t rows,
+             int64_t columns, std::unique_ptr<char[]>& copy) {
+  return with_dtype(p.dtype, matrices.data,
+                    [&](const auto* data) { return rows_of(matrices, data, matrix, first, rows, columns, copy); });
+}
+
+// Bits of rows [first, first + rows), and whether one of their values is 0.
+bool pack_rows(const AttentionTask& t, const Matrices& matrices, int64_t matrix, int64_t first, int64_t rows,
+               int32_t* sign, int32_t* nonzero) {
+  std::unique_ptr<char[]> copy;
+  const std::unique_ptr<int32_t[]> count(new int32_t[static_cast<size_t>(rows)]);
+  const Rows x = rows_of(t.p, matrices, matrix, first, rows, t.p.d, copy);
+  BitpackParams pack;
+  pack.x = x.x;
+  pack.row_stride = x.stride;
+  pack.dtype = t.p.dtype;
+  pack.m = rows;
+  pack.k = t.p.d;
+  pack.levels = t.p.zeros ? Levels::sign : Levels::plus;
+  pack.sign = sign;
+  pack.nonzero = t.p.zeros ? nonzero : nullptr;
+  pack.count = count.get();
+  bitpack(pack);
+  return t.p.zeros && std::any_of(count.get(), count.get() + rows, [&](int32_t c) { return c != t.p.d; });
+}
+
+// Rows of words to tiles, 0 past the rows.
+void to_tiles(const int32_t* rows, int64_t count, int64_t words, int64_t tiles, int32_t* out) {
+  std::memset(out, 0, static_cast<size_t>(tiles * words * kTileRows) * sizeof(int32_t));
+  for (int64_t row = 0; row < count; ++row) {
+    int32_t* lane = out + row / kTileRows * words * kTileRows + row % kTileRows;
+    for (int64_t w = 0; w < words; ++w) lane[w * kTileRows] = rows[row * words + w];
+  }
+}
+
+void pack_keys(const AttentionTask& t, int64_t batch) {
+  const int64_t m = t.p.m, size = key_tiles(m) * t.words * kTileRows;
+  const std::unique_ptr<int32_t[]> sign(new int32_t[static_cast<size_t>(m * t.words)]);
+  const std::unique_ptr<int32_t[]> nonzero(new int32_t[static_cast<size_t>(m * t.words)]);
+  t.k_zeros[batch] = pack_rows(t, t.p.k, batch, 0, m, sign.get(), nonzero.get());
+  to_tiles(sign.get(), m, t.words, key_tiles(m), t.k_sign + batch * size);
+  if (t.k_zeros[batch]) to_tiles(nonzero.get(), m, t.words, key_tiles(m), t.k_nonzero + batch * size);
+}
+
+template <class T>
+void values_to_bits(const T* x, int64_t stride, int64_t m, int64_t e, int32_t* sign, int32_t* nonzero) {
+  for (int64_t tile = 0; tile < tile_count(e); ++tile) {
+    const int64_t lanes = std::min(kTileRows, e - tile * kTileRows);
+    for (int64_t w = 0; w < word_count(m); ++w) {
+      uint32_t s[kTileRows] = {}, z[kTileRows] = {};
+      for (int64_t j = 32 * w; j < 32 * (w + 1) && j < m; ++j) {
+        const T* row = x + j * stride + tile * kTileRows;
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          const float value = to_float(row[lane]);
+          s[lane] |= static_cast<uint32_t>(nonzero ? value > 0 : value >= 0) << (j % 32);
+          z[lane] |= static_cast<uint32_t>(value > 0 || value < 0) << (j % 32);
+        }
+      }
+      const int64_t at = (tile * word_count(m) + w) * kTileRows;
+      for (int64_t lane = 0; lane < kTileRows; ++lane) {
+        sign[at + lane] = static_cast<int32_t>(s[lane]);
+        if (nonzero) nonzero[at + lane] = static_cast<int32_t>(z[lane]);
+      }
+    }
+  }
+}
+
+void pack_values(const AttentionTask& t, int64_t batch) {
+  const int64_t m = t.p.m, e = t.p.e, size = tile_count(e) * t.map_words * kTileRows;
+  int32_t* sign = t.v_sign + batch * size;
+  int32_t* nonzero = t.v_nonzero ? t.v_nonzero + batch * size : nullptr;
+  std::unique_ptr<char[]> copy;
+  const Rows x = rows_of(t.p, t.p.v, batch, 0, m, e, copy);
+#ifdef BITMILL_AVX512
+  if (selected() == InstructionSet::avx512) {
+    attention_values_avx512(t.p.dtype, x.x, x.stride, m, e, sign, nonzero);
+  } else
+#endif
+  {
+    with_dtype(t.p.dtype, x.x, [&](const auto* values) { values_to_bits(values, x.stride, m, e, sign, nonzero); });
+  }
+  int64_t present = 0;
+  for (int64_t i = 0; nonzero && i < size; ++i) present += __builtin_popcount(static_cast<uint32_t>(nonzero[i]));
+  t.v_zeros[batch] = nonzero && present != m * e;
+}
+
+// keep [count, rows, map_words], and whether the mask is a bias too.
+template <class T>
+bool read_mask(const BinaryAttentionParams& p, const T* data, uint32_t* keep) {
+  const int64_t words = word_count(p.m);
+  bool biased = false;
+  for (int64_t matrix = 0; matrix < p.mask.count; ++matrix) {
+    for (int64_t row = 0; row < p.mask.rows; ++row, keep += words) {
+      const T* x = data + p.mask.values.offset[matrix] + row * p.mask.values.row_stride;
+      for (int64_t w = 0; w < words; ++w) {
+        uint32_t word = 0;
+        for (int64_t j = 32 * w; j < 32 * (w + 1) && j < p.m; ++j) {
+          const T value = x[j * p.mask.values.column_stride];
+          if constexpr (sizeof(T) == 1) {
+            word |= static_cast<uint32_t>(value != 0) << (j % 32);
+          } else {
+            const bool attend = !(to_float(value) <= kDropped);
+            word |= static_cast<uint32_t>(attend) << (j % 32);
+            biased |= attend && to_float(value) != 0.0f;
+          }
+        }
+        keep[w] = word;
+      }
+    }
+  }
+  return biased;
+}
+
+bool read_mask(const BinaryAttentionParams& p, uint32_t* keep) {
+  if (p.mask.count == 0) {
+    for (int64_t w = 0; w < word_count(p.m); ++w) keep[w] = p.m - 32 * w >= 32 ? ~0u : (1u << (p.m % 32)) - 1;
+    return false;
+  }
+  if (p.mask.boolean) return read_mask(p, static_cast<const uint8_t*>(p.mask.values.data), keep);
+  return with_dtype(p.mask.dtype, p.mask.values.data, [&](const auto* data) { return read_mask(p, data, keep); });
+}
+
+void find_lowest(const BinaryAttentionParams& p, int32_t* lowest) {
+  const int32_t d = static_cast<int32_t>(p.d);
+  int32_t dot = -d;
+  for (int32_t top = -d; top <= d; ++top) {
+    const float limit = attention_score(p, top) - p.gap;
+    const auto active = [&] {
+      const float score = attention_score(p, dot);
+      return score >= limit && score > -std::numeric_limits<float>::infinity();
+    };
+    while (dot <= top && !active()) ++dot;
+    lowest[top + d] = dot;
+  }
+}
+
+}  // namespace
+
+bool pack_queries(const AttentionTask& t, int64_t batch, int64_t first, int64_t last, int32_t* sign, int32_t* nonzero) {
+  return pack_rows(t, t.p.q, batch, first, last - first, sign, nonzero);
+}
+
+void attention_rows_generic(const AttentionTask& t, int64_t batch, int64_t first, int64_t last) {
+  const BinaryAttentionParams& p = t.p;
+  const int64_t rows = last - first;
+  std::vector<int32_t> sign(rows * t.words), nonzero(rows * t.words), dot(rows * p.m), context(rows * p.e);
+  std::vector<int32_t> map(rows * t.map_words);
+  const bool zeros = pack_queries(t, batch, first, last, sign.data(), nonzero.data());
+  BinaryMatmulParams scores;
+  scores.a = sign.data();
+  scores.a_nonzero = zeros ? nonzero.data() : nullptr;
+  scores.operand = zeros ? Operand::ternary : Operand::sign;
+  const int64_t keys = batch * key_tiles(p.m) * t.words * kTileRows;
+  scores.weight = t.k_sign + keys;
+  scores.weight_nonzero = t.k_zeros[batch] ? t.k_nonzero + keys : nullptr;
+  scores.m = rows;
+  scores.n = p.m;
+  scores.k = p.d;
+  scores.dot = dot.data();
+  binary_matmul(scores);
+  for (int64_t i = 0; i < rows; ++i) {
+    decide(t, batch, first + i, dot.data() + i * p.m, reinterpret_cast<uint32_t*>(map.data() + i * t.map_words));
+  }
+  BinaryMatmulParams product;
+  product.a = map.data();
+  product.operand = Operand::bool_;
+  const int64_t values = batch * tile_count(p.e) * t.map_words * kTileRows;
+  product.weight = t.v_sign + values;
+  product.weight_nonzero = t.v_zeros[batch] ? t.v_nonzero + values : nullptr;
+  product.m = rows;
+  product.n = p.e;
+  product.k = p.m;
+  product.dot = context.data();
+  binary_matmul(product);
+  with_dtype(p.dtype, p.out, [&](auto* out) {
+    for (int64_t i = 0; i < rows; ++i) {
+      auto* to = out + p.out_offset[batch] + (first + i) * p.out_row_stride;
+      for (int64_t c = 0; c < p.e; ++c) store(p.step * static_cast<float>(context[i * p.e + c]), to + c);
+    }
+  });
+}
+
+}  // namespace detail
+
+Status binary_attention(const BinaryAttentionParams& p) {
+  for (const int64_t size : {p.batch, p.n, p.m, p.d, p.e}) {
+    if (size < 0) return Status::bad_size;
+  }
+  if (p.d > kMaxColumns || p.m > kMaxColumns) return Status::bad_size;
+  if (p.d == 0 || !(p.scale > 0.0f) || !(p.scale <= std::numeric_limits<float>::max())) return Status::bad_argument;
+  if (p.batch == 0 || p.n == 0 || p.e == 0) return Status::ok;
+  if (p.mask.count > 0 && p.mask.rows != 1 && p.mask.rows != p.n) return Status::bad_argument;
+
+  using detail::AttentionTask;
+  const int64_t words = word_count(p.d), map_words = word_count(p.m);
+  const int64_t keys = p.batch * detail::key_tiles(p.m) * words * kTileRows;
+  const int64_t values = p.batch * tile_count(p.e) * map_words * kTileRows;
+  const int64_t mask_rows = p.mask.count ? p.mask.count * p.mask.rows : 1;
+  const bool softmax_aware = p.rule == AttentionRule::softmax_aware, elastic = p.rule == AttentionRule::elastic;
+  const auto scratch = []<class T>(int64_t count, T) {
+    return std::unique_ptr<T[]>(count ? new T[static_cast<size_t>(count)] : nullptr);
+  };
+  const auto k_sign = scratch(keys, int32_t{}), k_nonzero = scratch(p.zeros ? keys : 0, int32_t{});
+  const auto v_sign = scratch(values, int32_t{}), v_nonzero = scratch(p.zeros ? values : 0, int32_t{});
+  const auto zeros = scratch(2 * p.batch, uint8_t{});
+  const auto keep = scratch(mask_rows * map_words, uint32_t{});
+  const auto lowest = scratch(softmax_aware ? 2 * p.d + 1 : 0, int32_t{});
+  const auto weight = scratch(elastic ? 4 * p.d + 3 : 0, int64_t{});
+  AttentionTask task{p,
+                     words,
+                     map_words,
+                     k_sign.get(),
+                     k_nonzero.get(),
+                     v_sign.get(),
+                     v_nonzero.get(),
+                     zeros.get(),
+                     zeros.get() + p.batch,
+                     keep.get(),
+                     false,
+                     lowest.get(),
+                     weight.get()};
+  task.biased = detail::read_mask(p, keep.get());
+  if (softmax_aware) detail::find_lowest(p, lowest.get());
+  if (elastic) {
+    for (int64_t i = 0; i <= 2 * p.d; ++i) weight[i] = detail::elastic_weight(-p.slope * static_cast<double>(i));
+    std::fill_n(weight.get() + 2 * p.d + 1, 2 * p.d + 2, int64_t{0});
+  }
+
+  split(p.parallel_for, p.batch, static_cast<double>(p.m * (p.d + p.e)) * 0.1, [&](int64_t begin, int64_t end) {
+    for (int64_t batch = begin; batch < end; ++batch) {
+      detail::pack_keys(task, batch);
+      detail::pack_values(task, batch);
+    }
+  });
+  auto* rows = detail::attention_rows_generic;
+  double nanoseconds = 0.02;  // of a product of two bits
+#ifdef BITMILL_AVX512
+  if (selected() == InstructionSet::avx512) rows = detail::attention_rows_avx512, nanoseconds = 0.002;
+#endif
+  const int64_t blocks = ceil_div(p.n, detail::kRowsTogether);
+  const double cost = static_cast<double>(detail::kRowsTogether * p.m * (p.d + p.e)) * nanoseconds;
+  split(p.parallel_for, p.batch * blocks, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % blocks * detail::kRowsTogether;
+      rows(task, i / blocks, first, std::min(p.n, first + detail::kRowsTogether));
+    }
+  });
+  return Status::ok;
+}
+
+}  // namespace bitmill

@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: Apache-2.0
+// Binary attention with VPOPCNTDQ. Four rows of queries meet 32 keys at a time, a lane a key; a comparison makes their
+// 32 bits of the map, which never leave the first-level cache; four rows of the map meet up to 64 channels, a lane a
+// channel. Bit-equal to the generic form. Rules that need a row's largest score keep its scores, as integers,
+// meanwhile.
+#include <memory>
+
+#include "avx512.h"
+#include "binary_attention_task.h"
+#include "layout.h"
+
+namespace bitmill::detail {
+namespace {
+
+constexpr int kRows = 4;   // rows together
+constexpr int kTiles = 4;  // tiles of channels together, at most
+
+// Accumulators are named: g++ keeps an indexed array of them in memory.
+struct Keys {  // distances of four rows to 32 keys
+  __m512i a0, b0, a1, b1, a2, b2, a3, b3;
+};
+struct Channels {  // of one row
+  __m512i c0, c1, c2, c3;
+};
+
+// The distance of bits: how many are opposite (dot = d - 2 distance), or with zeros -dot.
+template <bool ternary>
+__m512i add(__m512i sum, __m512i q, __m512i q_nonzero, __m512i k, __m512i k_nonzero) {
+  if constexpr (ternary) {
+    const __m512i present = _mm512_and_si512(q_nonzero, k_nonzero);
+    const __m512i opposite = _mm512_popcnt_epi32(_mm512_ternarylogic_epi64(q, k, present, 0x28));  // (q ^ k) & present
+    sum = _mm512_add_epi32(sum, _mm512_add_epi32(opposite, opposite));
+    sum = _mm512_sub_epi32(sum, _mm512_popcnt_epi32(present));
+  } else {
+    sum = _mm512_add_epi32(sum, _mm512_popcnt_epi32(_mm512_xor_si512(q, k)));
+  }
+  asm volatile("" : "+v"(sum));  // keeps the steps of one sum together; otherwise g++ runs out of registers
+  return sum;
+}
+
+// Distances of the four rows q [4][words] to the two tiles k.
+template <int fixed_words, bool ternary>
+[[gnu::always_inline]] inline Keys distances(const int32_t* q, const int32_t* qn, const int32_t* k, const int32_t* kn,
+                                             int64_t any_words) {
+  const int64_t words = fixed_words ? fixed_words : any_words, tile = words * kTileRows;
+  const __m512i zero = _mm512_setzero_si512();
+  Keys s{zero, zero, zero, zero, zero, zero, zero, zero};
+#pragma GCC unroll 4
+  for (int64_t w = 0; w < words; ++w) {
+    const __m512i ka = _mm512_loadu_si512(k + w * kTileRows), kb = _mm512_loadu_si512(k + tile + w * kTileRows);
+    const __m512i na = ternary ? _mm512_loadu_si512(kn + w * kTileRows) : ka;
+    const __m512i nb = ternary ? _mm512_loadu_si512(kn + tile + w * kTileRows) : kb;
+    const auto query = [&](int row) { return _mm512_set1_epi32(q[row * words + w]); };
+    const auto present = [&](int row) { return ternary ? _mm512_set1_epi32(qn[row * words + w]) : zero; };
+    const __m512i q0 = query(0), n0 = present(0);
+    s.a0 = add<ternary>(s.a0, q0, n0, ka, na), s.b0 = add<ternary>(s.b0, q0, n0, kb, nb);
+    const __m512i q1 = query(1), n1 = present(1);
+    s.a1 = add<ternary>(s.a1, q1, n1, ka, na), s.b1 = add<ternary>(s.b1, q1, n1, kb, nb);
+    const __m512i q2 = query(2), n2 = present(2);
+    s.a2 = add<ternary>(s.a2, q2, n2, ka, na), s.b2 = add<ternary>(s.b2, q2, n2, kb, nb);
+    const __m512i q3 = query(3), n3 = present(3);
+    s.a3 = add<ternary>(s.a3, q3, n3, ka, na), s.b3 = add<ternary>(s.b3, q3, n3, kb, nb);
+  }
+  return s;
+}
+
+// What four rows share.
+struct Block {
+  const AttentionTask& t;
+  const int32_t *q, *q_nonzero;  // [4][words]
+  const int32_t *k, *k_nonzero;
+  const uint32_t* keep[kRows];
+  uint32_t* bits[kRows];  // of the map
+  int32_t* count;         // [4], set bits
+};
+
+// 32 keys of one row: those at most `limit` away.
+[[gnu::always_inline]] inline void put_bits(const Block& b, int row, int64_t w, __m512i low, __m512i high,
+                                            __m512i limit) {
+  const __mmask16 first = _mm512_cmple_epi32_mask(low, limit), second = _mm512_cmple_epi32_mask(high, limit);
+  const uint32_t word = _cvtmask32_u32(_mm512_kunpackw(second, first)) & b.keep[row][w];
+  b.bits[row][w] = word;
+  b.count[row] += _mm_popcnt_u32(word);
+}
+
+// BiBERT's rule: dot > 0.
+template <int words, bool ternary>
+void decide_bool(const Block& b) {
+  const int64_t tiles = 2 * b.t.words * kTileRows;
+  const __m512i limit = _mm512_set1_epi32(ternary ? -1 : static_cast<int>((b.t.p.d - 1) / 2));
+  for (int64_t w = 0; w < b.t.map_words; ++w) {
+    const Keys s = distances<words, ternary>(b.q, b.q_nonzero, b.k + w * tiles, b.k_nonzero + w * tiles, b.t.words);
+    put_bits(b, 0, w, s.a0, s.b0, limit);
+    put_bits(b, 1, w, s.a1, s.b1, limit);
+    put_bits(b, 2, w, s.a2, s.b2, limit);
+    put_bits(b, 3, w, s.a3, s.b3, limit);
+  }
+}
+
+// Distances [4][32 map_words] to memory; those of keys that are not attended are `far`.
+template <int words, bool ternary>
+void keep_distances(const Block& b, int32_t far, int32_t* out) {
+  const int64_t tiles = 2 * b.t.words * kTileRows, next = 32 * b.t.map_words;
+  const __m512i dropped = _mm512_set1_epi32(far);
+  for (int64_t w = 0; w < b.t.map_words; ++w) {
+    const Keys s = distances<words, ternary>(b.q, b.q_nonzero, b.k + w * tiles, b.k_nonzero + w * tiles, b.t.words);
+    const auto put = [&](int row, __m512i low, __m512i high) {
+      const uint32_t keep = b.keep[row][w];
+      int32_t* to = out + row * next + 32 * w;
+      _mm512_storeu_si512(to, _mm512_mask_mov_epi32(dropped, static_cast<__mmask16>(keep), low));
+      _mm512_storeu_si512(to + kTileRows, _mm512_mask_mov_epi32(dropped, static_cast<__mmask16>(keep >> 16), high));
+    };
+    put(0, s.a0, s.b0);
+    put(1, s.a1, s.b1);
+    put(2, s.a2, s.b2);
+    put(3, s.a3, s.b3);
+  }
+}
+
+// The map of one row from its distances, by the rules that look at all of them. `stride` dots make one distance.
+int32_t decide_row(const Block& b, int row, const int32_t* distance, int32_t far, bool ternary) {
+  const AttentionTask& t = b.t;
+  const int32_t d = static_cast<int32_t>(t.p.d);
+  __m512i nearest = _mm512_set1_epi32(far);
+  for (int64_t i = 0; i < 32 * t.map_words; i += kTileRows) {
+    nearest = _mm512_min_epi32(nearest, _mm512_loadu_si512(distance + i));
+  }
+  const int32_t least = _mm512_reduce_min_epi32(nearest);
+  int32_t limit = least - 1;
+  if (least < far && t.p.rule == AttentionRule::softmax_aware) {
+    const int32_t lowest = t.lowest[(ternary ? -least : d - 2 * least) + d];
+    limit = ternary ? -lowest : (d - lowest) >> 1;
+  } else if (least < far) {
+    const int64_t stride = ternary ? 1 : 2;
+    const int64_t* weight = t.weight - stride * least;
+    int64_t sum = 0, other = 0;
+    for (int64_t i = 0; i < 32 * t.map_words; i += 2) {  // 0 for keys that are far
+      sum += weight[stride * distance[i]];
+      other += weight[stride * distance[i + 1]];
+    }
+    const double least_weight = t.p.threshold * static_cast<double>(sum + other);
+    while (limit<far&& static_cast<double>(weight[stride * (limit + 1)])> least_weight) ++limit;
+  }
+  const __m512i bound = _mm512_set1_epi32(limit);
+  for (int64_t w = 0; w < t.map_words; ++w) {
+    const int32_t* at = distance + 32 * w;
+    put_bits(b, row, w, _mm512_loadu_si512(at), _mm512_loadu_si512(at + kTileRows), bound);
+  }
+  return b.count[row];
+}
+
+// Distances to dots, for rules with a bias, which are decided in floats.
+void to_dots(const AttentionTask& t, bool ternary, int32_t* distance) {
+  const __m512i d = _mm512_set1_epi32(ternary ? 0 : static_cast<int>(t.p.d));
+  for (int64_t i = 0; i < kRows * 32 * t.map_words; i += kTileRows) {
+    const __m512i y = _mm512_loadu_si512(distance + i);
+    _mm512_storeu_si512(distance + i, _mm512_sub_epi32(d, ternary ? y : _mm512_add_epi32(y, y)));
+  }
+}
+
+template <int words, bool ternary>
+void make_map(const Block& b, int64_t batch, int64_t row, int64_t rows, int32_t* distance) {
+  const AttentionTask& t = b.t;
+  if (t.p.rule == AttentionRule::bool_ && !t.biased) return decide_bool<words, ternary>(b);
+  // so far that every rule's weight of it is 0, whatever the nearest key of the row
+  const int32_t far = static_cast<int32_t>(ternary ? 3 * t.p.d + 1 : 2 * t.p.d + 1);
+  keep_distances<words, ternary>(b, far, distance);
+  if (t.biased) to_dots(t, ternary, distance);
+  for (int r = 0; r < rows; ++r) {
+    const int32_t* of_row = distance + r * 32 * t.map_words;
+    b.count[r] = t.biased ? decide(t, batch, row + r, of_row, b.bits[r]) : decide_row(b, r, of_row, far, ternary);
+  }
+}
+
+template <bool ternary>
+__m512i add_values(__m512i sum, __m512i map, __m512i sign, __m512i nonzero) {
+  const __m512i positive = _mm512_popcnt_epi32(_mm512_and_si512(map, sign));
+  sum = _mm512_add_epi32(sum, positive);
+  if constexpr (ternary) {  // twice the positive ones, less all
+    sum = _mm512_add_epi32(sum, positive);
+    sum = _mm512_sub_epi32(sum, _mm512_popcnt_epi32(_mm512_and_si512(map, nonzero)));
+  }
+  asm volatile("" : "+v"(sum));
+  return sum;
+}
+
+template <int tiles, bool ternary>
+void add_word(Channels& row, uint32_t bits, const __m512i* s, const __m512i* z) {
+  const __m512i map = _mm512_set1_epi32(static_cast<int>(bits));
+  row.c0 = add_values<ternary>(row.c0, map, s[0], z[0]);
+  if constexpr (tiles > 1) row.c1 = add_values<ternary>(row.c1, map, s[1], z[1]);
+  if constexpr (tiles > 2) row.c2 = add_values<ternary>(row.c2, map, s[2], z[2]);
+  if constexpr (tiles > 3) row.c3 = add_values<ternary>(row.c3, map, s[3], z[3]);
+}
+
+// `tiles` tiles of channels of four rows; only the last tile may be cut to `lanes`.
+template <int tiles, bool ternary>
+void context(const Block& b, const int32_t* sign, const int32_t* nonzero, int64_t rows, int64_t channel,
+             __mmask16 lanes, int64_t batch, int64_t row) {
+  const AttentionTask& t = b.t;
+  const int64_t next = t.map_words * kTileRows;
+  const __m512i zero = _mm512_setzero_si512();
+  Channels r0{zero, zero, zero, zero}, r1 = r0, r2 = r0, r3 = r0;
+  for (int64_t w = 0; w < t.map_words; ++w) {
+    __m512i s[tiles], z[tiles];
+#pragma GCC unroll 4
+    for (int tile = 0; tile < tiles; ++tile) {
+      s[tile] = _mm512_loadu_si512(sign + tile * next + w * kTileRows);
+      z[tile] = ternary ? _mm512_loadu_si512(nonzero + tile * next + w * kTileRows) : s[tile];
+    }
+    add_word<tiles, ternary>(r0, b.bits[0][w], s, z);
+    add_word<tiles, ternary>(r1, b.bits[1][w], s, z);
+    add_word<tiles, ternary>(r2, b.bits[2][w], s, z);
+    add_word<tiles, ternary>(r3, b.bits[3][w], s, z);
+  }
+  const __m512 step = _mm512_set1_ps(t.p.step);
+  with_dtype(t.p.dtype, t.p.out, [&](auto* out) {
+    auto* to = out + t.p.out_offset[batch] + row * t.p.out_row_stride + channel;
+    const auto put = [&](int r, const Channels& c) {
+      if (r >= rows) return;
+      const __m512i all = _mm512_set1_epi32(b.count[r]);
+      const auto finish = [&](int tile, __m512i sum) {
+        const __m512i whole = ternary ? sum : _mm512_sub_epi32(_mm512_add_epi32(sum, sum), all);
+        const __m512 value = _mm512_mul_ps(step, _mm512_cvtepi32_ps(whole));
+        store16(to + r * t.p.out_row_stride + tile * kTileRows, tile + 1 < tiles ? __mmask16{0xFFFF} : lanes, value);
+      };
+      finish(0, c.c0);
+      if constexpr (tiles > 1) finish(1, c.c1);
+      if constexpr (tiles > 2) finish(2, c.c2);
+      if constexpr (tiles > 3) finish(3, c.c3);
+    };
+    put(0, r0);
+    put(1, r1);
+    put(2, r2);
+    put(3, r3);
+  });
+}
+
+template <bool ternary>
+void make_context(const Block& b, int64_t batch, int64_t row, int64_t rows) {
+  const AttentionTask& t = b.t;
+  const int64_t size = t.map_words * kTileRows, tiles = tile_count(t.p.e);
+  const int32_t* sign = t.v_sign + batch * tiles * size;
+  const int32_t* nonzero = ternary ? t.v_nonzero + batch * tiles * size : nullptr;
+  for (int64_t tile = 0; tile < tiles; tile += kTiles) {
+    const int64_t channel = tile * kTileRows, left = tiles - tile;
+    const __mmask16 lanes = first_lanes(t.p.e - (tiles - 1) * kTileRows);
+    const int32_t *s = sign + tile * size, *z = ternary ? nonzero + tile * size : nullptr;
+    if (left > 4) context<4, ternary>(b, s, z, rows, channel, __mmask16{0xFFFF}, batch, row);
+    if (left == 4) context<4, ternary>(b, s, z, rows, channel, lanes, batch, row);
+    if (left == 3) context<3, ternary>(b, s, z, rows, channel, lanes, batch, row);
+    if (left == 2) context<2, ternary>(b, s, z, rows, channel, lanes, batch, row);
+    if (left == 1) context<1, ternary>(b, s, z, rows, channel, lanes, batch, row);
+  }
+}
+
+// Bits of 16 channels over up to 32 keys: a lane a channel.
+template <class T>
+void values_to_bits(const T* x, int64_t stride, int64_t m, int64_t e, int32_t* sign, int32_t* nonzero) {
+  const int64_t words = word_count(m);
+  const __m512 zero = _mm512_setzero_ps();
+  for (int64_t tile = 0; tile < tile_count(e); ++tile) {
+    const __mmask16 lanes = first_lanes(e - tile * kTileRows);
+    for (int64_t w = 0; w < words; ++w) {
+      __m512i s = _mm512_setzero_si512(), z = s, bit = _mm512_set1_epi32(1);
+      for (int64_t j = 32 * w; j < 32 * (w + 1) && j < m; ++j, bit = _mm512_add_epi32(bit, bit)) {
+        const __m512 value = load16(x + j * stride + tile * kTileRows, lanes);
+        const __mmask16 positive = nonzero ? _mm512_cmp_ps_mask(value, zero, _CMP_GT_OQ)
+                                           : _mm512_mask_cmp_ps_mask(lanes, value, zero, _CMP_GE_OQ);
+        s = _mm512_mask_or_epi32(s, positive, s, bit);
+        if (nonzero) z = _mm512_mask_or_epi32(z, _mm512_cmp_ps_mask(value, zero, _CMP_NEQ_OQ), z, bit);
+      }
+      const int64_t at = (tile * words + w) * kTileRows;
+      _mm512_storeu_si512(sign + at, s);
+      if (nonzero) _mm512_storeu_si512(nonzero + at, z);
+    }
+  }
+}
+
+}  // namespace
+
+void attention_values_avx512(Dtype dtype, const void* x, int64_t stride, int64_t m, int64_t e, int32_t* sign,
+                             int32_t* nonzero) {
+  with_dtype(dtype, x, [&](const auto* values) { values_to_bits(values, stride, m, e, sign, nonzero); });
+}
+
+void attention_rows_avx512(const AttentionTask& t, int64_t batch, int64_t first, int64_t last) {
+  const bool looks_back = t.biased || t.p.rule != AttentionRule::bool_;  // at the scores of a whole row
+  const int64_t distances = looks_back ? kRows * 32 * t.map_words : 0;
+  const int64_t queries = kRowsTogether * t.words, map = kRows * t.map_words;
+  const int64_t keys = key_tiles(t.p.m) * t.words * kTileRows;
+  const std::unique_ptr<int32_t[]> scratch(new int32_t[static_cast<size_t>(2 * queries + map + distances)]());
+  int32_t *q = scratch.get(), *q_nonzero = q + queries, *distance = q_nonzero + queries + map;
+  uint32_t* bits = reinterpret_cast<uint32_t*>(q_nonzero + queries);
+  const bool zeros = pack_queries(t, batch, first, last, q, q_nonzero) || t.k_zeros[batch];
+  const int32_t* k_nonzero = t.k_nonzero + batch * keys;
+  std::unique_ptr<int32_t[]> ones;
+  if (zeros && !t.k_zeros[batch]) {  // only queries are 0
+    ones.reset(new int32_t[static_cast<size_t>(keys)]);
+    std::fill_n(ones.get(), keys, -1);
+    k_nonzero = ones.get();
+  }
+  for (int64_t row = first; row < last; row += kRows) {  // rows past the last are computed, but not written
+    const int64_t rows = std::min<int64_t>(kRows, last - row), at = (row - first) * t.words;
+    int32_t count[kRows] = {};
+    Block b{t, q + at, q_nonzero + at, t.k_sign + batch * keys, k_nonzero, {}, {}, count};
+    for (int r = 0; r < kRows; ++r) {
+      b.keep[r] = t.keep_of(batch, std::min(row + r, last - 1));
+      b.bits[r] = bits + r * t.map_words;
+    }
+    if (zeros) {
+      make_map<0, true>(b, batch, row, rows, distance);
+    } else if (t.words == 1) {
+      make_map<1, false>(b, batch, row, rows, distance);
+    } else if (t.words == 2) {
+      make_map<2, false>(b, batch, row, rows, distance);
+    } else {
+      make_map<0, false>(b, batch, row, rows, distance);
+    }
+    if (t.v_zeros[batch]) {
+      make_context<true>(b, batch, row, rows);
+    } else {
+      make_context<false>(b, batch, row, rows);
+    }
+  }
+}
+
+}  // namespace bitmill::detail
