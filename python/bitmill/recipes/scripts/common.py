@@ -38,6 +38,12 @@ def parser(description: str, lr: float, epochs: float) -> argparse.ArgumentParse
 
 
 def start(args: argparse.Namespace) -> Task:
+    """`prepare`, and the task."""
+    prepare(args)
+    return TASKS[args.task]
+
+
+def prepare(args: argparse.Namespace) -> None:
     """Seed, set the threads, and refuse to go on with a run that was started with other arguments."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -50,7 +56,6 @@ def start(args: argparse.Namespace) -> Task:
     if changed:
         raise SystemExit(f"{args.out} holds a run with other values of {', '.join(changed)}; choose another --out")
     record.write_text(json.dumps(now, indent=1) + "\n")
-    return TASKS[args.task]
 
 
 def model_folder(path: str, out: str) -> str:
