@@ -17,8 +17,9 @@ from torch.nn.functional import conv2d, pad
 from binary_inputs import FLOATS, leaves, on_meta, with_gradients
 from bitmill import ops
 from bitmill.ops._library import failure
+from bitmill.ops._surrogates import SURROGATES, surrogate_slope
 from bitmill.ops.binary_conv import _binary_conv2d_reference, conv_kernels
-from bitmill.ops.binary_matmul import SURROGATES, surrogate_slope, unpack_signs
+from bitmill.ops.binary_matmul import unpack_signs
 from bitmill.ops.bitpack import LEVELS, binarized
 from conv_inputs import SHAPES, Shape, conv_arguments, outputs_of
 from problems import assert_same_bits, on_every_machine

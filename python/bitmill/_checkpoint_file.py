@@ -102,7 +102,11 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
         return type(value) is dict and {key: type(v) for key, v in value.items()} == fields
 
     def is_flat(value: Any) -> bool:
-        return type(value) is dict and not any(isinstance(v, (dict, list)) for v in value.values())
+        """Only numbers, texts and short lists of whole numbers."""
+        if type(value) is not dict or any(isinstance(v, dict) for v in value.values()):
+            return False
+        lists = [v for v in value.values() if isinstance(v, list)]
+        return all(len(v) <= 4 and all(type(number) is int for number in v) for v in lists)
 
     if not (
         fits(metadata, FIELDS)

@@ -8,6 +8,7 @@ m n / 64 of a float operation (BinaryBERT, BiBERT), per row of the input.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from torch import nn
@@ -108,8 +109,8 @@ def _layer(name: str, module: nn.Module) -> LayerSummary:
 
 
 def _shape(weight: Any) -> tuple[int, int]:
-    n, k = weight.shape
-    return n, k
+    n, *k = weight.shape
+    return n, math.prod(k)
 
 
 def _kernel(module: nn.Module) -> str:

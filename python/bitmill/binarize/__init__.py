@@ -15,12 +15,13 @@ from .functions import BinarizedWeight, binarize_weight, boolean, elastic, elast
 from .levels import learned_noise, standardised
 from .methods import method, method_names, register_method
 from .products import exact_linear, level_product
-from .rules import ActivationRule, Method, WeightRule
+from .rules import ActivationRule, ConvRule, Method, WeightRule
 from .schedules import FollowsEpoch, epoch_numbers, set_epoch
 
 __all__ = [
     "ActivationRule",
     "BinarizedWeight",
+    "ConvRule",
     "FollowsEpoch",
     "Method",
     "QuantizedActivation",
