@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from ..ops._library import without_autocast
 from ..ops.binary_conv import canonical_conv, conv_dot, conv_input_gradient, pad_image
@@ -44,11 +45,11 @@ class _ExactConv(torch.autograd.Function):
         geometry: ConvGeometry,
         carries_rows: bool,
     ) -> Tensor:
-        dot = conv_dot(level, signs, *geometry)
+        dot, flat = conv_dot(level, signs, *geometry), level.flatten(1)
         if any(ctx.needs_input_grad):
             scaled = dot * scale.view(-1, 1, 1) if ctx.needs_input_grad[3] else None
-            ctx.save_for_backward(w_value, rows, step, scaled, *keep_levels(level.flatten(1)))
-        ctx.x_shape, ctx.geometry, ctx.carries_rows = level.shape, geometry, carries_rows
+            ctx.save_for_backward(w_value, rows, step, scaled, *keep_levels(flat))
+        ctx.x_shape, ctx.flat_shape, ctx.geometry, ctx.carries_rows = level.shape, flat.shape, geometry, carries_rows
         return canonical_conv(dot, scale, rows, bias)
 
     @staticmethod
@@ -60,9 +61,9 @@ class _ExactConv(torch.autograd.Function):
         grad_x = grad_w = None
         with without_autocast(grad):
             if need_w:
-                value = kept_levels(sign, nonzero, (ctx.x_shape[0], ctx.x_shape[1:].numel())).view(ctx.x_shape)
+                value = kept_levels(sign, nonzero, ctx.flat_shape).view(ctx.x_shape)
                 value = pad_image(value if step is None else value * step, padding)
-                grad_w = torch.nn.grad.conv2d_weight(value, w_value.shape, g, stride, 0, dilation, groups)
+                grad_w = conv2d_weight(value, w_value.shape, g, stride, 0, dilation, groups)
             if need_x:
                 grad_x = conv_input_gradient(g if ctx.carries_rows else grad, ctx.x_shape, w_value, *ctx.geometry)
         grad_bias = grad.sum((0, 2, 3)) if need_bias else None

@@ -63,6 +63,10 @@ class BinaryConv2d(nn.Conv2d, FollowsEpoch):
     weight_scale: Tensor | None
     row_scale: Tensor | None
     column_scale: Tensor | None
+    weight_inner: Tensor | None
+    weight_outer: Tensor | None
+    act_inner: Tensor | None
+    act_outer: Tensor | None
 
     def __init__(
         self,
@@ -74,7 +78,7 @@ class BinaryConv2d(nn.Conv2d, FollowsEpoch):
         dilation: Any = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Any = "zeros",
         config: BinaryConfig | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -222,7 +226,7 @@ class BinaryConv2d(nn.Conv2d, FollowsEpoch):
             empty = plane.all(1)
             scale[empty, p] = 0
             plane[empty] = False
-        maps = {}
+        maps: dict[str, Any] = {}
         if self.row_scale is not None and self.column_scale is not None:
             maps = {"map_rows": _used(self.row_scale), "map_columns": _used(self.column_scale)}
         packed = PackedBinaryConv2d(

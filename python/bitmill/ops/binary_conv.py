@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
+from torch.nn.grad import conv2d_input
 
 from . import _library as library
 from ._checks import FLOATS, MAX_COLUMNS, PACK_REMEDY, check_one_of, check_tensor, require, tile_shape
@@ -221,7 +222,7 @@ def conv_input_gradient(
     """The gradient of conv2d(pad_image(x), kernels) to x of this shape."""
     (batch, channels, height, width), (top, bottom, left, right) = shape, padding
     padded = (batch, channels, height + top + bottom, width + left + right)
-    whole = torch.nn.grad.conv2d_input(padded, kernels, grad, list(stride), 0, list(dilation), groups)
+    whole = conv2d_input(padded, kernels, grad, list(stride), 0, list(dilation), groups)
     return whole[:, :, top : top + height, left : left + width]
 
 
