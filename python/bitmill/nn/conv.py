@@ -17,6 +17,7 @@ from ..binarize import (
     BinarizedWeight,
     FollowsEpoch,
     binarize_weight,
+    epoch_numbers,
     learned_noise,
     method,
     quantize_activation,
@@ -113,8 +114,9 @@ class BinaryConv2d(nn.Conv2d, FollowsEpoch):
         for name, value in state.items():
             self.register_parameter(name, None if value is None else nn.Parameter(value))
         ready = None if state["alpha"] is None else torch.zeros((), device=device, dtype=torch.bool)
-        self.register_buffer("alpha_ready", ready)
-        self.create_schedules(binarizer.schedules, device)
+        buffers = {"alpha_ready": ready, **epoch_numbers(binarizer.schedules, device)}
+        for name, t in sorted(buffers.items(), key=lambda item: item[1] is None):  # see PackedModule.register_buffers
+            self.register_buffer(name, t)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, config: BinaryConfig | None = None) -> BinaryConv2d:
