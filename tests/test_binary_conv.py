@@ -184,14 +184,16 @@ def test_opcheck(name: str, flag: bool) -> None:
 
 
 def test_compiled_with_any_batch_and_size() -> None:
-    shape = Shape("no two sizes alike", (4, 5, 6, 8), 9)  # torch takes equal ones for one and the same
+    shape = Shape("no two sizes alike", (4, 5, 6, 11), 9)  # torch takes equal ones for one and the same
     arguments = conv_arguments(shape, bias=True, shift=True)
 
-    @torch.compile(fullgraph=True, dynamic=True)
+    @torch.compile(
+        fullgraph=True, dynamic=True, backend="aot_eager"
+    )  # inductor fixes the sizes of torch's own gradient
     def convolve(x: Tensor) -> Tensor:
         return ops.binary_conv2d(x, *arguments[1:]) * 2
 
-    for size in ((4, 5, 6, 8), (3, 5, 9, 7), (7, 5, 12, 6)):
+    for size in ((4, 5, 6, 11), (3, 5, 9, 7), (7, 5, 12, 6)):
         x = torch.randn(size, requires_grad=True)
         same = x.detach().clone().requires_grad_()
         with torch.compiler.set_stance("default" if size[0] == 4 else "fail_on_recompile"):
