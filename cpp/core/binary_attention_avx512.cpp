@@ -129,6 +129,7 @@ int32_t elastic_limit(const AttentionTask& t, const int32_t* distance, int32_t n
     s1 += weight[static_cast<Index>(distance[i + 1])];
     s2 += weight[static_cast<Index>(distance[i + 2])];
     s3 += weight[static_cast<Index>(distance[i + 3])];
+    asm volatile("" : "+r"(s0), "+r"(s1), "+r"(s2), "+r"(s3));  // g++ would gather vectors element by element
   }
   const double share = t.p.threshold * static_cast<double>(s0 + s1 + s2 + s3);
   // whole numbers: above `share` is above its floor; nothing is heavier than kWeightOne, and NaN admits nothing

@@ -118,7 +118,7 @@ static inline int32_t decide(const AttentionTask& t, int64_t batch, int64_t row,
 }
 
 // Rows [first, last) of one matrix of the batch, at most kRowsTogether.
-inline constexpr int64_t kRowsTogether = 32;
+inline constexpr int64_t kRowsTogether = 64;
 void attention_rows_generic(const AttentionTask& task, int64_t batch, int64_t first, int64_t last);
 void attention_rows_avx512(const AttentionTask& task, int64_t batch, int64_t first, int64_t last);
 
