@@ -107,7 +107,7 @@ ATTENTION = tuple(
         ("MiniLM-L6-H384", 128, 12, 32),
         ("DeiT-S", 197, 6, 64),
         ("DeiT-B", 197, 12, 64),
-        ("Swin-T stage 1", 49, 64 * 3, 32),
+        ("Swin-T stage 3", 49, 4 * 12, 32),
         ("BERT-base 512 tokens", 512, 12, 64),
     )
 )
