@@ -21,7 +21,8 @@ from bitmill.bench import buffer_bytes
 from bitmill.config import Config
 from bitmill.convert import LAYERS
 
-from . import peers
+from . import peers, shapes
+from .attention import ATTENTION
 from .runner import Case, Family, Prepared, Variant, layer_copies
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}  # a bfloat16 result is rounded by up to 2^-9
@@ -238,6 +239,12 @@ FAMILIES = (
             *BASELINES,
             *peers.FOUR_BIT,
         ),
+    ),
+    Family(
+        "attention",
+        "attention with 1-bit queries, keys, values and map, float in and out, packing included",
+        ATTENTION,
+        problems=shapes.ATTENTION,
     ),
     Family(
         "bitpack",

@@ -99,12 +99,16 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Variants that answer the same question. `macs` is False where nothing is multiplied: bytes count there."""
+    """Variants that answer the same question. `macs` is False where nothing is multiplied: bytes count there.
+
+    `problems` are those of a question that is not about a linear layer.
+    """
 
     name: str
     title: str
     variants: tuple[Variant, ...]
     macs: bool = True
+    problems: tuple[Problem, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from problems import HEADLINE, MODELS, Problem  # noqa: E402
+from problems import ATTENTION, HEADLINE, MODELS, Problem  # noqa: E402
 
-__all__ = ["HEADLINE", "MODELS", "REPOSITORY", "Problem", "select"]
+__all__ = ["ATTENTION", "HEADLINE", "MODELS", "REPOSITORY", "Problem", "select"]
 
 
 def select(model: str | None, shape: tuple[int, int, int] | None) -> tuple[Problem, ...]:
@@ -20,7 +20,7 @@ def select(model: str | None, shape: tuple[int, int, int] | None) -> tuple[Probl
     Raises:
         ValueError: if no model has that name.
     """
-    known = {problem.name.lower(): problem for problem in (*MODELS, *HEADLINE)}
+    known = {problem.name.lower(): problem for problem in (*MODELS, *HEADLINE, *ATTENTION)}
     if shape is not None:
         named = (problem for problem in known.values() if problem[1:] == shape)
         return (next(named, Problem("given", *shape)),)

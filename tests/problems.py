@@ -90,6 +90,20 @@ HEADLINE = (
     ),
 )
 
+# Attention: m tokens, n = 2 x heads x tokens, k columns a head, so m n k counts both of its products.
+ATTENTION = tuple(
+    Problem(f"{name} attention", tokens, 2 * heads * tokens, width)
+    for name, tokens, heads, width in (
+        ("BERT-base", 128, 12, 64),
+        ("BERT-base 16 texts", 128, 16 * 12, 64),
+        ("MiniLM-L6-H384", 128, 12, 32),
+        ("DeiT-S", 197, 6, 64),
+        ("DeiT-B", 197, 12, 64),
+        ("Swin-T stage 1", 49, 64 * 3, 32),
+        ("BERT-base 512 tokens", 512, 12, 64),
+    )
+)
+
 
 def on_every_machine(call: Callable[[], T]) -> list[tuple[str, T]]:
     """What `call` answers on every instruction set that this machine has, with one and with two threads."""

@@ -21,7 +21,8 @@ REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks import families, peaks, peers, plots, report, runner, shapes  # noqa: E402
-from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.__main__ import main, parse, workload  # noqa: E402
+from benchmarks.attention import ATTENTION  # noqa: E402
 from benchmarks.runner import Case, Family, Missing, Prepared, Row, Unfit, Variant  # noqa: E402
 
 
@@ -172,7 +173,9 @@ def test_a_wrong_copy_is_refused() -> None:
 @torch.inference_mode()
 def test_every_variant_of_ours_verifies(family: Family) -> None:
     ours = tuple(v for v in family.variants if v.origin != "peer")
-    for problem in (Problem("even", 9, 32, 64), Problem("ugly", 10, 17, 33)):
+    layers = (Problem("even", 9, 32, 64), Problem("ugly", 10, 17, 33))
+    attention = (Problem("even", 32, 128, 64), Problem("ugly", 7, 42, 33))  # 2 and 3 heads
+    for problem in attention if family.problems else layers:
         rows = runner.measure(dataclasses.replace(family, variants=ours), problem, peaks.Peaks(1), 0.001)
         assert [row.status for row in rows] == ["ok"] * len(ours)
         assert all(row.microseconds > 0 and row.gigabytes > 0 for row in rows)
@@ -248,6 +251,23 @@ def test_plots(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["roofline.png", "speedup.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     assert plots.write(FACTS, ROWS[2:3], tmp_path) == []
+
+
+def test_families_get_their_own_problems() -> None:
+    for arguments, family, names in (
+        (["--family", "attention", "--model", "DeiT"], "attention", {"DeiT-S attention", "DeiT-B attention"}),
+        (["--family", "w1a1", "--model", "TinyBERT"], "w1a1", {"TinyBERT-4L-312 projection"}),
+        (["--family", "attention", "--shape", "7,42,33"], "attention", {"given"}),
+    ):
+        work = workload(parse(arguments))
+        assert {(f.name, problem.name) for f, problem in work} == {(family, name) for name in names}
+    rows = runner.measure(
+        dataclasses.replace(families.FAMILIES[0], variants=ATTENTION[:1]),
+        Problem("layer", 8, 8, 8),
+        peaks.Peaks(1),
+        0.001,
+    )
+    assert rows[0].status == "not for this problem: n must be 2 x heads x m"
 
 
 def test_shapes_are_those_of_the_tests() -> None:

@@ -25,12 +25,8 @@ INTEGER = (
     *(BinaryConfig(m, zero="plus") for m in method_names() if method(m).act_bits[0] == 1),
     BinaryConfig("bit", signed=False),
     *(BinaryConfig("bit", act_bits=bits, signed=signed) for bits in (2, 4) for signed in (True, False)),
-    *(
-        BinaryConfig("tbt", act_bits=a, weight_bits=w, signed=s)
-        for a in (1, 2, 8)
-        for w in (1, 2)
-        for s in (True, False)
-    ),
+    *(BinaryConfig("tbt", act_bits=a, weight_bits=w, signed=a < 8) for a in (1, 2, 8) for w in (1, 2)),
+    *(BinaryConfig("tbt", act_bits=a, signed=a == 8) for a in (2, 8)),
     *(BinaryConfig("llmqat", weight_bits=w, signed=s) for w in (1, 2) for s in (True, False)),
     *(BinaryConfig("n2uq", act_bits=a, weight_bits=w) for a, w in ((2, 1), (1, 2), (4, 3))),
     BinaryConfig("statsq", act_bits=4, weight_bits=4, signed=False),
@@ -443,12 +439,10 @@ def test_constant_rows_and_scattered_zeros_pack_exactly(config: BinaryConfig, gr
         linear.weight[4] = -0.0
     layer = BinaryLinear.from_linear(linear, config)
     layer(inputs(8, 64))
+    set_epoch(layer, 29, 30)
     packed = layer.eval().pack()
-    assert (
-        packed.weight_zeros
-        == (packed.weight_nonzero is not None)
-        == bool((layer.binarized_weight().signs[3] == 0).any())
-    )
+    zeros = bool((layer.binarized_weight().signs[3] == 0).any())
+    assert packed.weight_zeros == (packed.weight_nonzero is not None) == zeros
     x = inputs(9, 64)
     assert torch.equal(packed(x), layer(x))
     assert_close(gradient(packed, x, torch.ones(9, 20)), gradient(layer, x, torch.ones(9, 20)))

@@ -161,7 +161,17 @@ inline int64_t group_count(const char* op, int64_t k, int64_t group_size) {
   return group_size > 0 ? ceil_div(k, group_size) : 1;
 }
 
-// An uninitialised CPU tensor whose dimensions follow each other in memory as in `order`, the last one closest.
+// An uninitialised CPU tensor.
+inline Tensor new_tensor(const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), code, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  return Tensor(handle);
+}
+
+// The same; its dimensions follow each other in memory as in `order`, the last one closest.
 inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype, const std::vector<size_t>& order) {
   Sizes strides(sizes.size());
   int64_t step = 1;
@@ -169,12 +179,7 @@ inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype, const std::vector
     strides[order[i]] = step;
     step *= std::max<int64_t>(sizes[order[i]], 1);
   }
-  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), code, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
-  return Tensor(handle);
+  return new_tensor(sizes, strides, dtype);
 }
 
 // The same, contiguous.

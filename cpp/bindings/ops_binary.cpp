@@ -2,38 +2,13 @@
 // CPU ops of the bitpack and binary_matmul families: check, allocate, call. Schemas: python/bitmill/ops.
 #include "binary_int8_matmul.h"
 #include "binary_matmul.h"
+#include "bit_checks.h"
 #include "bitpack.h"
 #include "checks.h"
 #include "int8_rows.h"
 
 namespace bitmill {
 namespace {
-
-Levels levels_of(const char* op, const std::string& levels) {
-  if (levels == "sign") return Levels::sign;
-  if (levels == "plus") return Levels::plus;
-  if (levels == "bool") return Levels::bool_;
-  fail(op, ": levels must be \"sign\", \"plus\" or \"bool\", got \"", levels, "\"");
-}
-
-// The kernels count whole words, so bits past k must be 0. `count` last words lie `stride` words apart.
-void check_padding(const char* op, const char* name, const int32_t* last, int64_t count, int64_t stride, int64_t k) {
-  if (k % 32 == 0) return;
-  uint32_t bits = 0;
-  for (int64_t i = 0; i < count; ++i) bits |= static_cast<uint32_t>(last[i * stride]);
-  if (bits >> (k % 32)) fail(op, ": the bits of ", name, " past column k = ", k, " must be 0, got 1; pack it again");
-}
-
-void check_row_padding(const char* op, const char* name, const Tensor& rows, int64_t m, int64_t k) {
-  check_padding(op, name, data<int32_t>(rows) + word_count(k) - 1, m, word_count(k), k);
-}
-
-void check_tile_padding(const char* op, const char* name, const Tensor& tiles, int64_t n, int64_t k) {
-  for (int64_t tile = 0; k > 0 && tile < tile_count(n); ++tile) {
-    const int32_t* last = data<int32_t>(tiles) + ((tile + 1) * word_count(k) - 1) * kTileRows;
-    check_padding(op, name, last, kTileRows, 1, k);
-  }
-}
 
 // What packing rows asks for; the planes go where the caller says.
 BitpackParams pack_rows(const char* op, const Rows& rows, const std::optional<Tensor>& shift_row, Levels levels,
@@ -106,8 +81,6 @@ Tensor tile_unpack_cpu(Tensor tiles, int64_t n, int64_t k, int64_t bits) {
   require("tile_unpack", tile_unpack(data<int32_t>(words), n, k, static_cast<int>(bits), mutable_data<uint8_t>(codes)));
   return codes;
 }
-
-constexpr const char* kPackRemedy = "; pack the weight with bitmill.ops.tile_pack";
 
 // The operands of an integer product, checked; `params` points into them.
 struct Operands {

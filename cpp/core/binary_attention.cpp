@@ -65,7 +65,7 @@ bool pack_rows(const AttentionTask& t, const Matrices& matrices, int64_t matrix,
 
 // Rows of words to tiles, 0 past the rows.
 void to_tiles(const int32_t* rows, int64_t count, int64_t words, int64_t tiles, int32_t* out) {
-  std::memset(out, 0, static_cast<size_t>(tiles * words * kTileRows) * sizeof(int32_t));
+  std::fill_n(out, tiles * words * kTileRows, 0);
   for (int64_t row = 0; row < count; ++row) {
     int32_t* lane = out + row / kTileRows * words * kTileRows + row % kTileRows;
     for (int64_t w = 0; w < words; ++w) lane[w * kTileRows] = rows[row * words + w];
@@ -82,7 +82,8 @@ void pack_keys(const AttentionTask& t, int64_t batch) {
 }
 
 template <class T>
-void values_to_bits(const T* x, int64_t stride, int64_t m, int64_t e, int32_t* sign, int32_t* nonzero) {
+bool values_to_bits(const T* x, int64_t stride, int64_t m, int64_t e, int32_t* sign, int32_t* nonzero) {
+  int64_t present = 0;
   for (int64_t tile = 0; tile < tile_count(e); ++tile) {
     const int64_t lanes = std::min(kTileRows, e - tile * kTileRows);
     for (int64_t w = 0; w < word_count(m); ++w) {
@@ -99,9 +100,11 @@ void values_to_bits(const T* x, int64_t stride, int64_t m, int64_t e, int32_t* s
       for (int64_t lane = 0; lane < kTileRows; ++lane) {
         sign[at + lane] = static_cast<int32_t>(s[lane]);
         if (nonzero) nonzero[at + lane] = static_cast<int32_t>(z[lane]);
+        present += __builtin_popcount(z[lane]);
       }
     }
   }
+  return nonzero && present != m * e;
 }
 
 void pack_values(const AttentionTask& t, int64_t batch) {
@@ -110,17 +113,14 @@ void pack_values(const AttentionTask& t, int64_t batch) {
   int32_t* nonzero = t.v_nonzero ? t.v_nonzero + batch * size : nullptr;
   std::unique_ptr<char[]> copy;
   const Rows x = rows_of(t.p, t.p.v, batch, 0, m, e, copy);
+  const auto pack = [&](const auto* values) { return values_to_bits(values, x.stride, m, e, sign, nonzero); };
 #ifdef BITMILL_AVX512
-  if (selected() == InstructionSet::avx512) {
-    attention_values_avx512(t.p.dtype, x.x, x.stride, m, e, sign, nonzero);
-  } else
+  t.v_zeros[batch] = selected() == InstructionSet::avx512
+                         ? attention_values_avx512(t.p.dtype, x.x, x.stride, m, e, sign, nonzero)
+                         : with_dtype(t.p.dtype, x.x, pack);
+#else
+  t.v_zeros[batch] = with_dtype(t.p.dtype, x.x, pack);
 #endif
-  {
-    with_dtype(t.p.dtype, x.x, [&](const auto* values) { values_to_bits(values, x.stride, m, e, sign, nonzero); });
-  }
-  int64_t present = 0;
-  for (int64_t i = 0; nonzero && i < size; ++i) present += __builtin_popcount(static_cast<uint32_t>(nonzero[i]));
-  t.v_zeros[batch] = nonzero && present != m * e;
 }
 
 // keep [count, rows, map_words], and whether the mask is a bias too.
@@ -245,6 +245,7 @@ Status binary_attention(const BinaryAttentionParams& p) {
   const auto keep = scratch(mask_rows * map_words, uint32_t{});
   const auto lowest = scratch(softmax_aware ? 2 * p.d + 1 : 0, int32_t{});
   const auto weight = scratch(elastic ? 4 * p.d + 3 : 0, int64_t{});
+  const auto weight_of_pair = scratch(elastic ? 2 * p.d + 2 : 0, int64_t{});
   AttentionTask task{p,
                      words,
                      map_words,
@@ -257,12 +258,14 @@ Status binary_attention(const BinaryAttentionParams& p) {
                      keep.get(),
                      false,
                      lowest.get(),
-                     weight.get()};
+                     weight.get(),
+                     weight_of_pair.get()};
   task.biased = detail::read_mask(p, keep.get());
   if (softmax_aware) detail::find_lowest(p, lowest.get());
   if (elastic) {
     for (int64_t i = 0; i <= 2 * p.d; ++i) weight[i] = detail::elastic_weight(-p.slope * static_cast<double>(i));
     std::fill_n(weight.get() + 2 * p.d + 1, 2 * p.d + 2, int64_t{0});
+    for (int64_t i = 0; i <= 2 * p.d + 1; ++i) weight_of_pair[i] = weight[2 * i];
   }
 
   split(p.parallel_for, p.batch, static_cast<double>(p.m * (p.d + p.e)) * 0.1, [&](int64_t begin, int64_t end) {

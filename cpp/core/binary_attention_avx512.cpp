@@ -4,6 +4,7 @@
 // channel. Bit-equal to the generic form. Rules that need a row's largest score keep its scores, as integers,
 // meanwhile.
 #include <memory>
+#include <type_traits>
 
 #include "avx512.h"
 #include "binary_attention_task.h"
@@ -44,24 +45,21 @@ template <int fixed_words, bool ternary>
                                              int64_t any_words) {
   const int64_t words = fixed_words ? fixed_words : any_words, tile = words * kTileRows;
   const __m512i zero = _mm512_setzero_si512();
-  Keys s{zero, zero, zero, zero, zero, zero, zero, zero};
-#pragma GCC unroll 4
+  __m512i a0 = zero, b0 = zero, a1 = zero, b1 = zero, a2 = zero, b2 = zero, a3 = zero, b3 = zero;
   for (int64_t w = 0; w < words; ++w) {
     const __m512i ka = _mm512_loadu_si512(k + w * kTileRows), kb = _mm512_loadu_si512(k + tile + w * kTileRows);
     const __m512i na = ternary ? _mm512_loadu_si512(kn + w * kTileRows) : ka;
     const __m512i nb = ternary ? _mm512_loadu_si512(kn + tile + w * kTileRows) : kb;
-    const auto query = [&](int row) { return _mm512_set1_epi32(q[row * words + w]); };
-    const auto present = [&](int row) { return ternary ? _mm512_set1_epi32(qn[row * words + w]) : zero; };
-    const __m512i q0 = query(0), n0 = present(0);
-    s.a0 = add<ternary>(s.a0, q0, n0, ka, na), s.b0 = add<ternary>(s.b0, q0, n0, kb, nb);
-    const __m512i q1 = query(1), n1 = present(1);
-    s.a1 = add<ternary>(s.a1, q1, n1, ka, na), s.b1 = add<ternary>(s.b1, q1, n1, kb, nb);
-    const __m512i q2 = query(2), n2 = present(2);
-    s.a2 = add<ternary>(s.a2, q2, n2, ka, na), s.b2 = add<ternary>(s.b2, q2, n2, kb, nb);
-    const __m512i q3 = query(3), n3 = present(3);
-    s.a3 = add<ternary>(s.a3, q3, n3, ka, na), s.b3 = add<ternary>(s.b3, q3, n3, kb, nb);
+    const __m512i q0 = _mm512_set1_epi32(q[w]), n0 = ternary ? _mm512_set1_epi32(qn[w]) : q0;
+    a0 = add<ternary>(a0, q0, n0, ka, na), b0 = add<ternary>(b0, q0, n0, kb, nb);
+    const __m512i q1 = _mm512_set1_epi32(q[words + w]), n1 = ternary ? _mm512_set1_epi32(qn[words + w]) : q1;
+    a1 = add<ternary>(a1, q1, n1, ka, na), b1 = add<ternary>(b1, q1, n1, kb, nb);
+    const __m512i q2 = _mm512_set1_epi32(q[2 * words + w]), n2 = ternary ? _mm512_set1_epi32(qn[2 * words + w]) : q2;
+    a2 = add<ternary>(a2, q2, n2, ka, na), b2 = add<ternary>(b2, q2, n2, kb, nb);
+    const __m512i q3 = _mm512_set1_epi32(q[3 * words + w]), n3 = ternary ? _mm512_set1_epi32(qn[3 * words + w]) : q3;
+    a3 = add<ternary>(a3, q3, n3, ka, na), b3 = add<ternary>(b3, q3, n3, kb, nb);
   }
-  return s;
+  return {a0, b0, a1, b1, a2, b2, a3, b3};
 }
 
 // What four rows share.
@@ -97,49 +95,65 @@ void decide_bool(const Block& b) {
   }
 }
 
+[[gnu::always_inline]] inline void put_distances(const Block& b, int row, int64_t w, __m512i low, __m512i high,
+                                                 __m512i far, int32_t* out) {
+  const uint32_t keep = b.keep[row][w];
+  int32_t* to = out + 32 * (row * b.t.map_words + w);
+  _mm512_storeu_si512(to, _mm512_mask_mov_epi32(far, static_cast<__mmask16>(keep), low));
+  _mm512_storeu_si512(to + kTileRows, _mm512_mask_mov_epi32(far, static_cast<__mmask16>(keep >> 16), high));
+}
+
 // Distances [4][32 map_words] to memory; those of keys that are not attended are `far`.
 template <int words, bool ternary>
 void keep_distances(const Block& b, int32_t far, int32_t* out) {
-  const int64_t tiles = 2 * b.t.words * kTileRows, next = 32 * b.t.map_words;
+  const int64_t tiles = 2 * b.t.words * kTileRows;
   const __m512i dropped = _mm512_set1_epi32(far);
   for (int64_t w = 0; w < b.t.map_words; ++w) {
     const Keys s = distances<words, ternary>(b.q, b.q_nonzero, b.k + w * tiles, b.k_nonzero + w * tiles, b.t.words);
-    const auto put = [&](int row, __m512i low, __m512i high) {
-      const uint32_t keep = b.keep[row][w];
-      int32_t* to = out + row * next + 32 * w;
-      _mm512_storeu_si512(to, _mm512_mask_mov_epi32(dropped, static_cast<__mmask16>(keep), low));
-      _mm512_storeu_si512(to + kTileRows, _mm512_mask_mov_epi32(dropped, static_cast<__mmask16>(keep >> 16), high));
-    };
-    put(0, s.a0, s.b0);
-    put(1, s.a1, s.b1);
-    put(2, s.a2, s.b2);
-    put(3, s.a3, s.b3);
+    put_distances(b, 0, w, s.a0, s.b0, dropped, out);
+    put_distances(b, 1, w, s.a1, s.b1, dropped, out);
+    put_distances(b, 2, w, s.a2, s.b2, dropped, out);
+    put_distances(b, 3, w, s.a3, s.b3, dropped, out);
   }
 }
 
-// The map of one row from its distances, by the rules that look at all of them. `stride` dots make one distance.
-int32_t decide_row(const Block& b, int row, const int32_t* distance, int32_t far, bool ternary) {
+// How far a key may be to be active: those whose weight is more than the threshold's share of the sum.
+template <bool ternary>
+int32_t elastic_limit(const AttentionTask& t, const int32_t* distance, int32_t nearest) {
+  // one dot less is one distance more with zeros, half of one without; unsigned, so that an index is one load
+  using Index = std::conditional_t<ternary, int64_t, uint32_t>;
+  const int64_t* weight = (ternary ? t.weight : t.weight_of_pair) - nearest;
+  int64_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+  for (int64_t i = 0; i < 32 * t.map_words; i += 4) {  // a dropped key weighs 0
+    s0 += weight[static_cast<Index>(distance[i])];
+    s1 += weight[static_cast<Index>(distance[i + 1])];
+    s2 += weight[static_cast<Index>(distance[i + 2])];
+    s3 += weight[static_cast<Index>(distance[i + 3])];
+  }
+  const double share = t.p.threshold * static_cast<double>(s0 + s1 + s2 + s3);
+  // whole numbers: above `share` is above its floor; nothing is heavier than kWeightOne, and NaN admits nothing
+  const int64_t bound = static_cast<int64_t>(share < kWeightOne ? share : kWeightOne);
+  int32_t limit = nearest - 1;
+  while (weight[limit + 1] > bound) ++limit;
+  return limit;
+}
+
+// The map of one row from its distances, by the rules that look at all of them.
+template <bool ternary>
+int32_t decide_row(const Block& b, int row, const int32_t* distance, int32_t far) {
   const AttentionTask& t = b.t;
   const int32_t d = static_cast<int32_t>(t.p.d);
-  __m512i nearest = _mm512_set1_epi32(far);
+  __m512i least = _mm512_set1_epi32(far);
   for (int64_t i = 0; i < 32 * t.map_words; i += kTileRows) {
-    nearest = _mm512_min_epi32(nearest, _mm512_loadu_si512(distance + i));
+    least = _mm512_min_epi32(least, _mm512_loadu_si512(distance + i));
   }
-  const int32_t least = _mm512_reduce_min_epi32(nearest);
-  int32_t limit = least - 1;
-  if (least < far && t.p.rule == AttentionRule::softmax_aware) {
-    const int32_t lowest = t.lowest[(ternary ? -least : d - 2 * least) + d];
+  const int32_t nearest = _mm512_reduce_min_epi32(least);
+  int32_t limit = nearest - 1;  // nothing, if every key is dropped
+  if (nearest < far && t.p.rule == AttentionRule::softmax_aware) {
+    const int32_t lowest = t.lowest[(ternary ? -nearest : d - 2 * nearest) + d];
     limit = ternary ? -lowest : (d - lowest) >> 1;
-  } else if (least < far) {
-    const int64_t stride = ternary ? 1 : 2;
-    const int64_t* weight = t.weight - stride * least;
-    int64_t sum = 0, other = 0;
-    for (int64_t i = 0; i < 32 * t.map_words; i += 2) {  // 0 for keys that are far
-      sum += weight[stride * distance[i]];
-      other += weight[stride * distance[i + 1]];
-    }
-    const double least_weight = t.p.threshold * static_cast<double>(sum + other);
-    while (limit<far&& static_cast<double>(weight[stride * (limit + 1)])> least_weight) ++limit;
+  } else if (nearest < far) {
+    limit = elastic_limit<ternary>(t, distance, nearest);
   }
   const __m512i bound = _mm512_set1_epi32(limit);
   for (int64_t w = 0; w < t.map_words; ++w) {
@@ -168,7 +182,7 @@ void make_map(const Block& b, int64_t batch, int64_t row, int64_t rows, int32_t*
   if (t.biased) to_dots(t, ternary, distance);
   for (int r = 0; r < rows; ++r) {
     const int32_t* of_row = distance + r * 32 * t.map_words;
-    b.count[r] = t.biased ? decide(t, batch, row + r, of_row, b.bits[r]) : decide_row(b, r, of_row, far, ternary);
+    b.count[r] = t.biased ? decide(t, batch, row + r, of_row, b.bits[r]) : decide_row<ternary>(b, r, of_row, far);
   }
 }
 
@@ -185,12 +199,13 @@ __m512i add_values(__m512i sum, __m512i map, __m512i sign, __m512i nonzero) {
 }
 
 template <int tiles, bool ternary>
-void add_word(Channels& row, uint32_t bits, const __m512i* s, const __m512i* z) {
+void add_word(Channels& row, uint32_t bits, __m512i s0, __m512i s1, __m512i s2, __m512i s3, __m512i z0, __m512i z1,
+              __m512i z2, __m512i z3) {
   const __m512i map = _mm512_set1_epi32(static_cast<int>(bits));
-  row.c0 = add_values<ternary>(row.c0, map, s[0], z[0]);
-  if constexpr (tiles > 1) row.c1 = add_values<ternary>(row.c1, map, s[1], z[1]);
-  if constexpr (tiles > 2) row.c2 = add_values<ternary>(row.c2, map, s[2], z[2]);
-  if constexpr (tiles > 3) row.c3 = add_values<ternary>(row.c3, map, s[3], z[3]);
+  row.c0 = add_values<ternary>(row.c0, map, s0, z0);
+  if constexpr (tiles > 1) row.c1 = add_values<ternary>(row.c1, map, s1, z1);
+  if constexpr (tiles > 2) row.c2 = add_values<ternary>(row.c2, map, s2, z2);
+  if constexpr (tiles > 3) row.c3 = add_values<ternary>(row.c3, map, s3, z3);
 }
 
 // `tiles` tiles of channels of four rows; only the last tile may be cut to `lanes`.
@@ -200,23 +215,26 @@ void context(const Block& b, const int32_t* sign, const int32_t* nonzero, int64_
   const AttentionTask& t = b.t;
   const int64_t next = t.map_words * kTileRows;
   const __m512i zero = _mm512_setzero_si512();
+  const uint32_t *bits0 = b.bits[0], *bits1 = b.bits[1], *bits2 = b.bits[2], *bits3 = b.bits[3];
   Channels r0{zero, zero, zero, zero}, r1 = r0, r2 = r0, r3 = r0;
   for (int64_t w = 0; w < t.map_words; ++w) {
-    __m512i s[tiles], z[tiles];
-#pragma GCC unroll 4
-    for (int tile = 0; tile < tiles; ++tile) {
-      s[tile] = _mm512_loadu_si512(sign + tile * next + w * kTileRows);
-      z[tile] = ternary ? _mm512_loadu_si512(nonzero + tile * next + w * kTileRows) : s[tile];
-    }
-    add_word<tiles, ternary>(r0, b.bits[0][w], s, z);
-    add_word<tiles, ternary>(r1, b.bits[1][w], s, z);
-    add_word<tiles, ternary>(r2, b.bits[2][w], s, z);
-    add_word<tiles, ternary>(r3, b.bits[3][w], s, z);
+    const auto load = [&](const int32_t* plane, int tile, bool use) {
+      return use ? _mm512_loadu_si512(plane + tile * next + w * kTileRows) : zero;
+    };
+    const __m512i s0 = load(sign, 0, true), s1 = load(sign, 1, tiles > 1), s2 = load(sign, 2, tiles > 2),
+                  s3 = load(sign, 3, tiles > 3);
+    const __m512i z0 = load(nonzero, 0, ternary), z1 = load(nonzero, 1, ternary && tiles > 1),
+                  z2 = load(nonzero, 2, ternary && tiles > 2), z3 = load(nonzero, 3, ternary && tiles > 3);
+    add_word<tiles, ternary>(r0, bits0[w], s0, s1, s2, s3, z0, z1, z2, z3);
+    add_word<tiles, ternary>(r1, bits1[w], s0, s1, s2, s3, z0, z1, z2, z3);
+    add_word<tiles, ternary>(r2, bits2[w], s0, s1, s2, s3, z0, z1, z2, z3);
+    add_word<tiles, ternary>(r3, bits3[w], s0, s1, s2, s3, z0, z1, z2, z3);
   }
   const __m512 step = _mm512_set1_ps(t.p.step);
-  with_dtype(t.p.dtype, t.p.out, [&](auto* out) {
+  // copies: sums whose address is taken stay in memory
+  with_dtype(t.p.dtype, t.p.out, [&, r0, r1, r2, r3](auto* out) {
     auto* to = out + t.p.out_offset[batch] + row * t.p.out_row_stride + channel;
-    const auto put = [&](int r, const Channels& c) {
+    const auto put = [&](int r, Channels c) {
       if (r >= rows) return;
       const __m512i all = _mm512_set1_epi32(b.count[r]);
       const auto finish = [&](int tile, __m512i sum) {
@@ -256,8 +274,9 @@ void make_context(const Block& b, int64_t batch, int64_t row, int64_t rows) {
 
 // Bits of 16 channels over up to 32 keys: a lane a channel.
 template <class T>
-void values_to_bits(const T* x, int64_t stride, int64_t m, int64_t e, int32_t* sign, int32_t* nonzero) {
+bool values_to_bits(const T* x, int64_t stride, int64_t m, int64_t e, int32_t* sign, int32_t* nonzero) {
   const int64_t words = word_count(m);
+  __mmask16 zeros = 0;
   const __m512 zero = _mm512_setzero_ps();
   for (int64_t tile = 0; tile < tile_count(e); ++tile) {
     const __mmask16 lanes = first_lanes(e - tile * kTileRows);
@@ -273,15 +292,18 @@ void values_to_bits(const T* x, int64_t stride, int64_t m, int64_t e, int32_t* s
       const int64_t at = (tile * words + w) * kTileRows;
       _mm512_storeu_si512(sign + at, s);
       if (nonzero) _mm512_storeu_si512(nonzero + at, z);
+      const __m512i keys = _mm512_sub_epi32(bit, _mm512_set1_epi32(1));  // the bits of all, as 2^32 is 0
+      zeros |= _mm512_mask_cmpneq_epi32_mask(lanes, z, keys);
     }
   }
+  return nonzero && zeros;
 }
 
 }  // namespace
 
-void attention_values_avx512(Dtype dtype, const void* x, int64_t stride, int64_t m, int64_t e, int32_t* sign,
+bool attention_values_avx512(Dtype dtype, const void* x, int64_t stride, int64_t m, int64_t e, int32_t* sign,
                              int32_t* nonzero) {
-  with_dtype(dtype, x, [&](const auto* values) { values_to_bits(values, stride, m, e, sign, nonzero); });
+  return with_dtype(dtype, x, [&](const auto* values) { return values_to_bits(values, stride, m, e, sign, nonzero); });
 }
 
 void attention_rows_avx512(const AttentionTask& t, int64_t batch, int64_t first, int64_t last) {

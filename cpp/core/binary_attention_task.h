@@ -29,10 +29,11 @@ struct AttentionTask {
   // nonzero planes are null where sgn(0) = +1; `*_zeros` [batch] says whether a plane holds a 0 within its matrix.
   int32_t *k_sign, *k_nonzero, *v_sign, *v_nonzero;
   uint8_t *k_zeros, *v_zeros;
-  uint32_t* keep;   // [masks][mask rows][map_words]: keys that a query may attend, 0 past m
-  bool biased;      // the mask holds floats that neither drop a key nor are 0
-  int32_t* lowest;  // softmax_aware: [2 d + 1], the smallest active dot where the largest of a row is i - d
-  int64_t* weight;  // elastic: [4 d + 3], of a dot that is i below the largest of its row; 0 past 2 d
+  uint32_t* keep;           // [masks][mask rows][map_words]: keys that a query may attend, 0 past m
+  bool biased;              // the mask holds floats that neither drop a key nor are 0
+  int32_t* lowest;          // softmax_aware: [2 d + 1], the smallest active dot where the largest of a row is i - d
+  int64_t* weight;          // elastic: [4 d + 3], of a dot that is i below the largest of its row; 0 past 2 d
+  int64_t* weight_of_pair;  // elastic: [2 d + 2], every second of them
 
   const uint32_t* keep_of(int64_t batch, int64_t row) const {
     const int64_t rows = p.mask.count ? p.mask.rows : 1, matrix = p.mask.count ? p.mask.of[batch] : 0;
@@ -122,8 +123,8 @@ void attention_rows_generic(const AttentionTask& task, int64_t batch, int64_t fi
 void attention_rows_avx512(const AttentionTask& task, int64_t batch, int64_t first, int64_t last);
 
 // Bits [tile_count(e)][word_count(m)][16] of the values [m, e] (rows `stride` elements apart), and of what is not 0 if
-// `nonzero` is not null.
-void attention_values_avx512(Dtype dtype, const void* x, int64_t stride, int64_t m, int64_t e, int32_t* sign,
+// `nonzero` is not null; answers whether one is 0.
+bool attention_values_avx512(Dtype dtype, const void* x, int64_t stride, int64_t m, int64_t e, int32_t* sign,
                              int32_t* nonzero);
 
 // The queries of some rows: bits [rows][words], and whether one of them is 0.

@@ -9,6 +9,10 @@
 //   reduces across lanes; narrower machines take the 16 lanes in parts.
 // Activation rows: int32 [m, ceil(k / 32)], the lowest bits first, everything past k is 0.
 //   An operand that can be zero carries a second plane of the same shape: bit 1 where the value is not zero.
+// Images: a row of pixels is a row of bits, int32 [batch, groups, height, ceil(width c / 32)] for c channels a group;
+//   bit c x + i is channel i of pixel x. Pixels are not padded to words, so the neighbouring pixels of a patch are one
+//   run of bits, and a colour image takes 3 bits a pixel instead of 32. A patch is such runs one after the other, k =
+//   kernel height x kernel width x c bits, and so is a row of a convolution's weight, which is tiles of all n outputs.
 // Salient weights: three encodings beside the sign tiles (b = 1), whose bit is 0 where a weight is salient. A value is
 //   a uint8 code or a float16.
 //   Bitmap, for any fraction: mask, tiles like the sign plane, bit 1 where the weight is salient. value: one entry a

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden vectors of weights and activations of a few bits: TBT, LLM-QAT, N2UQ, OFQ, BinaryDM, BinaryViT's scale."""
+"""Golden vectors of weights and activations of a few bits: TBT, LLM-QAT, N2UQ, OFQ, BinaryDM, and of BinaryViT."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from bitmill.nn import BinaryEmbedding
 from .common import (
     Case,
     assert_exact,
+    assert_gradients_of,
     assert_relative,
     assert_zeros,
     backward,
     check_packed,
+    heads_of,
     leaf,
     linear_layer,
+    merged,
+    named_linear,
 )
 
 
@@ -63,6 +67,46 @@ def tbt_embedding(case: Case) -> None:
     y.backward(case["gout_y"])
     assert_relative(layer.weight.grad, case["grad_weight"].nan_to_num(0.0), 2e-6, "grad_weight")
     assert_exact(layer.pack()(case["in_ids"]), y.detach(), "packed output")
+
+
+def tbt_attention(case: Case) -> None:
+    """BART's attention from the layers and the quantiser: every product's operands are quantised once more."""
+    bits, heads = int(case.number("hp_abits")), int(case.number("hp_heads"))
+    config = BinaryConfig("tbt", act_bits=bits, weight_bits=int(case.number("hp_wbits")))
+    learned = {"alpha": "alpha"} if bits < 8 else {}
+    layers = {name: named_linear(case, name, config, **learned) for name in "qkvo"}
+    steps = {f"alpha_{name}": leaf(case[f"par_alpha_{name}"].reshape(())) for name in "qkva"} if learned else {}
+    rule = binarize.method("tbt").activation_rule(bits)
+
+    def quantised(t: Tensor, name: str, signed: bool = True) -> Tensor:
+        q = binarize.quantize_activation(t, rule, bits, signed, alpha=steps.get(f"alpha_{name}"))
+        want = case[f"out_{name if signed else 'p'}code"]
+        assert_exact(q.code.flatten(0, 1).to(want.dtype), want, f"codes of {name}")
+        return q.value
+
+    x = leaf(case["in_x"])
+    kv = leaf(case["in_kv"]) if "in_kv" in case else x
+    q = heads_of(layers["q"](x) * (layers["q"].out_features // heads) ** -0.5, heads)
+    k, v = (heads_of(layers[name](kv), heads) for name in "kv")
+    q, k, v = (quantised(t, name) for name, t in zip("qkv", (q, k, v), strict=True))
+    scores = q @ k.mT
+    probability = torch.softmax(scores + case["in_mask"] if "in_mask" in case else scores, -1)
+    assert_relative(probability, case["out_probs"], 5e-5, "probabilities")
+    context = merged(quantised(probability, "a", signed=False) @ v)
+    assert_relative(context, case["out_ctx"], 5e-5, "context")
+    y = layers["o"](context)
+    assert_relative(y, case["out_y"], 5e-5, "y")
+    y.backward(case["gout_y"])
+    places = {"weight": "weight", "bias": "bias", **learned}
+    parameters = {
+        f"{name}_{theirs}": layer.get_parameter(ours)
+        for name, layer in layers.items()
+        for ours, theirs in places.items()
+    }
+    if not learned:  # exactly 0, because the softmax does not see it; the vectors hold rounding noise
+        assert parameters.pop("k_bias").grad.abs().max() < 1e-5
+    inputs = {"x": x} if kv is x else {"x": x, "kv": kv}
+    assert_gradients_of(case, 1e-4, **inputs, **parameters, **steps)
 
 
 def llmqat_linear(case: Case) -> None:
@@ -162,13 +206,33 @@ def binaryvit_elastic_prob(case: Case) -> None:
     compare_gradients(case, 1e-5, c=c.grad)
 
 
+def binaryvit_linear_conv(case: Case) -> None:
+    if case["par_weight"].dim() == 2:
+        layer = linear_layer(case, BinaryConfig("binaryvit"))
+        x, y = backward(layer, case)
+        gradients = {"weight": layer.weight.grad}
+        check_packed(layer, case, y)
+    else:
+        x, weight, bias = leaf(case["in_x"]), leaf(case["par_weight"]), leaf(case["par_bias"])
+        filters = binarize.binarize_weight(weight.flatten(1), binarize.WeightRule()).value.reshape(weight.shape)
+        stride, padding = int(case.number("hp_stride")), int(case.number("hp_padding"))
+        y = nn.functional.conv2d(binarize.sign(x, "polynomial"), filters, bias, stride, padding)
+        y.backward(case["gout_y"])
+        gradients = {"weight": weight.grad, "bias": bias.grad}
+    assert_relative(y, case["out_y"], 2e-5, "y")
+    compare_gradients(case, 2e-5, x=x.grad, **gradients)
+    assert_zeros(x.grad, case["grad_x"], "grad_x")
+
+
 COMPARISONS: dict[str, Callable[[Case], None]] = {
     "tbt/linear": tbt_linear,
     "tbt/embedding": tbt_embedding,
+    "tbt/bart-attention": tbt_attention,
     "llmqat/linear": llmqat_linear,
     "n2uq/ltq": n2uq_thresholds,
     "n2uq/weight-conv": n2uq_weight_conv,
     "ofq/statsq": ofq_statsq,
     "binarydm/linear": binarydm_linear,
     "binaryvit/elastic-prob": binaryvit_elastic_prob,
+    "binaryvit/linear-conv": binaryvit_linear_conv,
 }

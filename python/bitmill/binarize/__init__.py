@@ -16,7 +16,7 @@ from .levels import learned_noise, standardised
 from .methods import method, method_names, register_method
 from .products import exact_linear, level_product
 from .rules import ActivationRule, Method, WeightRule
-from .schedules import FollowsEpoch, set_epoch
+from .schedules import FollowsEpoch, epoch_numbers, set_epoch
 
 __all__ = [
     "ActivationRule",
@@ -32,6 +32,7 @@ __all__ = [
     "elastic",
     "elastic_alpha",
     "elastic_attention",
+    "epoch_numbers",
     "exact_linear",
     "learned_noise",
     "level_product",

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..ops._library import without_autocast
 from ..ops._surrogates import fourier_slope, surrogate_slope
-from ..ops.bit_serial import plane_sum
 from ..ops.bitpack import mean_by_halves
+from ..ops.integer_linear import plane_sum
 from .functions import ALPHA_FLOOR, BinarizedWeight, elastic, elastic_range, elastic_units, sign
 from .levels import LLMQAT_EPSILON, levels_a_unit, with_slope
 from .products import exact_linear
@@ -99,7 +99,7 @@ def quantized_linear(
 
 
 class _SerialLinear(torch.autograd.Function):
-    """`bit_serial_linear` from dense planes; gradients as F.linear(x_value, w_value, bias) has them."""
+    """`integer_linear` from dense planes; gradients as F.linear(x_value, w_value, bias) has them."""
 
     @staticmethod
     def forward(

@@ -66,7 +66,7 @@ def weight_levels(weight: Tensor, scale: Tensor, rule: WeightRule) -> Tensor:
         return (weight * levels_a_unit(weight, _top(rule))).round()
     t, top = torch.where(scale > 0, weight / scale, 0.0), _top(rule)
     if rule.levels == "ternary":
-        return t.clamp(-1, 1).round()
+        return t.clamp(-1, 1).round() + 0.0  # which a table shows: no -0
     if rule.levels == "mid_rise":
         half = 1 << (rule.bits - 1)
         return 2 * ((t / 2).clamp(-half, half * STATSQ_END) - 0.5).round() + 1

@@ -32,17 +32,18 @@ SCHEDULES = {
 }
 
 
+def epoch_numbers(names: tuple[str, ...], device: torch.device | None = None) -> dict[str, torch.Tensor | None]:
+    """The buffers of a layer, float32 scalars: every schedule's start, None for those that are not named."""
+    starts = {name: schedule.start for name, schedule in SCHEDULES.items()}
+    return {name: torch.full((), start, device=device) if name in names else None for name, start in starts.items()}
+
+
 class FollowsEpoch(nn.Module):
-    """A layer with scheduled numbers: float32 scalar buffers, or None for those that its method does not have."""
+    """A layer with the buffers of `epoch_numbers`."""
 
     tau: torch.Tensor | None
     terms: torch.Tensor | None
     noise: torch.Tensor | None
-
-    def create_schedules(self, names: tuple[str, ...], device: torch.device) -> None:
-        for name, schedule in SCHEDULES.items():
-            value = torch.full((), schedule.start, device=device) if name in names else None
-            self.register_buffer(name, value)
 
     @torch.no_grad()
     def on_epoch(self, epoch: int, epochs: int) -> bool:

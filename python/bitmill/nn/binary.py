@@ -17,6 +17,7 @@ from ..binarize import (
     FollowsEpoch,
     binarize_weight,
     elastic_alpha,
+    epoch_numbers,
     exact_linear,
     learned_noise,
     method,
@@ -74,8 +75,9 @@ class BinaryLinear(LatentLinear, FollowsEpoch):
             state[f"{part}_outer"] = None if inner is None else torch.zeros_like(inner.T)
         for name, value in state.items():
             self.register_parameter(name, None if value is None else nn.Parameter(value))
-        self.register_buffer("alpha_ready", ready)
-        self.create_schedules(binarizer.schedules, device)
+        buffers = {"alpha_ready": ready, **epoch_numbers(binarizer.schedules, device)}
+        for name, t in sorted(buffers.items(), key=lambda item: item[1] is None):  # see PackedModule.register_buffers
+            self.register_buffer(name, t)
 
     def forward(self, x: Tensor) -> Tensor:
         require_width("BinaryLinear", x, self.in_features)
@@ -95,13 +97,15 @@ class BinaryLinear(LatentLinear, FollowsEpoch):
             return nn.functional.linear(x, weight.value, bias)
         if rule.standardise and self.training:
             x = standardised(x)
+        shift = self.shift
+        if shift is not None and rule.shift == "added":
+            x, shift = x + shift, None
         if rule.only_signs and self.terms is None and weight.is_plane:
-            x = x if self.shift is None else x + self.shift
             mean = mean_by_halves(x.detach().abs()).unsqueeze(-1) if rule.scale == "row_mean" else None
             return exact_linear(x, weight, bias, None, mean, config.group_size, None, rule.surrogate, config.zero)
-        alpha = None if self.alpha is None else self._step(x if self.shift is None else x + self.shift)
+        alpha = None if self.alpha is None else self._step(x)
         q = quantize_activation(
-            x, rule, config.act_bits, config.signed, config.zero, self.shift, alpha, thresholds_of(self), self.terms
+            x, rule, config.act_bits, config.signed, config.zero, shift, alpha, thresholds_of(self), self.terms
         )
         return quantized_linear(q, weight, bias, config.group_size)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PackedBinaryLinear: planes of 1-bit weights in tiles, and the state that quantises its activations.
 
-1-bit activations on one plane are one op, `binary_linear`; activations of more bits, or more planes, go bit by bit
-(`bit_serial_linear`); float and int8 activations multiply each plane (`binary_weight_linear`).
+1-bit activations on one plane are one op, `binary_linear`; activations of more bits, or more planes, are whole numbers
+(`integer_linear`); float and int8 activations multiply each plane (`binary_weight_linear`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ._module import PackedModule, linear_from, require_width
 
 _binary_linear = torch.ops.bitmill.binary_linear.default
 _binary_weight_linear = torch.ops.bitmill.binary_weight_linear.default
-_bit_serial_linear = torch.ops.bitmill.bit_serial_linear.default
+_integer_linear = torch.ops.bitmill.integer_linear.default
 
 
 def activation_rule(config: BinaryConfig) -> ActivationRule:
@@ -85,11 +85,11 @@ class PackedBinaryLinear(PackedModule):
         rule, self._planes = activation_rule(config), config.weight_rule.planes
         if not self._planes:
             raise ValueError(
-                f"PackedBinaryLinear: weight_bits={config.weight_bits} of {config.method!r} is no plane of signs"
+                f"PackedBinaryLinear: weight_bits={config.weight_bits} of method {config.method!r} have no packed form"
             )
         signs = self._planes == 1 and config.act_bits == 1 and rule.scale in ("none", "row_mean", "learned")
         self.kernel = (
-            "binary_weight_linear" if config.act_bits == 32 else "binary_linear" if signs else "bit_serial_linear"
+            "binary_weight_linear" if config.act_bits == 32 else "binary_linear" if signs else "integer_linear"
         )
         self.folds_alpha = signs and rule.scale == "learned"
         groups = ceil_div(in_features, config.group_size) if config.group_size else self._planes
@@ -154,7 +154,7 @@ class PackedBinaryLinear(PackedModule):
             return _binary_weight_linear(x, weight, scale, bias, nonzero, self._group, config.activations)
         if self.kernel == "binary_weight_linear":
             return self._sum_of_planes(x.float()).to(x.dtype)
-        return self._bit_serial(x.float()).to(x.dtype)
+        return self._integer(x.float()).to(x.dtype)
 
     def _planes_of(self, tiles: Tensor | None) -> Tensor | None:
         return tiles if tiles is None or self._planes > 1 else tiles.unsqueeze(0)
@@ -167,7 +167,7 @@ class PackedBinaryLinear(PackedModule):
             y = y + _binary_weight_linear(x, self.weight[p], scale, None, nonzero, 0, "float")
         return y if self.bias is None else y + self.bias
 
-    def _bit_serial(self, x: Tensor) -> Tensor:
+    def _integer(self, x: Tensor) -> Tensor:
         config = self.config
         q = quantize_activation(
             x,
@@ -182,9 +182,7 @@ class PackedBinaryLinear(PackedModule):
         step = self.scale.new_ones(()) if q.step is None else q.step
         weight, nonzero = self._planes_of(self.weight), self._planes_of(self.weight_nonzero)
         assert weight is not None
-        return _bit_serial_linear(
-            q.value, q.code, weight, self.scale, self.bias, nonzero, step, q.offset, q.low, q.high
-        )
+        return _integer_linear(q.value, q.code, weight, self.scale, self.bias, nonzero, step, q.offset, q.low, q.high)
 
     @torch.no_grad()
     def dequantize(self) -> nn.Linear:

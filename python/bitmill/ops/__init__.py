@@ -5,8 +5,8 @@ from . import _library
 from . import _machine as _machine  # defines an op
 from .binary_attention import binary_attention
 from .binary_bits import binary_matmul_bits, bit_ranges
+from .binary_conv import binary_conv2d
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
-from .bit_serial import bit_serial_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
 from .fp4 import (
     code_values,
@@ -21,18 +21,19 @@ from .fp4 import (
 )
 from .fp4_linear import fp4_linear, fp4_weight
 from .int8 import int8_fake_quant, int8_quantize
+from .integer_linear import integer_linear
 from .salient_scatter import salient_linear, salient_weight
 
 _library.load()
 
 __all__ = [
     "binary_attention",
+    "binary_conv2d",
     "binary_linear",
     "binary_matmul",
     "binary_matmul_bits",
     "binary_weight_linear",
     "bit_ranges",
-    "bit_serial_linear",
     "bitpack",
     "bitunpack",
     "code_values",
@@ -45,6 +46,7 @@ __all__ = [
     "fp4_weight",
     "int8_fake_quant",
     "int8_quantize",
+    "integer_linear",
     "mxfp4_dequantize",
     "mxfp4_fake_quant",
     "mxfp4_quantize",

@@ -36,10 +36,11 @@ def instruction_set() -> str | None:
 
 def kernel_of(op: str) -> str:
     """What runs for an op on CPU tensors: "avx512", "generic", or "torch" for the default kernel."""
-    op = "binary_matmul" if op == "bit_serial_linear" else op  # which is composed of it
+    op = "binary_matmul" if op == "integer_linear" else op  # which is composed of it
     if not library.has_compiled_kernel(op):
         return "torch"
-    function = {"binary_linear": "binary_matmul", "binary_matmul_bits": "binary_matmul"}.get(op, op)
+    product = ("binary_linear", "binary_matmul_bits", "binary_conv2d")
+    function = "binary_matmul" if op in product else op
     try:
         from .. import _C
     except ImportError:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of b-bit whole numbers with planes of 1-bit weights, bit by bit on the binary kernels.
+"""Products of whole numbers of a few bits with planes of 1-bit weights, on the binary kernels.
 
-dot_p[.., o] = sum_k code[.., k] w_p[o, k] is exact: code = sum_j 2^j q_j in two's complement, each q_j in {0, 1} is a
-row of bits for `binary_matmul`, and the products are added as integers; codes -1, 0, +1 are one ternary product.
+dot_p[.., o] = sum_k code[.., k] w_p[o, k] is exact. Codes -1, 0, +1 are one ternary product. Two bits go bit by bit:
+code = sum_j 2^j q_j in two's complement, each q_j in {0, 1} a row of bits for `binary_matmul`, whose products are added
+as integers. More bits go through the kernel for float activations, whose sums of whole numbers below 2^24 are exact.
 y = sum_p fl(fl(scale[o, p] step) dot_p) + fl(fl(scale[o, p] offset) sum_k w_p[o, k]) + bias, float32, planes first to
 last: the product of the activation step * code + offset with the weight sum_p scale_p w_p.
 Source: Zhou et al., DoReFa-Net, 2016, equation 3 (bit convolution of fixed-point numbers).
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from . import _library as library
 from ._checks import check_rows, check_tensor, require, tile_shape
-from .binary_matmul import binary_matmul, unpack_signs
+from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear, unpack_signs
 from .bitpack import bitpack
 
 # No defaults: every argument is given by the wrapper.
 library.define(
-    "bit_serial_linear",
+    "integer_linear",
     "(Tensor value, Tensor code, Tensor weight, Tensor scale, Tensor? bias, Tensor? weight_nonzero, Tensor step,"
     " Tensor? offset, int low, int high) -> Tensor",
 )
@@ -36,27 +37,31 @@ def plane_sum(
     step: Tensor,
     offset: Tensor | None,
 ) -> Tensor:
-    """The epilogue: y from dots, one [..., n] a plane, and sums of the weights, one [n] a plane."""
-    out = scale.new_zeros(())
+    """The epilogue: y from dots, one [..., n] a plane, which it may overwrite, and sums of the weights, [n] a plane."""
+    out = None
     for p, dot in enumerate(dots):
-        out = out + scale[:, p] * step * (dot.float() + 0.0)
+        part = dot.float().add_(0.0).mul_(scale[:, p] * step)  # an integer has no -0, but a float product may answer it
+        out = part if out is None else out.add_(part)
         if offset is not None:
-            out = out + scale[:, p] * offset * totals[p].float()
-    return out if bias is None else out + bias
+            out = out.add_(scale[:, p] * offset * totals[p].float())
+    assert out is not None
+    return out if bias is None else out.add_(bias)
 
 
-def _code_planes(code: Tensor, low: int, high: int) -> list[tuple[int, Tensor]]:
-    """Bits of the codes in two's complement: (what a bit is worth, float of 0 and 1)."""
-    width = max(high.bit_length(), (-low - 1).bit_length() if low < 0 else 0) + (low < 0)
-    whole = code.to(torch.int16)
-    worth = [1 << j for j in range(width)]
-    if low < 0:
-        worth[-1] = -worth[-1]
-    return [(w, ((whole >> j) & 1).to(torch.bfloat16)) for j, w in enumerate(worth)]
+def _width(low: int, high: int) -> int:
+    """Bits of a code in two's complement."""
+    return max(high.bit_length(), (-low - 1).bit_length() if low < 0 else 0) + (low < 0)
 
 
-@library.default("bit_serial_linear")
-def _bit_serial_linear_reference(
+def _bit_planes(code: Tensor, low: int, high: int) -> list[tuple[int, Tensor]]:
+    """The bits of the codes as packed rows, and what each is worth."""
+    whole, last = code.to(torch.int16), _width(low, high) - 1
+    rows = [bitpack(((whole >> j) & 1).to(torch.bfloat16), None, "bool", 0.5)[0] for j in range(last + 1)]
+    return [(-(1 << j) if low < 0 and j == last else 1 << j, row) for j, row in enumerate(rows)]
+
+
+@library.default("integer_linear")
+def _integer_linear_reference(
     value: Tensor,
     code: Tensor,
     weight: Tensor,
@@ -68,36 +73,49 @@ def _bit_serial_linear_reference(
     low: int,
     high: int,
 ) -> Tensor:
-    _check_bit_serial_linear(value, code, weight, scale, bias, weight_nonzero, step, offset, low, high)
+    _check_integer_linear(value, code, weight, scale, bias, weight_nonzero, step, offset, low, high)
     n, k = scale.shape[0], code.shape[-1]
-    rows: list[tuple[int, Tensor, Tensor | None]]
-    if low >= -1 and high <= 1:
-        rows = [(1, *bitpack(code)[:2])]
+    zeros = [None] * len(weight) if weight_nonzero is None else list(weight_nonzero)
+    ternary, exact = low >= -1 and high <= 1, max(high, -low) * k < 1 << 24
+    if (ternary or (exact and _width(low, high) > 2)) and len(weight) == 1 and step.dim() == 0 and offset is None:
+        scale = scale * step  # the kernel's own epilogue is this one
+        if ternary:
+            return binary_linear(code, weight[0], scale, bias, zeros[0], surrogate="identity")
+        return binary_weight_linear(code, weight[0], scale, bias, zeros[0])
+    if ternary:
+        sign, nonzero, _, _ = bitpack(code)
+        dots = [binary_matmul(sign, plane, n, k, nonzero, z) for plane, z in zip(weight, zeros, strict=True)]
+    elif exact and _width(low, high) > 2:
+        ones = scale.new_ones(n, 1)
+        dots = [binary_weight_linear(code, plane, ones, None, z) for plane, z in zip(weight, zeros, strict=True)]
     else:
-        rows = [(worth, bitpack(bits, None, "bool", 0.5)[0], None) for worth, bits in _code_planes(code, low, high)]
-    ones = bitpack(code.new_ones(k), None, "bool", 0.5)[0]
-    whole = torch.int64 if k * max(high, -low) >= 1 << 31 else torch.int32
-    dots, totals = [], []
-    for p, plane in enumerate(weight):
-        zeros = None if weight_nonzero is None else weight_nonzero[p]
-        total = torch.zeros((), dtype=whole, device=code.device)
-        for worth, sign, nonzero in rows:
-            levels = "bool" if nonzero is None else "sign"
-            total = total + worth * binary_matmul(sign, plane, n, k, nonzero, zeros, levels)
-        dots.append(total)
-        totals.append(binary_matmul(ones, plane, n, k, None, zeros, "bool"))
+        whole = torch.int32 if max(high, -low) * k < 1 << 31 else torch.int64
+        rows, dots = _bit_planes(code, low, high), []
+        for plane, z in zip(weight, zeros, strict=True):
+            parts = [(worth, binary_matmul(row, plane, n, k, None, z, "bool")) for worth, row in rows]
+            total = parts[0][1].to(whole)
+            for worth, part in parts[1:]:
+                total.add_(part.to(whole), alpha=worth)
+            dots.append(total)
+    totals: list[Tensor] = []
+    if offset is not None:
+        ones = bitpack(code.new_ones(k), None, "bool", 0.5)[0]
+        totals = [binary_matmul(ones, plane, n, k, None, z, "bool") for plane, z in zip(weight, zeros, strict=True)]
     return plane_sum(dots, totals, scale, bias, step, offset)
 
 
-def _check_bit_serial_linear(value, code, weight, scale, bias, weight_nonzero, step, offset, low, high) -> None:
-    op = "bit_serial_linear"
+def _check_integer_linear(value, code, weight, scale, bias, weight_nonzero, step, offset, low, high) -> None:
+    op = "integer_linear"
     k = check_rows(op, code, "code")
     check_tensor(op, "code", code, torch.float32, code.shape, code)
     check_tensor(op, "value", value, torch.float32, code.shape, code)
     require(
         -128 <= low <= 0 < high <= 255, f"{op}: low must be from -128 to 0 and high from 1 to 255, got {low} and {high}"
     )
-    require(scale.dim() == 2, f"{op}: scale must have shape [n, planes], got {list(scale.shape)}")
+    require(
+        scale.dim() == 2 and scale.shape[1] > 0,
+        f"{op}: scale must have shape [n, planes] with a plane at least, got {list(scale.shape)}",
+    )
     n, planes = scale.shape
     check_tensor(op, "scale", scale, torch.float32, [n, planes], code)
     check_tensor(
@@ -110,19 +128,19 @@ def _check_bit_serial_linear(value, code, weight, scale, bias, weight_nonzero, s
         check_tensor(op, name, t, torch.float32, shape, code)
 
 
-@torch.library.register_fake("bitmill::bit_serial_linear")
+@torch.library.register_fake("bitmill::integer_linear")
 def _(value, code, weight, scale, bias, weight_nonzero, step, offset, low, high):
-    _check_bit_serial_linear(value, code, weight, scale, bias, weight_nonzero, step, offset, low, high)
+    _check_integer_linear(value, code, weight, scale, bias, weight_nonzero, step, offset, low, high)
     return code.new_empty((*code.shape[:-1], scale.shape[0]))
 
 
-def _setup_bit_serial_linear(ctx, inputs, output) -> None:
+def _setup_integer_linear(ctx, inputs, output) -> None:
     value, _, weight, scale, _, weight_nonzero, *_ = inputs
     ctx.k = value.shape[-1]
     ctx.save_for_backward(weight, scale, weight_nonzero)
 
 
-def _backward_bit_serial_linear(ctx, grad):
+def _backward_integer_linear(ctx, grad):
     weight, scale, weight_nonzero = ctx.saved_tensors
     dense = scale.new_zeros((scale.shape[0], ctx.k))
     for p, plane in enumerate(weight):
@@ -135,11 +153,11 @@ def _backward_bit_serial_linear(ctx, grad):
 
 
 torch.library.register_autograd(
-    "bitmill::bit_serial_linear", _backward_bit_serial_linear, setup_context=_setup_bit_serial_linear
+    "bitmill::integer_linear", _backward_integer_linear, setup_context=_setup_integer_linear
 )
 
 
-def bit_serial_linear(
+def integer_linear(
     value: Tensor,
     code: Tensor,
     weight: Tensor,
@@ -160,13 +178,13 @@ def bit_serial_linear(
         scale: float32 [n, planes].
         bias: float32 [n] or None.
         step, offset: float32 scalar tensors or [..., 1]; None for 1 and 0.
-        low, high: the range of the codes; at least -128 and at most 255. Its width is the number of products.
+        low, high: the range of the codes, within -128 ... 255.
     Returns:
         float32 [..., n]. Gradients flow to value and bias.
     Raises:
         ValueError: for wrong shapes, dtypes or ranges.
     """
     step = scale.new_ones(()) if step is None else step
-    return torch.ops.bitmill.bit_serial_linear.default(
+    return torch.ops.bitmill.integer_linear.default(
         value, code, weight, scale, bias, weight_nonzero, step, offset, low, high
     )
