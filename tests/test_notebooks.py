@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,16 @@ def test_notebook_runs(path: Path) -> None:
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell, before in zip(notebook.cells, stored, strict=True):
         if cell.cell_type == "code":
-            same = _shown(cell).split()[:2] == before.split()[:2]  # what follows depends on the machine
-            assert same, f"an output is not what its cell prints, so run the notebook again: {before!r}"
+            assert _start(_shown(cell)) == _start(before), (
+                f"an output is not what its cell prints, so run the notebook again: {before!r}"
+            )
 
 
 def _shown(cell: object) -> str:
     outputs = getattr(cell, "outputs", [])
     return "".join(o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs)
+
+
+def _start(text: str) -> list[str]:
+    """The first words, without numbers: what follows depends on the machine."""
+    return re.sub(r"[\d.,]+", "#", text).split()[:2]
