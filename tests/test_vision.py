@@ -451,6 +451,22 @@ def test_timm_swin() -> None:
     torch.testing.assert_close(model(x), trained, atol=1e-5, rtol=1e-5)
 
 
+def test_elastic_attention_in_timm() -> None:
+    timm, x = import_timm(), torch.randn(2, 1, 8, 8)
+    from bitmill.integrations.timm import binarize_attention_
+
+    model = timm.models.VisionTransformer(8, 4, 1, 4, embed_dim=32, depth=2, num_heads=2)
+    binarize_attention_(model, "elastic", zero="plus")
+    model.train()(x).sum().backward()
+    attention = model.blocks[0].attn.eval()
+    steps = [attention.attention.get_parameter(f"alpha_{name}") for name in "qkva"]
+    assert attention.attention.alpha_ready and all(step.grad is not None for step in steps)
+    tokens = torch.randn(3, 5, 32)
+    q, k, v = (t.unflatten(-1, (2, 16)).transpose(1, 2) for t in attention.qkv(tokens).chunk(3, -1))
+    context = binarize.elastic_attention(q, k, v, *steps, zero="plus")
+    torch.testing.assert_close(attention(tokens), attention.proj(context.transpose(1, 2).flatten(2)))
+
+
 def test_attentions_of_timm_that_do_not_fit() -> None:
     timm = import_timm()
     from bitmill.integrations.timm import binarize_attention_
