@@ -45,7 +45,7 @@ INT8 = (
     *(BinaryConfig(m, act_bits=32, activations="int8") for m in ("bibert", "bit", "bivit")),
     BinaryConfig("bibert", act_bits=32, activations="int8", group_size=128),
 )
-CONFIGS = INTEGER + FLOAT + INT8
+CONFIGS = tuple(dict.fromkeys(INTEGER + FLOAT + INT8))
 
 
 def name(config: BinaryConfig) -> str:
@@ -56,9 +56,21 @@ def name(config: BinaryConfig) -> str:
 
 
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=name)
-# One of each graph: zero="plus" and a second group size change a constant only.
-graphs = [c for c in CONFIGS if (c.zero == "torch" or c.method == "xnor") and c.group_size in (None, 128)]
-every_graph = pytest.mark.parametrize("config", graphs, ids=name)
+# One of each graph: zero="plus", more planes, codes or groups of the same kind change a constant only.
+graphs = {
+    (
+        c.method,
+        min(c.act_bits, 2),
+        c.act_bits == 32,
+        c.weight_rule.levels,
+        c.signed,
+        c.activations,
+        c.group_size is None,
+    ): c
+    for c in CONFIGS
+    if c.zero == "torch" and c.group_size in (None, 128)
+}
+every_graph = pytest.mark.parametrize("config", graphs.values(), ids=name)
 every_method = pytest.mark.parametrize("config", [BinaryConfig(m) for m in method_names()], ids=name)
 
 
