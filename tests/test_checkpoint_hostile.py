@@ -322,6 +322,9 @@ def test_layers_whose_forward_differs_are_not_replaced(tmp_path: Path) -> None:
     assert_refused(alone, tmp_path / "a", "the model has none of that name")
 
 
+NULLABLE = ("group_size", "act_bits", "weight_bits")  # None stands for what the method usually has
+
+
 @pytest.mark.parametrize("index", range(2 * len(KINDS)))
 def test_configurations(tmp_path: Path, files: dict[str, Path], index: int) -> None:
     metadata, tensors = contents(list(files.values())[index])
@@ -336,7 +339,7 @@ def test_configurations(tmp_path: Path, files: dict[str, Path], index: int) -> N
         {**config, "new": 1},
         *({**config, key: [value]} for key, value in config.items()),
         *({**config, key: 10**30} for key in config),
-        *({**config, key: None} for key in config if key != "group_size"),
+        *({**config, key: None} for key in config if key not in NULLABLE),
         *(cls().to_dict() for cls in (BinaryConfig, SalientConfig, FP4Config) if cls.__name__ != config["config"]),
     ]:
         craft(path, {**metadata, "configs": [changed]}, tensors)
