@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bitmill import BinaryConfig
 from bitmill.binarize import method, method_names, set_epoch
 from bitmill.nn import BinaryLinear, PackedBinaryLinear
+from bitmill.ops._library import has_compiled_kernel
 from problems import LAYOUTS, assert_same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,6 +119,15 @@ def assert_agree(got: Tensor, want: Tensor, config: BinaryConfig, what: str = ""
         assert_same_bits(got, want, what)
     else:
         assert_close(got, want)
+
+
+@pytest.mark.skipif(not has_compiled_kernel("binary_weight_linear"), reason="the default kernel sums as torch does")
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_float_activations_are_summed_alike_in_training_and_packed(group_size: int | None) -> None:
+    layer = trained(BinaryConfig("bibert", act_bits=32, group_size=group_size))
+    for m in (1, 3, 40):
+        x = inputs(m, K)
+        assert_same_bits(layer.pack()(x), layer(x))
 
 
 def gradient(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:

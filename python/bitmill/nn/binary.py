@@ -24,6 +24,7 @@ from ..binarize import (
     quantize_activation,
     quantized_linear,
     standardised,
+    weight_linear,
     weight_scale,
 )
 from ..binarize.functions import ALPHA_FLOOR
@@ -94,7 +95,7 @@ class BinaryLinear(LatentLinear, FollowsEpoch):
             value, rows = int8_fake_quant(x), scale.unsqueeze(-1)
             return exact_linear(value, weight, bias, rows=rows, group_size=config.group_size, level=levels)
         if config.act_bits == 32:
-            return nn.functional.linear(x, weight.value, bias)
+            return weight_linear(x, weight, bias, config.group_size)
         if rule.standardise and self.training:
             x = standardised(x)
         shift = self.shift
