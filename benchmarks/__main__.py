@@ -118,7 +118,7 @@ def workload(options: argparse.Namespace) -> list[tuple[Family, shapes.Problem]]
         seen = set()
         wanted = (options.model or "").lower()
         own = tuple(problem for problem in family.problems if wanted in problem.name.lower())
-        layers = tuple(problem for problem in options.problems if problem not in shapes.ATTENTION)
+        layers = tuple(problem for problem in options.problems if problem not in shapes.OTHERS)
         for problem in options.problems if options.shape else own if family.problems else layers:
             size: Sequence[int] = problem[1:] if family.macs else (problem.m, problem.k)
             only_the_call = not family.macs and problem.m <= COLD_ROWS and not options.shape

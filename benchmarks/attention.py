@@ -2,10 +2,12 @@
 """Variants of attention: an attention problem is m tokens, n = 2 x heads x tokens, k columns a head.
 
 So m n k is what queries times keys and the map times values multiply together. q, k and v lie as a projection leaves
-them, [tokens, heads x k], and are seen as [1, heads, tokens, k].
+them, [batch, tokens, heads x k], and are seen as [batch, heads, tokens, k]; heads in excess of 12 are a batch.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -17,12 +19,14 @@ from .runner import Case, Prepared, Unfit, Variant
 
 
 def heads_of(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v of one sequence."""
+    """q, k, v, before their signs."""
     heads, rest = divmod(case.n, 2 * case.m)
     if rest or heads == 0:
         raise Unfit("n must be 2 x heads x m")
     generator = torch.Generator().manual_seed(0)
-    flat = (torch.randn(1, case.m, heads, case.k, generator=generator).to(dtype) for _ in range(3))
+    together = math.gcd(heads, 12)
+    shape = (heads // together, case.m, together, case.k)
+    flat = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
     return [t.transpose(1, 2) for t in flat]
 
 

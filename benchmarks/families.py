@@ -21,7 +21,7 @@ from bitmill.bench import buffer_bytes
 from bitmill.config import Config
 from bitmill.convert import LAYERS
 
-from . import peers, shapes
+from . import convs, peers, shapes
 from .attention import ATTENTION
 from .runner import Case, Family, Prepared, Variant, layer_copies
 
@@ -245,6 +245,12 @@ FAMILIES = (
         "attention with 1-bit queries, keys, values and map, float in and out, packing included",
         ATTENTION,
         problems=shapes.ATTENTION,
+    ),
+    Family(
+        "conv",
+        "2-D convolution with 1-bit weights and activations, images in and out",
+        convs.VARIANTS,
+        problems=tuple(shapes.CONVS),
     ),
     Family(
         "bitpack",

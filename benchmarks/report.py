@@ -117,8 +117,8 @@ def table(family: Family, rows: Sequence[Row], width: int | None = None) -> str:
 
 LEGEND = """\
 us: median, and quartiles, of interleaved rounds. x fp32, x bf16, x int8: times faster than torch's F.linear (attention:
-scaled_dot_product_attention) in that dtype and than torch._int_mm, in the same run. %: of the peak named beside it,
-measured between the rounds.
+scaled_dot_product_attention, conv: conv2d) in that dtype and than torch._int_mm, in the same run. %: of the peak named
+beside it, measured between the rounds.
 cold: weights come from memory (copies of more than 200 MB in rotation), for every variant.
 {threads} thread(s); peaks at the start of the run:
 {peaks}"""

@@ -9,9 +9,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from problems import ATTENTION, HEADLINE, MODELS, Problem  # noqa: E402
+from problems import ATTENTION, CONVS, HEADLINE, MODELS, Problem  # noqa: E402
 
-__all__ = ["ATTENTION", "HEADLINE", "MODELS", "REPOSITORY", "Problem", "select"]
+__all__ = ["ATTENTION", "CONVS", "HEADLINE", "MODELS", "OTHERS", "REPOSITORY", "Problem", "select"]
+
+OTHERS = (*ATTENTION, *CONVS)  # problems of families that are not about a linear layer
 
 
 def select(model: str | None, shape: tuple[int, int, int] | None) -> tuple[Problem, ...]:
@@ -20,7 +22,7 @@ def select(model: str | None, shape: tuple[int, int, int] | None) -> tuple[Probl
     Raises:
         ValueError: if no model has that name.
     """
-    known = {problem.name.lower(): problem for problem in (*MODELS, *HEADLINE, *ATTENTION)}
+    known = {problem.name.lower(): problem for problem in (*MODELS, *HEADLINE, *OTHERS)}
     if shape is not None:
         named = (problem for problem in known.values() if problem[1:] == shape)
         return (next(named, Problem("given", *shape)),)

@@ -39,6 +39,7 @@ SHAPES = (
     Shape("groups of whole words", (1, 64, 6, 6), 40, groups=2),
     Shape("depthwise", (2, 19, 6, 4), 38, (3, 1), padding=(1, 1, 0, 0), groups=19),
     Shape("as wide as the image", (3, 7, 5, 18), 20, (5, 18), padding=(0, 0, 0, 0)),
+    Shape("every pixel a patch", (2, 64, 9, 10), 20, (1, 1), padding=(0, 0, 0, 0)),
     Shape("empty batch", (0, 5, 4, 4), 3),
 )
 

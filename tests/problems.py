@@ -71,6 +71,14 @@ MODELS = (
     *_transformer("LLaMA-7B one token", 1, 4096, 11008),
 )
 
+# Convolutions of one image: output positions, output channels and values of a patch, and how they come about: image,
+# kernel, stride, padding. Patch embeddings of ViT-S and DeiT-S, and the blocks of ResNet-18.
+CONVS = {
+    Problem("ViT-S patch embedding 16 x 16", 196, 384, 768): ((3, 224, 224), 16, 16, 0),
+    Problem("ResNet-18 stage 1, 3 x 3", 3136, 64, 576): ((64, 56, 56), 3, 1, 1),
+    Problem("ResNet-18 stage 3, 3 x 3", 196, 256, 2304): ((256, 14, 14), 3, 1, 1),
+}
+
 # What the benchmarks report, with batches that no model above has: 8 texts at once, a few tokens, one attention head of
 # an image (query times keys, probabilities times values).
 HEADLINE = (
@@ -99,7 +107,7 @@ ATTENTION = tuple(
         ("MiniLM-L6-H384", 128, 12, 32),
         ("DeiT-S", 197, 6, 64),
         ("DeiT-B", 197, 12, 64),
-        ("Swin-T stage 1", 49, 64 * 3, 32),
+        ("Swin-T stage 3", 49, 4 * 12, 32),
         ("BERT-base 512 tokens", 512, 12, 64),
     )
 )

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bitmill import timing
-from problems import HEADLINE, Problem
+from problems import CONVS, HEADLINE, Problem
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -175,7 +175,8 @@ def test_every_variant_of_ours_verifies(family: Family) -> None:
     ours = tuple(v for v in family.variants if v.origin != "peer")
     layers = (Problem("even", 9, 32, 64), Problem("ugly", 10, 17, 33))
     attention = (Problem("even", 32, 128, 64), Problem("ugly", 7, 42, 33))  # 2 and 3 heads
-    for problem in attention if family.problems else layers:
+    own = {"attention": attention, "conv": tuple(CONVS)}
+    for problem in own.get(family.name, layers):
         rows = runner.measure(dataclasses.replace(family, variants=ours), problem, peaks.Peaks(1), 0.001)
         assert [row.status for row in rows] == ["ok"] * len(ours)
         assert all(row.microseconds > 0 and row.gigabytes > 0 for row in rows)
@@ -256,6 +257,7 @@ def test_plots(tmp_path: Path) -> None:
 def test_families_get_their_own_problems() -> None:
     for arguments, family, names in (
         (["--family", "attention", "--model", "DeiT"], "attention", {"DeiT-S attention", "DeiT-B attention"}),
+        (["--family", "conv", "--model", "ViT-S"], "conv", {"ViT-S patch embedding 16 x 16"}),
         (["--family", "w1a1", "--model", "TinyBERT"], "w1a1", {"TinyBERT-4L-312 projection"}),
         (["--family", "attention", "--shape", "7,42,33"], "attention", {"given"}),
     ):

@@ -17,8 +17,9 @@ from torch.nn.functional import conv2d, pad
 from binary_inputs import FLOATS, leaves, on_meta, with_gradients
 from bitmill import ops
 from bitmill.ops._library import failure
+from bitmill.ops._surrogates import SURROGATES, surrogate_slope
 from bitmill.ops.binary_conv import _binary_conv2d_reference, conv_kernels
-from bitmill.ops.binary_matmul import SURROGATES, surrogate_slope, unpack_signs
+from bitmill.ops.binary_matmul import unpack_signs
 from bitmill.ops.bitpack import LEVELS, binarized
 from conv_inputs import SHAPES, Shape, conv_arguments, outputs_of
 from problems import assert_same_bits, on_every_machine
@@ -183,17 +184,19 @@ def test_opcheck(name: str, flag: bool) -> None:
 
 
 def test_compiled_with_any_batch_and_size() -> None:
-    shape = Shape("no two sizes alike", (2, 5, 6, 8), 9)  # torch takes equal ones for one and the same
+    shape = Shape("no two sizes alike", (4, 5, 6, 11), 9)  # torch takes equal ones for one and the same
     arguments = conv_arguments(shape, bias=True, shift=True)
 
-    @torch.compile(fullgraph=True, dynamic=True)
+    @torch.compile(
+        fullgraph=True, dynamic=True, backend="aot_eager"
+    )  # inductor fixes the sizes of torch's own gradient
     def convolve(x: Tensor) -> Tensor:
         return ops.binary_conv2d(x, *arguments[1:]) * 2
 
-    for size in ((2, 5, 6, 8), (3, 5, 9, 7), (4, 5, 12, 6)):
+    for size in ((4, 5, 6, 11), (3, 5, 9, 7), (7, 5, 12, 6)):
         x = torch.randn(size, requires_grad=True)
         same = x.detach().clone().requires_grad_()
-        with torch.compiler.set_stance("default" if size[0] == 2 else "fail_on_recompile"):
+        with torch.compiler.set_stance("default" if size[0] == 4 else "fail_on_recompile"):
             got = convolve(x)
         want = ops.binary_conv2d(same, *arguments[1:]) * 2
         assert torch.equal(got, want)

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from bitmill import BinaryConfig, FP4Config, SalientConfig, checkpoint, dequantize_, load, quantize_, save
+from bitmill import BinaryConfig, FP4Config, SalientConfig, checkpoint, dequantize_, load, pack_, quantize_, save
 from bitmill._checkpoint_file import FIELDS, FORMAT_VERSION, MAX_METADATA, digest
 from bitmill.config import Config
 from bitmill.nn import BinaryEmbedding, PackedBinaryLinear
@@ -241,6 +241,48 @@ def test_descriptions_of_a_layer(tmp_path: Path, files: dict[str, Path], index: 
             refuse({**entry, "arguments": {**entry["arguments"], key: junk}}, "layer 'fc'")
 
 
+def test_descriptions_of_a_convolution(tmp_path: Path) -> None:
+    def convolution() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 8, (3, 2), 2, 1, groups=2))
+
+    path = tmp_path / "a"
+    for method, packed in (("bibert", False), ("bibert", True), ("xnorpp", True)):
+        model = convolution()
+        quantize_(model, BinaryConfig(method, convs=True))
+        if packed:
+            pack_(model)
+        save(model, path)
+        metadata, tensors = contents(path)
+        entry, fresh_model = metadata["modules"]["0"], convolution()
+        for key, value in entry["arguments"].items():
+            for junk in [
+                *JUNK,
+                [],
+                [1],
+                [3, 2, 1],
+                [2, 3],
+                [True, True],
+                [1.0, 1],
+                [[1, 1], 1],
+                {},
+                41,
+                2**40,
+                "zeros",
+            ]:
+                if (type(junk) is type(value) and junk == value) or (
+                    isinstance(value, bool) and isinstance(junk, bool)
+                ):
+                    continue
+                changed = {**entry, "arguments": {**entry["arguments"], key: junk}}
+                craft(path, {**metadata, "modules": {"0": changed}}, tensors)
+                assert_refused(fresh_model, path)
+            fewer = {k: v for k, v in entry["arguments"].items() if k != key}
+            craft(path, {**metadata, "modules": {"0": {**entry, "arguments": fewer}}}, tensors)
+            assert_refused(fresh_model, path)
+        craft(path, metadata, tensors)
+        assert load(fresh_model, path) == ["0"]
+
+
 def test_kinds_that_do_not_fit_the_module(tmp_path: Path, files: dict[str, Path]) -> None:
     metadata, tensors = contents(files["BinaryConfig-True-True"])
     path, model, modules = tmp_path / "a", fresh(), metadata["modules"]
@@ -280,6 +322,9 @@ def test_layers_whose_forward_differs_are_not_replaced(tmp_path: Path) -> None:
     assert_refused(alone, tmp_path / "a", "the model has none of that name")
 
 
+NULLABLE = ("group_size", "act_bits", "weight_bits")  # None stands for what the method usually has
+
+
 @pytest.mark.parametrize("index", range(2 * len(KINDS)))
 def test_configurations(tmp_path: Path, files: dict[str, Path], index: int) -> None:
     metadata, tensors = contents(list(files.values())[index])
@@ -294,7 +339,7 @@ def test_configurations(tmp_path: Path, files: dict[str, Path], index: int) -> N
         {**config, "new": 1},
         *({**config, key: [value]} for key, value in config.items()),
         *({**config, key: 10**30} for key in config),
-        *({**config, key: None} for key in config if key != "group_size"),
+        *({**config, key: None} for key in config if key not in NULLABLE),
         *(cls().to_dict() for cls in (BinaryConfig, SalientConfig, FP4Config) if cls.__name__ != config["config"]),
     ]:
         craft(path, {**metadata, "configs": [changed]}, tensors)
@@ -501,8 +546,9 @@ def test_a_file_of_another_form_or_none(tmp_path: Path) -> None:
 
 def test_kinds_are_the_layers_that_exist() -> None:
     assert set(checkpoint.KINDS) == {
-        *("BinaryLinear", "BinaryEmbedding", "SalientLinear", "FP4Linear"),
-        *("PackedBinaryLinear", "PackedBinaryEmbedding", "PackedSalientLinear", "PackedFP4Linear"),
+        *("BinaryLinear", "BinaryConv2d", "BinaryEmbedding", "SalientLinear", "FP4Linear"),
+        *("PackedBinaryLinear", "PackedBinaryConv2d", "PackedBinaryEmbedding", "PackedSalientLinear"),
+        "PackedFP4Linear",
     }
     assert issubclass(BinaryEmbedding, nn.Embedding) and not issubclass(PackedBinaryLinear, nn.Linear)
 

@@ -53,6 +53,7 @@ FIELDS = [
     (BinaryConfig, "zero", [None, 0, True, "Torch"]),
     (BinaryConfig, "group_size", [True, 0, -32, 31, 33, 64.0, "64", (1 << 24) + 32]),
     (BinaryConfig, "embeddings", [None, 0, 1]),
+    (BinaryConfig, "convs", [None, 0, 1]),
     (BinaryConfig, "activations", [None, 8, "int4", "int8"]),
     (SalientConfig, "fraction", [True, False, None, -0.01, 1.01, -1, 2, "0.1", 0.1j]),
     (SalientConfig, "bits", [True, None, 4, 8.0, "8"]),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bitmill import BinaryConfig
 from bitmill.binarize import method, method_names, set_epoch
 from bitmill.nn import BinaryLinear, PackedBinaryLinear
+from bitmill.ops._library import has_compiled_kernel
 from problems import LAYOUTS, assert_same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +46,7 @@ INT8 = (
     *(BinaryConfig(m, act_bits=32, activations="int8") for m in ("bibert", "bit", "bivit")),
     BinaryConfig("bibert", act_bits=32, activations="int8", group_size=128),
 )
-CONFIGS = INTEGER + FLOAT + INT8
+CONFIGS = tuple(dict.fromkeys(INTEGER + FLOAT + INT8))
 
 
 def name(config: BinaryConfig) -> str:
@@ -56,9 +57,21 @@ def name(config: BinaryConfig) -> str:
 
 
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=name)
-# One of each graph: zero="plus" and a second group size change a constant only.
-graphs = [c for c in CONFIGS if (c.zero == "torch" or c.method == "xnor") and c.group_size in (None, 128)]
-every_graph = pytest.mark.parametrize("config", graphs, ids=name)
+# One of each graph: zero="plus", more planes, codes or groups of the same kind change a constant only.
+graphs = {
+    (
+        c.method,
+        min(c.act_bits, 2),
+        c.act_bits == 32,
+        c.weight_rule.levels,
+        c.signed,
+        c.activations,
+        c.group_size is None,
+    ): c
+    for c in CONFIGS
+    if c.zero == "torch" and c.group_size in (None, 128)
+}
+every_graph = pytest.mark.parametrize("config", graphs.values(), ids=name)
 every_method = pytest.mark.parametrize("config", [BinaryConfig(m) for m in method_names()], ids=name)
 
 
@@ -106,6 +119,15 @@ def assert_agree(got: Tensor, want: Tensor, config: BinaryConfig, what: str = ""
         assert_same_bits(got, want, what)
     else:
         assert_close(got, want)
+
+
+@pytest.mark.skipif(not has_compiled_kernel("binary_weight_linear"), reason="the default kernel sums as torch does")
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_float_activations_are_summed_alike_in_training_and_packed(group_size: int | None) -> None:
+    layer = trained(BinaryConfig("bibert", act_bits=32, group_size=group_size))
+    for m in (1, 3, 40):
+        x = inputs(m, K)
+        assert_same_bits(layer.pack()(x), layer(x))
 
 
 def gradient(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:
@@ -179,9 +201,9 @@ def test_autocast_changes_nothing(config: BinaryConfig) -> None:
             want = module(x)
             with torch.autocast("cpu", torch.bfloat16):
                 assert_same_bits(module(x), want)
-                if config.act_bits == 1:
+                if config.act_bits != 32:
                     inside = gradient(module, x, g)
-            if config.act_bits == 1:
+            if config.act_bits != 32:
                 assert_same_bits(inside, gradient(module, x, g))
 
 

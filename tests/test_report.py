@@ -16,9 +16,9 @@ from bitmill.binarize import method_names
 from bitmill.checkpoint import file_size
 from bitmill.config import Config
 from bitmill.demo.model import load_stories
-from bitmill.nn import BinaryEmbedding
+from bitmill.nn import BinaryEmbedding, PackedBinaryEmbedding, PackedBinaryLinear
 from bitmill.ops._machine import kernel_of
-from bitmill.report import LayerSummary
+from bitmill.report import LayerSummary, bibench_complexity
 
 CONFIGS: list[Config] = [
     *(BinaryConfig(method=m, act_bits=bits, embeddings=True) for m in method_names() for bits in (None, 32)),
@@ -255,7 +255,7 @@ def test_the_table_is_aligned() -> None:
     quantize_(model, BinaryConfig(), lambda m, name: name == "short")
     quantize_(model, FP4Config())
     pack_(model)
-    header, *rows, total = str(summary(model)).splitlines()
+    header, *rows, total, ratios = str(summary(model)).splitlines()
     assert len(rows) == 2 and total.startswith("2 layers, ")
     for row, name in zip(rows, model, strict=True):
         assert row.startswith(name)
@@ -267,10 +267,46 @@ def test_the_table_is_aligned() -> None:
             assert row[column - 1] != " " and row[column] == " "
     assert "48 x 64" in rows[0] and "64 x 2048" in rows[1]
     assert f"{summary(model).file_bytes:,} in a file" in total
+    assert ratios.startswith(f"{4 * (64 * 48 + 48 + 2048 * 64 + 64):,} bytes in float32: ")
 
 
 def test_a_summary_is_data() -> None:
     result = summary(quantised(BinaryConfig()))
     values = json.loads(json.dumps(result.to_dict()))
     assert values["file_bytes"] == result.file_bytes and values["layers"][0]["kind"] == "PackedBinaryLinear"
-    assert set(values) == {"layers", "bits_per_weight", "resident_bytes", "file_bytes"}
+    assert set(values) == {
+        "layers",
+        "bits_per_weight",
+        "complexity",
+        "float_bytes",
+        "paper_bytes",
+        "resident_bytes",
+        "file_bytes",
+    }
+
+
+def test_bibert_base_as_papers_count_and_as_stored() -> None:
+    """The specification of BiBERT's 13.4 MB and 31.2x (MiB of float32 over bits, row scales of all tables)."""
+    model = torch.nn.Module()
+    model.words = PackedBinaryEmbedding(30522, 768)
+    model.layers = torch.nn.ModuleList(
+        PackedBinaryLinear(k, n) for _ in range(12) for n, k in [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
+    )
+    model.pooler = PackedBinaryLinear(768, 768)
+    model.positions, model.types = torch.nn.Embedding(512, 768), torch.nn.Embedding(2, 768)
+    model.norms = torch.nn.ModuleList(torch.nn.LayerNorm(768) for _ in range(25))
+    model.classifier = torch.nn.Linear(768, 2)
+    facts = summary(model)
+    assert facts.float_bytes == 4 * 109_483_778
+    assert facts.paper_bytes / 2**20 == pytest.approx(13.425, abs=1e-3)
+    assert facts.float_bytes / facts.paper_bytes == pytest.approx(31.1, abs=0.05)
+    assert facts.float_bytes / facts.file_bytes == pytest.approx(27.1, abs=0.2)
+    assert sum(layer.macs for layer in facts.layers) / sum(layer.operations for layer in facts.layers) == 64
+    assert "31.1x" in str(facts)
+
+
+def test_bibench_complexity() -> None:
+    storage, operations, overall = bibench_complexity(100, 36, 1000, 360)
+    assert (storage, operations) == (100 / 38, 1000 / 370)
+    assert overall == pytest.approx(((storage**2 + operations**2) / 2) ** 0.5)
+    assert bibench_complexity(0, 0, 0, 0) == (1, 1, 1)

@@ -43,24 +43,30 @@ Rows rows_of(const BinaryAttentionParams& p, const Matrices& matrices, int64_t m
                     [&](const auto* data) { return rows_of(matrices, data, matrix, first, rows, columns, copy); });
 }
 
-// Bits of rows [first, first + rows), and whether one of their values is 0.
-bool pack_rows(const AttentionTask& t, const Matrices& matrices, int64_t matrix, int64_t first, int64_t rows,
-               int32_t* sign, int32_t* nonzero) {
-  std::unique_ptr<char[]> copy;
+// Bits of rows, and whether one of their values is 0.
+bool pack_rows(const BinaryAttentionParams& p, const Rows& x, int64_t rows, int32_t* sign, int32_t* nonzero) {
   const std::unique_ptr<int32_t[]> count(new int32_t[static_cast<size_t>(rows)]);
-  const Rows x = rows_of(t.p, matrices, matrix, first, rows, t.p.d, copy);
   BitpackParams pack;
   pack.x = x.x;
   pack.row_stride = x.stride;
-  pack.dtype = t.p.dtype;
+  pack.dtype = p.dtype;
   pack.m = rows;
-  pack.k = t.p.d;
-  pack.levels = t.p.zeros ? Levels::sign : Levels::plus;
+  pack.k = p.d;
+  pack.levels = p.zeros ? Levels::sign : Levels::plus;
   pack.sign = sign;
-  pack.nonzero = t.p.zeros ? nonzero : nullptr;
+  pack.nonzero = p.zeros ? nonzero : nullptr;
   pack.count = count.get();
   bitpack(pack);
-  return t.p.zeros && std::any_of(count.get(), count.get() + rows, [&](int32_t c) { return c != t.p.d; });
+  return p.zeros && std::any_of(count.get(), count.get() + rows, [&](int32_t c) { return c != p.d; });
+}
+
+// Signs alone, where that is all there is to pack.
+bool packed_without_zeros([[maybe_unused]] const BinaryAttentionParams& p, [[maybe_unused]] const Rows& x,
+                          [[maybe_unused]] int64_t rows, [[maybe_unused]] bool tiles, [[maybe_unused]] int32_t* out) {
+#ifdef BITMILL_AVX512
+  if (selected() == InstructionSet::avx512) return !attention_signs_avx512(p, x.x, x.stride, rows, tiles, out);
+#endif
+  return false;
 }
 
 // Rows of words to tiles, 0 past the rows.
@@ -74,10 +80,17 @@ void to_tiles(const int32_t* rows, int64_t count, int64_t words, int64_t tiles, 
 
 void pack_keys(const AttentionTask& t, int64_t batch) {
   const int64_t m = t.p.m, size = key_tiles(m) * t.words * kTileRows;
+  int32_t* tiles = t.k_sign + batch * size;
+  std::unique_ptr<char[]> copy;
+  const Rows x = rows_of(t.p, t.p.k, batch, 0, m, t.p.d, copy);
+  const int64_t last = std::max<int64_t>(size - 2 * t.words * kTileRows, 0);
+  std::fill(tiles + last, tiles + size, 0);  // lanes past m
+  t.k_zeros[batch] = 0;
+  if (packed_without_zeros(t.p, x, m, true, tiles)) return;
   const std::unique_ptr<int32_t[]> sign(new int32_t[static_cast<size_t>(m * t.words)]);
   const std::unique_ptr<int32_t[]> nonzero(new int32_t[static_cast<size_t>(m * t.words)]);
-  t.k_zeros[batch] = pack_rows(t, t.p.k, batch, 0, m, sign.get(), nonzero.get());
-  to_tiles(sign.get(), m, t.words, key_tiles(m), t.k_sign + batch * size);
+  t.k_zeros[batch] = pack_rows(t.p, x, m, sign.get(), nonzero.get());
+  to_tiles(sign.get(), m, t.words, key_tiles(m), tiles);
   if (t.k_zeros[batch]) to_tiles(nonzero.get(), m, t.words, key_tiles(m), t.k_nonzero + batch * size);
 }
 
@@ -175,8 +188,12 @@ void find_lowest(const BinaryAttentionParams& p, int32_t* lowest) {
 
 }  // namespace
 
-bool pack_queries(const AttentionTask& t, int64_t batch, int64_t first, int64_t last, int32_t* sign, int32_t* nonzero) {
-  return pack_rows(t, t.p.q, batch, first, last - first, sign, nonzero);
+bool pack_queries(const AttentionTask& t, int64_t batch, int64_t first, int64_t last, bool always, int32_t* sign,
+                  int32_t* nonzero) {
+  std::unique_ptr<char[]> copy;
+  const Rows x = rows_of(t.p, t.p.q, batch, first, last - first, t.p.d, copy);
+  if (!always && packed_without_zeros(t.p, x, last - first, false, sign)) return false;
+  return pack_rows(t.p, x, last - first, sign, nonzero);
 }
 
 void attention_rows_generic(const AttentionTask& t, int64_t batch, int64_t first, int64_t last) {
@@ -184,7 +201,7 @@ void attention_rows_generic(const AttentionTask& t, int64_t batch, int64_t first
   const int64_t rows = last - first;
   std::vector<int32_t> sign(rows * t.words), nonzero(rows * t.words), dot(rows * p.m), context(rows * p.e);
   std::vector<int32_t> map(rows * t.map_words);
-  const bool zeros = pack_queries(t, batch, first, last, sign.data(), nonzero.data());
+  const bool zeros = pack_queries(t, batch, first, last, false, sign.data(), nonzero.data());
   BinaryMatmulParams scores;
   scores.a = sign.data();
   scores.a_nonzero = zeros ? nonzero.data() : nullptr;

@@ -129,6 +129,7 @@ int32_t elastic_limit(const AttentionTask& t, const int32_t* distance, int32_t n
     s1 += weight[static_cast<Index>(distance[i + 1])];
     s2 += weight[static_cast<Index>(distance[i + 2])];
     s3 += weight[static_cast<Index>(distance[i + 3])];
+    asm volatile("" : "+r"(s0), "+r"(s1), "+r"(s2), "+r"(s3));  // g++ would gather vectors element by element
   }
   const double share = t.p.threshold * static_cast<double>(s0 + s1 + s2 + s3);
   // whole numbers: above `share` is above its floor; nothing is heavier than kWeightOne, and NaN admits nothing
@@ -272,39 +273,7 @@ void make_context(const Block& b, int64_t batch, int64_t row, int64_t rows) {
   }
 }
 
-// Bits of 16 channels over up to 32 keys: a lane a channel.
-template <class T>
-bool values_to_bits(const T* x, int64_t stride, int64_t m, int64_t e, int32_t* sign, int32_t* nonzero) {
-  const int64_t words = word_count(m);
-  __mmask16 zeros = 0;
-  const __m512 zero = _mm512_setzero_ps();
-  for (int64_t tile = 0; tile < tile_count(e); ++tile) {
-    const __mmask16 lanes = first_lanes(e - tile * kTileRows);
-    for (int64_t w = 0; w < words; ++w) {
-      __m512i s = _mm512_setzero_si512(), z = s, bit = _mm512_set1_epi32(1);
-      for (int64_t j = 32 * w; j < 32 * (w + 1) && j < m; ++j, bit = _mm512_add_epi32(bit, bit)) {
-        const __m512 value = load16(x + j * stride + tile * kTileRows, lanes);
-        const __mmask16 positive = nonzero ? _mm512_cmp_ps_mask(value, zero, _CMP_GT_OQ)
-                                           : _mm512_mask_cmp_ps_mask(lanes, value, zero, _CMP_GE_OQ);
-        s = _mm512_mask_or_epi32(s, positive, s, bit);
-        if (nonzero) z = _mm512_mask_or_epi32(z, _mm512_cmp_ps_mask(value, zero, _CMP_NEQ_OQ), z, bit);
-      }
-      const int64_t at = (tile * words + w) * kTileRows;
-      _mm512_storeu_si512(sign + at, s);
-      if (nonzero) _mm512_storeu_si512(nonzero + at, z);
-      const __m512i keys = _mm512_sub_epi32(bit, _mm512_set1_epi32(1));  // the bits of all, as 2^32 is 0
-      zeros |= _mm512_mask_cmpneq_epi32_mask(lanes, z, keys);
-    }
-  }
-  return nonzero && zeros;
-}
-
 }  // namespace
-
-bool attention_values_avx512(Dtype dtype, const void* x, int64_t stride, int64_t m, int64_t e, int32_t* sign,
-                             int32_t* nonzero) {
-  return with_dtype(dtype, x, [&](const auto* values) { return values_to_bits(values, stride, m, e, sign, nonzero); });
-}
 
 void attention_rows_avx512(const AttentionTask& t, int64_t batch, int64_t first, int64_t last) {
   const bool looks_back = t.biased || t.p.rule != AttentionRule::bool_;  // at the scores of a whole row
@@ -314,7 +283,7 @@ void attention_rows_avx512(const AttentionTask& t, int64_t batch, int64_t first,
   const std::unique_ptr<int32_t[]> scratch(new int32_t[static_cast<size_t>(2 * queries + map + distances)]());
   int32_t *q = scratch.get(), *q_nonzero = q + queries, *distance = q_nonzero + queries + map;
   uint32_t* bits = reinterpret_cast<uint32_t*>(q_nonzero + queries);
-  const bool zeros = pack_queries(t, batch, first, last, q, q_nonzero) || t.k_zeros[batch];
+  const bool zeros = pack_queries(t, batch, first, last, t.k_zeros[batch], q, q_nonzero) || t.k_zeros[batch];
   const int32_t* k_nonzero = t.k_nonzero + batch * keys;
   std::unique_ptr<int32_t[]> ones;
   if (zeros && !t.k_zeros[batch]) {  // only queries are 0

@@ -118,7 +118,7 @@ static inline int32_t decide(const AttentionTask& t, int64_t batch, int64_t row,
 }
 
 // Rows [first, last) of one matrix of the batch, at most kRowsTogether.
-inline constexpr int64_t kRowsTogether = 32;
+inline constexpr int64_t kRowsTogether = 64;
 void attention_rows_generic(const AttentionTask& task, int64_t batch, int64_t first, int64_t last);
 void attention_rows_avx512(const AttentionTask& task, int64_t batch, int64_t first, int64_t last);
 
@@ -127,8 +127,13 @@ void attention_rows_avx512(const AttentionTask& task, int64_t batch, int64_t fir
 bool attention_values_avx512(Dtype dtype, const void* x, int64_t stride, int64_t m, int64_t e, int32_t* sign,
                              int32_t* nonzero);
 
-// The queries of some rows: bits [rows][words], and whether one of them is 0.
-bool pack_queries(const AttentionTask& task, int64_t batch, int64_t first, int64_t last, int32_t* sign,
+// The signs of rows of d values (`stride` elements apart), as rows of words or as tiles; answers whether one is 0.
+bool attention_signs_avx512(const BinaryAttentionParams& params, const void* x, int64_t stride, int64_t rows,
+                            bool tiles, int32_t* out);
+
+// The queries of some rows: bits [rows][words], and whether one of them is 0. `nonzero` is written if that is so, or if
+// `always`.
+bool pack_queries(const AttentionTask& task, int64_t batch, int64_t first, int64_t last, bool always, int32_t* sign,
                   int32_t* nonzero);
 
 }  // namespace bitmill::detail

@@ -67,9 +67,10 @@ Kernel choose_kernel() {
 
 constexpr int64_t kPatches = 64;  // rows of bits and of results that stay in the first-level caches
 
-// The packed image. `nonzero` is null where every position of every patch counts; its rows may be one and the same.
+// The packed image. `nonzero` is null where every position of every patch counts. Where only the padding does not, it
+// is one row for all (a stride of 0), and `whole` is the row of a patch without padding.
 struct Image {
-  std::unique_ptr<int32_t[]> sign, nonzero;
+  std::unique_ptr<int32_t[]> sign, nonzero, whole;
   int64_t row_words = 0, nonzero_stride = 0;
 };
 
@@ -130,6 +131,10 @@ Image pack_image(const BinaryConvParams& p, const Kernel& kernel) {
     image.nonzero = words_for(image.row_words + 1);
     std::fill_n(image.nonzero.get(), image.row_words + 1, -1);
     image.nonzero_stride = 0;
+    const int64_t k = p.k(), words = word_count(k);
+    image.whole = words_for(words);
+    std::fill_n(image.whole.get(), words, -1);
+    if (k % 32 != 0) image.whole[words - 1] = static_cast<int32_t>(low_bits(k % 32));
   }
   return image;
 }
@@ -139,7 +144,7 @@ Image pack_image(const BinaryConvParams& p, const Kernel& kernel) {
 template <class Writer>
 void gather(const BinaryConvParams& p, const int32_t* rows, int64_t stride, int64_t out_y, int64_t out_x, int32_t* to) {
   const ConvAxis &v = p.vertical, &h = p.horizontal;
-  const int64_t c = p.group_channels();
+  const int64_t c = p.group_channels(), first = out_x * h.stride - h.before;
   const int64_t run = h.dilation == 1 ? h.kernel : 1;  // pixels side by side
   Writer writer{to};
   for (int64_t ky = 0; ky < v.kernel; ++ky) {
@@ -149,7 +154,11 @@ void gather(const BinaryConvParams& p, const int32_t* rows, int64_t stride, int6
       continue;
     }
     for (int64_t kx = 0; kx < h.kernel; kx += run) {
-      const int64_t x = out_x * h.stride - h.before + kx * h.dilation;
+      const int64_t x = first + kx * h.dilation;
+      if (x >= 0 && x + run <= h.size) {
+        writer.copy(rows + y * stride, x * c, run * c);
+        continue;
+      }
       const int64_t begin = std::clamp<int64_t>(-x, 0, run), end = std::clamp<int64_t>(h.size - x, begin, run);
       writer.skip(begin * c);
       writer.copy(rows + y * stride, (x + begin) * c, (end - begin) * c);
@@ -157,6 +166,21 @@ void gather(const BinaryConvParams& p, const int32_t* rows, int64_t stride, int6
     }
   }
   writer.finish();
+}
+
+// Whether the patch of an output position reaches past the edges of the image.
+bool is_at_edge(const BinaryConvParams& p, int64_t out_y, int64_t out_x) {
+  const auto reaches = [](const ConvAxis& a, int64_t out) {
+    const int64_t first = out * a.stride - a.before;
+    return first < 0 || first + a.reach() > a.size;
+  };
+  return reaches(p.vertical, out_y) || reaches(p.horizontal, out_x);
+}
+
+// Whether the rows of bits of the image are the patches already.
+bool is_patches(const BinaryConvParams& p) {
+  const auto every_pixel = [](const ConvAxis& a) { return a.kernel == 1 && a.stride == 1 && !a.is_padded(); };
+  return p.groups == 1 && p.channels % 32 == 0 && every_pixel(p.vertical) && every_pixel(p.horizontal);
 }
 
 // What one thread works with.
@@ -169,22 +193,33 @@ struct Scratch {
 void convolve(const BinaryConvParams& p, const Image& image, const Kernel& kernel, int64_t group, int64_t first,
               int64_t count, const Scratch& scratch) {
   const int64_t k = p.k(), words = word_count(k), area = p.area(), width = p.horizontal.outputs();
+  const bool gathers = !is_patches(p);
   auto* const fill = p.group_channels() % 32 == 0 ? gather<WordWriter> : gather<BitWriter>;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t sample = (first + i) / area, y = (first + i) % area / width, x = (first + i) % width;
+  int64_t sample = first / area, y = first % area / width, x = first % width;
+  for (int64_t i = 0; gathers && i < count; ++i) {
     const int64_t row = (sample * p.groups + group) * p.vertical.size;
     fill(p, image.sign.get() + row * image.row_words, image.row_words, y, x, scratch.sign.get() + i * words);
-    if (!image.nonzero) continue;
-    fill(p, image.nonzero.get() + row * image.nonzero_stride, image.nonzero_stride, y, x,
-         scratch.nonzero.get() + i * words);
+    if (image.nonzero) {
+      int32_t* const to = scratch.nonzero.get() + i * words;
+      if (image.nonzero_stride == 0 && !is_at_edge(p, y, x)) {
+        std::copy_n(image.whole.get(), words, to);
+      } else {
+        fill(p, image.nonzero.get() + row * image.nonzero_stride, image.nonzero_stride, y, x, to);
+      }
+    }
+    if (++x < width) continue;
+    x = 0;
+    if (++y < p.vertical.outputs()) continue;
+    y = 0;
+    ++sample;
   }
 
   // The tiles that hold the group's outputs, which may begin inside the first one.
   const int64_t outputs = p.n / p.groups, tile = group * outputs / kTileRows, skipped = group * outputs % kTileRows;
   const int64_t size = bytes_of(p.dtype), tiles_before = tile * words * kTileRows;
   BinaryMatmulParams product;
-  product.a = scratch.sign.get();
-  product.a_nonzero = image.nonzero ? scratch.nonzero.get() : nullptr;
+  product.a = gathers ? scratch.sign.get() : image.sign.get() + first * words;
+  if (image.nonzero) product.a_nonzero = gathers ? scratch.nonzero.get() : image.nonzero.get() + first * words;
   product.operand = p.levels == Levels::bool_ ? Operand::bool_ : image.nonzero ? Operand::ternary : Operand::sign;
   product.weight = p.weight + tiles_before;
   product.weight_nonzero = p.weight_nonzero ? p.weight_nonzero + tiles_before : nullptr;

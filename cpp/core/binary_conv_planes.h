@@ -21,6 +21,16 @@ struct PixelBlock {
   float threshold;
 };
 
+// Few channels: neighbouring pixels are joined until a word is nearly full, which takes a few vector steps for all.
+static inline void put_joined(uint32_t* pixels, int64_t size, BitWriter& writer) {
+  int64_t count = kPixels;
+  for (; 2 * size <= 32 && count > 1; size *= 2) {
+    count /= 2;
+    for (int64_t i = 0; i < count; ++i) pixels[i] = pixels[2 * i] | pixels[2 * i + 1] << size;
+  }
+  for (int64_t i = 0; i < count; ++i) writer.put(pixels[i], size);
+}
+
 // Set::collect<levels>(block, sign, nonzero) writes 16 words each; pixels past the end of the row have any value.
 template <class Set, Levels levels, class T>
 static int64_t pack_planes(const BinaryConvParams& p, const T* x, int64_t sample, int64_t group, int64_t y,
@@ -39,6 +49,14 @@ static int64_t pack_planes(const BinaryConvParams& p, const T* x, int64_t sample
       const float* shift = p.shift ? p.shift + first + 32 * w : nullptr;
       const PixelBlock<T> block{row + 32 * w * plane + begin, plane, channels, pixels, shift, p.threshold};
       Set::template collect<levels>(block, blocks + w * kPixels, nonzero_blocks + w * kPixels);
+    }
+    if (pixels == kPixels && 2 * c <= 32) {
+      if constexpr (levels == Levels::sign) {
+        for (int64_t i = 0; i < kPixels; ++i) present += __builtin_popcount(nonzero_blocks[i]);
+        put_joined(nonzero_blocks, c, nonzero_writer);
+      }
+      put_joined(blocks, c, sign_writer);
+      continue;
     }
     for (int64_t i = 0; i < pixels; ++i) {
       for (int64_t w = 0; w < words; ++w) {

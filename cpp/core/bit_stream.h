@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace bitmill::detail {
 
@@ -47,7 +48,9 @@ struct WordWriter {
     for (; size > 0; size -= 32) *out++ = 0;
   }
   void copy(const int32_t* row, int64_t from, int64_t size) {
-    for (const int32_t* word = row + from / 32; size > 0; size -= 32) *out++ = *word++;
+    const int32_t* word = row + from / 32;
+    for (; size >= 64; size -= 64, word += 2, out += 2) std::memcpy(out, word, 8);
+    if (size > 0) *out++ = *word;
   }
   void finish() {}
 };

@@ -21,6 +21,7 @@ KEY = "bitmill"
 MAX_METADATA = 1 << 24  # characters; the description of a layer takes about 150
 FIELDS = {"format_version": int, "configs": list, "modules": dict, "shared": dict, "sha256": str}
 ENTRY = {"kind": str, "config": int, "arguments": dict}
+PAIRS = ("kernel_size", "stride", "padding", "dilation")  # arguments that are two whole numbers
 
 # Dtypes in the order in which safetensors sorts tensors (the reverse of this one).
 DTYPES = ("BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64")
@@ -102,7 +103,10 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
         return type(value) is dict and {key: type(v) for key, v in value.items()} == fields
 
     def is_flat(value: Any) -> bool:
-        return type(value) is dict and not any(isinstance(v, (dict, list)) for v in value.values())
+        if type(value) is not dict:
+            return False
+        lists = {key: v for key, v in value.items() if isinstance(v, (dict, list))}
+        return all(key in PAIRS and type(v) is list and list(map(type, v)) == [int, int] for key, v in lists.items())
 
     if not (
         fits(metadata, FIELDS)

@@ -21,14 +21,17 @@ from torch import Tensor, nn
 from ._checkpoint_file import DTYPES, FORMAT_VERSION, KEY, as_bytes, canonical, digest, file_dtype, load_error, read
 from .config import BinaryConfig, Config, FP4Config, SalientConfig, shorten
 from .convert import LATENT, PACKED, replace_modules, require_bare
-from .nn import BinaryEmbedding, PackedBinaryEmbedding
+from .nn import BinaryConv2d, BinaryEmbedding, PackedBinaryConv2d, PackedBinaryEmbedding
+from .nn._conv import conv_arguments
 from .nn._module import LatentLinear, PackedModule
 
 KINDS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in LATENT + PACKED}
 CONFIGS: dict[str, type[Config]] = {"Binary": BinaryConfig, "Salient": SalientConfig, "FP4": FP4Config}
 TABLES: tuple[type[nn.Module], ...] = (nn.Embedding, BinaryEmbedding, PackedBinaryEmbedding)
-LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, *(cls for cls in LATENT + PACKED if cls not in TABLES))
+CONVS: tuple[type[nn.Module], ...] = (nn.Conv2d, BinaryConv2d, PackedBinaryConv2d)
+LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, *(cls for cls in LATENT + PACKED if cls not in TABLES + CONVS))
 SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim", "padding_idx")
+COUNTS = {"entries": int, "encoding": str, "map_rows": int, "map_columns": int}  # other arguments are true or false
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -235,6 +238,8 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, BinaryEmbedding):
         names = ("num_embeddings", "embedding_dim", "padding_idx")
         return {name: getattr(module, name) for name in names}
+    if isinstance(module, BinaryConv2d):
+        return conv_arguments(module)
     assert isinstance(module, LatentLinear)
     features = {"in_features": module.in_features, "out_features": module.out_features}
     return {**features, "bias": module.bias is not None}
@@ -268,16 +273,18 @@ def _build(entry: dict[str, Any], configs: list[Any], present: nn.Module) -> nn.
     kind, arguments = entry["kind"], entry["arguments"]
     if kind not in KINDS:
         raise ValueError(f"its kind {shorten(kind)} is unknown; a newer bitmill may have written the file")
-    if type(present) not in (TABLES if KINDS[kind] in TABLES else LINEARS):
+    if type(present) not in next(kinds for kinds in (TABLES, CONVS, LINEARS) if KINDS[kind] in kinds):
         raise ValueError(f"it is a {kind} in the file, which cannot take the place of a {type(present).__name__}")
     require_bare(present)
     config_class = next(cls for prefix, cls in CONFIGS.items() if kind.removeprefix("Packed").startswith(prefix))
     config = config_class.from_dict(configs[entry["config"]])
+    sizes = {key: getattr(present, key, None) for key in SIZES}
+    if type(present) in CONVS:
+        sizes = {key: value for key, value in conv_arguments(present).items() if key != "bias"}
     for key, value in arguments.items():
-        got = getattr(present, key, None)
-        if key in SIZES and (value != got or type(value) not in (int, type(None))):
-            raise ValueError(f"{key} is {shorten(value)} in the file and {shorten(got)} in the model")
-        if key not in SIZES and type(value) is not {"entries": int, "encoding": str}.get(key, bool):
+        if key in sizes and (value != sizes[key] or type(value) is not type(sizes[key])):
+            raise ValueError(f"{key} is {shorten(value)} in the file and {shorten(sizes[key])} in the model")
+        if key not in sizes and type(value) is not COUNTS.get(key, bool):
             raise ValueError(f"{shorten(value)} is not a value for its argument {shorten(key)}")
     try:
         layer = KINDS[kind](**arguments, config=config, device="meta")

@@ -65,6 +65,7 @@ class BinaryConfig(Config):
             plane instead of two.
         group_size: columns that share a weight scale, a multiple of 32; None for the method's own granularity.
         embeddings: let `quantize_` swap nn.Embedding too.
+        convs: let `quantize_` swap nn.Conv2d too (1-bit or float images, no group_size).
         activations: for act_bits=32: "float" multiplies activations as they are; "int8" rounds every row to int8 with a
             scale of its own first, in training too (straight-through), which is faster.
         weight_bits: bits of a weight, as the method has them; None for its usual number. 2 is ternary for TBT and two
@@ -79,6 +80,7 @@ class BinaryConfig(Config):
     embeddings: bool = False
     activations: str = "float"
     weight_bits: int = None  # type: ignore[assignment]
+    convs: bool = False
 
     def __post_init__(self) -> None:
         self._require_one_of("method", method_names())
@@ -87,7 +89,12 @@ class BinaryConfig(Config):
             if getattr(self, field) is None:
                 object.__setattr__(self, field, allowed[0])
             self._require_one_of(field, allowed, f" for method {self.method!r}")
-        for field, options in (("signed", (True, False)), ("zero", ("torch", "plus")), ("embeddings", (True, False))):
+        for field, options in (
+            ("signed", (True, False)),
+            ("zero", ("torch", "plus")),
+            ("embeddings", (True, False)),
+            ("convs", (True, False)),
+        ):
             self._require_one_of(field, options)
         self._require_one_of("activations", ACTIVATIONS)
         self._require_group_size()

@@ -7,14 +7,17 @@ Every function builds all replacements first and swaps then, so an error leaves 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from .config import BinaryConfig, Config, FP4Config, SalientConfig
 from .nn import (
+    BinaryConv2d,
     BinaryEmbedding,
     BinaryLinear,
     FP4Linear,
+    PackedBinaryConv2d,
     PackedBinaryEmbedding,
     PackedBinaryLinear,
     PackedFP4Linear,
@@ -23,8 +26,8 @@ from .nn import (
 )
 from .nn._module import LatentLinear
 
-LATENT = (BinaryLinear, BinaryEmbedding, SalientLinear, FP4Linear)
-PACKED = (PackedBinaryLinear, PackedBinaryEmbedding, PackedSalientLinear, PackedFP4Linear)
+LATENT = (BinaryLinear, BinaryConv2d, BinaryEmbedding, SalientLinear, FP4Linear)
+PACKED = (PackedBinaryLinear, PackedBinaryConv2d, PackedBinaryEmbedding, PackedSalientLinear, PackedFP4Linear)
 LAYERS: dict[type[Config], type[LatentLinear]] = {
     BinaryConfig: BinaryLinear,
     SalientConfig: SalientLinear,
@@ -39,7 +42,7 @@ def quantize_(model: nn.Module, config: Config, filter_fn: Filter | None = None)
 
     Parameters are shared, not copied, so an optimizer made before still sees them and tied weights stay tied. A
     subclass of nn.Linear is left alone, because its forward may differ. BinaryConfig(embeddings=True) swaps
-    nn.Embedding too.
+    nn.Embedding too, BinaryConfig(convs=True) nn.Conv2d.
 
     Args:
         model: any module; a module that occurs under several names is swapped under all of them.
@@ -54,19 +57,20 @@ def quantize_(model: nn.Module, config: Config, filter_fn: Filter | None = None)
     layer = LAYERS.get(type(config))
     if layer is None:
         raise ValueError(f"quantize_: config must be a BinaryConfig, SalientConfig or FP4Config, got {config!r}")
-    table_config = config if isinstance(config, BinaryConfig) and config.embeddings else None
+    swaps: dict[type[nn.Module], Callable[[Any, Any], nn.Module]] = {nn.Linear: layer.from_linear}
+    if isinstance(config, BinaryConfig) and config.embeddings:
+        swaps[nn.Embedding] = BinaryEmbedding.from_embedding
+    if isinstance(config, BinaryConfig) and config.convs:
+        swaps[nn.Conv2d] = BinaryConv2d.from_conv
 
     def build(module: nn.Module, names: list[str]) -> nn.Module | None:
-        is_linear, is_table = type(module) is nn.Linear, table_config is not None and type(module) is nn.Embedding
-        if not (is_linear or is_table) or (filter_fn is not None and not all(filter_fn(module, n) for n in names)):
+        swap = swaps.get(type(module))
+        if swap is None or (filter_fn is not None and not all(filter_fn(module, n) for n in names)):
             return None
         require_bare(module)
-        if isinstance(module, nn.Linear):
-            return layer.from_linear(module, config)
-        assert isinstance(module, nn.Embedding)
-        return BinaryEmbedding.from_embedding(module, table_config)
+        return swap(module, config)
 
-    wanted = "nn.Linear or nn.Embedding" if table_config else "nn.Linear"
+    wanted = " or ".join(f"nn.{kind.__name__}" for kind in swaps)
     return _swap(model, build, done=LATENT + PACKED, function="quantize_", wanted=wanted)
 
 
@@ -91,7 +95,8 @@ def pack_(model: nn.Module) -> list[str]:
 
 
 def dequantize_(model: nn.Module) -> list[str]:
-    """Swap every bitmill layer, packed or not, for an nn.Linear or nn.Embedding with the quantised weight, in place.
+    """Swap every bitmill layer, packed or not, for an nn.Linear, nn.Embedding or nn.Conv2d with the quantised
+    weight, in place.
 
     Activations are no longer quantised: the result is a weight-only model in float.
 
@@ -150,7 +155,7 @@ def require_bare(module: nn.Module) -> None:
     if hooks or "forward" in vars(module):
         raise ValueError("it has hooks or a forward of its own, which a swap would drop; remove them first")
     parts = [*module._modules]
-    if type(module) in (nn.Linear, nn.Embedding):
+    if type(module) in (nn.Linear, nn.Embedding, nn.Conv2d):
         parts += [key for key in (*module._parameters, *module._buffers) if key not in ("weight", "bias")]
     if parts:
         raise ValueError(f"it has {parts[0]!r} attached, which a swap would drop; remove it first")

@@ -8,7 +8,8 @@ m n / 64 of a float operation (BinaryBERT, BiBERT), per row of the input.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -35,6 +36,30 @@ class LayerSummary:
     kernel: str
 
 
+class Complexity(NamedTuple):
+    """BiBench's track of theoretical complexity: how many times smaller, fewer operations, and their mean."""
+
+    storage: float
+    operations: float
+    overall: float
+
+
+def bibench_complexity(
+    parameters: float, float_parameters: float, operations: float, float_operations: float
+) -> Complexity:
+    """r_c = |M| / ((|M| - |M'|) / 32 + |M'|), r_s = F / ((F - F') / 64 + F'), overall = sqrt((r_c^2 + r_s^2) / 2).
+
+    Args:
+        parameters, float_parameters: |M| of the model and |M'| of the part that stays in floating point.
+        operations, float_operations: F and F'.
+    Source: Qin et al., BiBench, ICML 2023, section 3.2. All weights and activations of the rest are taken as 1 bit.
+    """
+    stored = (parameters - float_parameters) / 32 + float_parameters
+    done = (operations - float_operations) / 64 + float_operations
+    storage, fewer = (parameters / stored if stored else 1.0), (operations / done if done else 1.0)
+    return Complexity(storage, fewer, math.sqrt((storage**2 + fewer**2) / 2))
+
+
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """A model.
@@ -44,12 +69,19 @@ class Summary:
         bits_per_weight: of these layers together.
         resident_bytes: the memory of all parameters and buffers, what is shared counted once.
         file_bytes: the file that `bitmill.save` writes, names and metadata included.
+        float_bytes: the model that these layers replaced, in float32.
+        paper_bytes: what papers on binary networks count of it: the bits of the quantised weights and a float32 scale a
+            row of each, with no bias, LayerNorm, position table or head (the 13.4 MB of BiBERT, "31.2x").
+        complexity: BiBench's ratios of storage and operations, `bibench_complexity`.
     """
 
     layers: tuple[LayerSummary, ...]
     bits_per_weight: float
     resident_bytes: int
     file_bytes: int
+    float_bytes: int
+    paper_bytes: float
+    complexity: Complexity
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -68,6 +100,12 @@ class Summary:
             f"{len(self.layers)} layers, {self.bits_per_weight:.3f} bits a weight; {self.resident_bytes:,} bytes in"
             f" memory, {self.file_bytes:,} in a file; {macs:,} multiply-adds a row, worth {operations:,.0f} in float"
         )
+        if self.paper_bytes:
+            lines.append(
+                f"{self.float_bytes:,} bytes in float32: the file is {self.float_bytes / self.file_bytes:.1f}x smaller;"
+                f" as papers count, weights and their scales alone, {self.float_bytes / self.paper_bytes:.1f}x, and"
+                f" {macs / operations if operations else 1:.1f}x fewer operations in these layers"
+            )
         return "\n".join(lines)
 
 
@@ -85,7 +123,30 @@ def summary(model: nn.Module) -> Summary:
     bits = sum(round(layer.bits_per_weight * layer.shape[0] * layer.shape[1]) for layer in layers)
     storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
     resident = sum({(s.device, s.data_ptr()): s.nbytes() for s in storages}.values())
-    return Summary(layers, bits / weights if weights else 0.0, resident, file_bytes)
+    return Summary(layers, bits / weights if weights else 0.0, resident, file_bytes, *_as_papers_count(model, layers))
+
+
+def _as_papers_count(model: nn.Module, layers: tuple[LayerSummary, ...]) -> tuple[int, float, Complexity]:
+    """Bytes in float32, bytes by the papers' convention, and the complexity, of a model with quantised layers."""
+    ours = {name: m for name, m in model.named_modules() if isinstance(m, LATENT + PACKED)}
+    inside = {id(t) for m in ours.values() for t in (*m.parameters(), *m.buffers())}
+    rest = sum(t.numel() for t in model.parameters() if id(t) not in inside)
+    payload = rows = weights = binary = 0.0
+    for layer in layers:
+        module = ours.get(layer.name)
+        elements = layer.shape[0] * layer.shape[1]
+        bias = getattr(module, "bias", None)
+        if module is not None:
+            rest += 0 if bias is None else bias.numel()
+            payload, rows, weights = (
+                payload + elements * _weight_bits(module) / 8,
+                rows + layer.shape[0],
+                weights + elements,
+            )
+            binary += layer.macs if _cost(module) < 1 else 0
+    macs = sum(layer.macs for layer in layers)
+    complexity = bibench_complexity(weights + rest, rest, macs, macs - binary)
+    return int(4 * (weights + rest)), payload + 4 * rows, complexity
 
 
 def _layer(name: str, module: nn.Module) -> LayerSummary:
@@ -108,8 +169,8 @@ def _layer(name: str, module: nn.Module) -> LayerSummary:
 
 
 def _shape(weight: Any) -> tuple[int, int]:
-    n, k = weight.shape
-    return n, k
+    n, *k = weight.shape
+    return n, math.prod(k)
 
 
 def _kernel(module: nn.Module) -> str:
@@ -126,9 +187,17 @@ def _cost(module: nn.Module) -> float:
     config = getattr(module, "config", None) if isinstance(module, LATENT + PACKED) else None
     activation = config.act_bits if isinstance(config, BinaryConfig) else 32
 
-    def worth(weight: int) -> float:
+    def worth(weight: float) -> float:
         return min(weight * activation / 64, 1.0)
 
     if isinstance(config, SalientConfig):  # the share of each kind
         return config.fraction * worth(config.bits) + (1 - config.fraction) * worth(1)
-    return worth(config.weight_bits if isinstance(config, BinaryConfig) else 4 if isinstance(config, FP4Config) else 32)
+    return worth(_weight_bits(module))
+
+
+def _weight_bits(module: nn.Module) -> float:
+    """Bits of a weight without its scale."""
+    config = getattr(module, "config", None) if isinstance(module, LATENT + PACKED) else None
+    if isinstance(config, SalientConfig):
+        return config.fraction * config.bits + (1 - config.fraction)
+    return config.weight_bits if isinstance(config, BinaryConfig) else 4 if isinstance(config, FP4Config) else 32

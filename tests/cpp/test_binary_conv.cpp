@@ -166,6 +166,14 @@ int main() {
     convolves({2, channels, channels, channels, open, square});
     convolves({2, channels, 3 * channels, channels, square, open});
   }
+  const ConvAxis pixels{9, 1, 1, 0, 0, 1}, padded{9, 1, 1, 1, 0, 1}, apart{9, 1, 2, 0, 0, 1};
+  for (const int64_t channels : {32, 64, 40}) {  // whole words are patches already
+    for (const bool zeros : {false, true}) {
+      convolves({2, channels, 20, 1, pixels, pixels, zeros});
+      convolves({2, channels, 20, 1, pixels, padded, zeros});
+      convolves({2, channels, 20, 1, apart, pixels, zeros});
+    }
+  }
   convolves({0, 3, 5, 1, square, square});
   convolves({2, 3, 0, 1, square, square});
 

@@ -14,13 +14,14 @@ from .attention_maps import one_hot_map, sampled_map, softmax_aware_map
 from .functions import BinarizedWeight, binarize_weight, boolean, elastic, elastic_alpha, sign, weight_scale
 from .levels import learned_noise, standardised
 from .methods import method, method_names, register_method
-from .products import exact_linear, level_product
-from .rules import ActivationRule, Method, WeightRule
+from .products import exact_linear, level_product, weight_linear
+from .rules import ActivationRule, ConvRule, Method, WeightRule
 from .schedules import FollowsEpoch, epoch_numbers, set_epoch
 
 __all__ = [
     "ActivationRule",
     "BinarizedWeight",
+    "ConvRule",
     "FollowsEpoch",
     "Method",
     "QuantizedActivation",
@@ -51,5 +52,6 @@ __all__ = [
     "standardised",
     "threshold_code",
     "threshold_levels",
+    "weight_linear",
     "weight_scale",
 ]

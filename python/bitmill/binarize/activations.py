@@ -54,6 +54,7 @@ def quantize_activation(
     alpha: Tensor | None = None,
     thresholds: Thresholds | None = None,
     terms: Tensor | None = None,
+    with_value: bool = True,
 ) -> QuantizedActivation:
     """Quantise activations by a rule.
 
@@ -64,16 +65,17 @@ def quantize_activation(
         alpha: scalar tensor for rules with a learned scale.
         thresholds: for rules with thresholds.
         terms: of the "fourier" surrogate; None for those of the last epoch.
+        with_value: False where nobody takes a gradient: `value` is then the code, which saves half of the work.
     """
     unshifted, x = x, x if shift is None else x + shift
     if rule.scale == "learned":
         assert alpha is not None
-        return _elastic(x, alpha.float(), bits, signed, zero, rule)
+        return _elastic(x, alpha.float(), bits, signed, zero, rule, with_value)
     if rule.scale == "thresholds":
         assert thresholds is not None
-        return _by_thresholds(x, thresholds)
+        return _by_thresholds(x, thresholds, with_value)
     if rule.scale in ("tensor_range", "row_range"):
-        return _by_range(x, rule, bits, signed)
+        return _by_range(x, rule, bits, signed, with_value)
     level = sign(x, rule.surrogate, zero)
     if terms is not None and rule.surrogate == "fourier":
         level = with_slope(x, level, fourier_slope(x.detach(), terms))
@@ -132,22 +134,26 @@ class _SerialLinear(torch.autograd.Function):
         return grad_x, grad_w, flat.sum(0) if need_bias else None, *(None,) * 6
 
 
-def _elastic(x: Tensor, alpha: Tensor, bits: int, signed: bool, zero: str, rule: ActivationRule) -> QuantizedActivation:
-    value = elastic(x, alpha, bits, signed, zero, rule.narrow)
+def _elastic(
+    x: Tensor, alpha: Tensor, bits: int, signed: bool, zero: str, rule: ActivationRule, with_value: bool
+) -> QuantizedActivation:
     low, high = elastic_range(bits, signed, rule.narrow)
     step = alpha.detach().clamp_min(ALPHA_FLOOR)
     if signed and bits == 1:
+        value = elastic(x, alpha, bits, signed, zero)
         return QuantizedActivation(value, sign(x.detach(), zero=zero), step, None, low, high)
     units, minimum = elastic_units(x.detach(), step, bits, signed)
-    return QuantizedActivation(value, _whole(units.clamp(low, high)), step, minimum, low, high)
+    code = _whole(units, low, high)
+    value = elastic(x, alpha, bits, signed, zero, rule.narrow) if with_value else code
+    return QuantizedActivation(value, code, step, minimum, low, high)
 
 
-def _whole(units: Tensor) -> Tensor:
-    """Rounded to even; NaN is 0, as in the sign."""
-    return torch.where(units.isnan(), 0.0, units.round())
+def _whole(units: Tensor, low: int, high: int) -> Tensor:
+    """Clipped and rounded to even, in place; NaN is 0, as in the sign."""
+    return units.nan_to_num_(0.0).clamp_(low, high).round_()
 
 
-def _by_range(x: Tensor, rule: ActivationRule, bits: int, signed: bool) -> QuantizedActivation:
+def _by_range(x: Tensor, rule: ActivationRule, bits: int, signed: bool, with_value: bool) -> QuantizedActivation:
     """LLM-QAT's levels of a row, TBT's of the whole tensor: top / max |x| a unit, or minimum to maximum.
 
     A row's range has LLM-QAT's two epsilons of 1e-6, a tensor's has none (TBT clips it to the window first).
@@ -159,18 +165,20 @@ def _by_range(x: Tensor, rule: ActivationRule, bits: int, signed: bool) -> Quant
     if signed and per_row:
         unit = levels_a_unit(seen, top)
         step, offset = 1 / (unit + LLMQAT_EPSILON), None
-        code = seen * unit
+        units = seen * unit
     elif signed:
         largest = _extreme(seen.abs(), torch.amax, per_row)
-        code, step, offset = torch.where(largest > 0, seen * (top / largest), 0.0), largest / top, None
+        units, step, offset = torch.where(largest > 0, seen * (top / largest), 0.0), largest / top, None
     else:
         offset = _extreme(seen, torch.amin, per_row)
         span = _extreme(seen, torch.amax, per_row) - offset + RANGE_EPSILON
-        code, step = (seen - offset) / span * top, span / top
-    code = _whole(code)
-    value = step * code if offset is None else step * code + offset
-    slope = surrogate_slope(x.detach() / rule.window, rule.surrogate)
-    return QuantizedActivation(with_slope(x, value, slope), code, step, offset, -top if signed else 0, top)
+        units, step = (seen - offset).div_(span).mul_(top), span / top
+    low = -top if signed else 0
+    value = code = _whole(units, low, top)
+    if with_value:
+        slope = surrogate_slope(x.detach() / rule.window, rule.surrogate)
+        value = with_slope(x, step * code if offset is None else step * code + offset, slope)
+    return QuantizedActivation(value, code, step, offset, low, top)
 
 
 def _extreme(x: Tensor, function: Any, per_row: bool) -> Tensor:
@@ -216,7 +224,7 @@ def threshold_code(x: Tensor, widths: Tensor, start: Tensor) -> Tensor:
     thresholds = start + wide.cumsum(0) - wide / 2
     code = torch.zeros_like(x)
     for k in range(len(widths)):
-        code = code + (x > thresholds[k])
+        code.add_(x > thresholds[k])
     return code
 
 
@@ -230,8 +238,9 @@ def threshold_levels(x: Tensor, thresholds: Thresholds) -> Tensor:
     return out_scale * _ThresholdCount.apply(in_scale * x, widths, start)
 
 
-def _by_thresholds(x: Tensor, thresholds: Thresholds) -> QuantizedActivation:
+def _by_thresholds(x: Tensor, thresholds: Thresholds, with_value: bool) -> QuantizedActivation:
     widths, start, in_scale, out_scale = (t.detach().float() for t in thresholds)
     top = len(widths)
     code = threshold_code(in_scale * x.detach(), widths, start)
-    return QuantizedActivation(threshold_levels(x, thresholds), code, out_scale * (2 / top), None, 0, top)
+    value = threshold_levels(x, thresholds) if with_value else code
+    return QuantizedActivation(value, code, out_scale * (2 / top), None, 0, top)

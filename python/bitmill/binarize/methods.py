@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .rules import ActivationRule, Method, WeightRule
+from .rules import ActivationRule, ConvRule, Method, WeightRule
 
 _BIVIT = WeightRule(centre="row", scale="row", surrogate="clip_open", carries_scale=True)
 _DOREFA = WeightRule(surrogate="clip_open", carries_scale=True)
@@ -64,6 +64,7 @@ _METHODS = {
             weight=WeightRule(centre="row", scale="row_centred", surrogate="clip", carries_scale=True),
             activation=ActivationRule(scale="row_mean", surrogate="clip"),
             embedding=WeightRule(centre="row", scale="row_centred", surrogate="clip", carries_scale=True),
+            conv=ConvRule(WeightRule(), ActivationRule(), sample_scale=True),
         ),
         Method(
             "bnn",
@@ -78,6 +79,7 @@ _METHODS = {
             weight=_DOREFA,
             activation=ActivationRule(surrogate="clip_open"),
             embedding=_DOREFA,
+            conv=ConvRule(WeightRule(), ActivationRule()),
         ),
         Method(
             "bireal",
@@ -92,6 +94,7 @@ _METHODS = {
             weight=WeightRule(scale="learned", surrogate="clip_open", carries_scale=True),
             activation=ActivationRule(surrogate="clip_open"),
             embedding=WeightRule(surrogate="clip_open", carries_scale=True),
+            conv=ConvRule(WeightRule(scale="learned", carries_scale=True), ActivationRule(), map_scales=True),
         ),
         Method(
             "react",
@@ -106,6 +109,7 @@ _METHODS = {
             weight=WeightRule(),
             activation=ActivationRule(shift="gradient", surrogate="polynomial"),
             embedding=WeightRule(),
+            conv=ConvRule(activation=ActivationRule(shift="added", surrogate="polynomial")),
         ),
         Method(
             "binaryvit",
@@ -113,6 +117,7 @@ _METHODS = {
             weight=WeightRule(centre="row"),
             activation=ActivationRule(surrogate="polynomial"),
             embedding=WeightRule(centre="row"),
+            conv=ConvRule(WeightRule()),
         ),
         Method(
             "recu",
@@ -123,6 +128,7 @@ _METHODS = {
             activation=ActivationRule(surrogate="polynomial", standardise=True),
             embedding=WeightRule(centre="row"),
             schedules=("tau",),
+            conv=ConvRule(scales_bias=True),
         ),
         Method(
             "fda",

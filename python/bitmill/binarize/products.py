@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import binary_matmul, tile_pack
+from ..ops import binary_matmul, binary_weight_linear, tile_pack
 from ..ops._groups import columns_of_groups
 from ..ops._library import has_compiled_kernel, without_autocast
 from ..ops.binary_matmul import canonical_linear, int8_levels, unpack_signs
@@ -72,8 +72,8 @@ class _ExactLinear(torch.autograd.Function):
             if need_x:
                 columns = columns_of_groups(scale, ctx.w_shape[1], ctx.group_size)
                 grad_x = grad @ (columns * unpack_signs(signs, w_nonzero, *ctx.w_shape))
-                if slope or (rows is not None and not ctx.many):
-                    grad_x = times_slope(ctx, grad_x if rows is None else grad_x * rows, slope)
+                if ctx.window:
+                    grad_x = times_slope(ctx, grad_x if rows is None else grad_x.mul_(rows), slope, owned=True)
         return grad_x, grad_w, flat.sum(0) if need_bias else None, *[None] * 7
 
 
@@ -87,7 +87,9 @@ def _tiles(signs: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _packed_forward(level: Tensor) -> bool:
     """Whether the packed kernel answers the integers sooner than a float product."""
-    return not torch.compiler.is_compiling() and has_compiled_kernel("binary_matmul", level.device.type.upper())
+    if level.is_meta or torch.compiler.is_compiling():
+        return False
+    return has_compiled_kernel("binary_matmul", level.device.type.upper())
 
 
 def exact_linear(
@@ -116,6 +118,40 @@ def exact_linear(
     """
     step, rows = (None if t is None else t.detach() for t in (step, rows))
     return _ExactLinear.apply(x, weight.value, bias, level, weight, step, rows, group_size or 0, surrogate, zero)
+
+
+class _WeightLinear(torch.autograd.Function):
+    """`binary_weight_linear` of the packed weight; gradients as F.linear(x, w_value, bias) has them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w_value: Tensor, bias: Tensor | None, weight: BinarizedWeight, group_size: int
+    ) -> Tensor:
+        tiles, scale = _tiles(weight.signs), weight.scale.detach()
+        ctx.save_for_backward(x, scale, *tiles)
+        ctx.w_shape, ctx.group_size = weight.signs.shape, group_size
+        return binary_weight_linear(x, tiles[0], scale, bias, tiles[1], group_size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, *tiles = ctx.saved_tensors
+        need_x, need_w, need_bias = ctx.needs_input_grad[:3]
+        flat, flat_x = (t.unsqueeze(0).flatten(0, -2) for t in (grad, x))
+        columns = columns_of_groups(scale, ctx.w_shape[1], ctx.group_size)
+        with without_autocast(grad):
+            grad_x = grad @ (columns * unpack_signs(tiles[0], tiles[1], *ctx.w_shape)) if need_x else None
+            grad_w = flat.T @ flat_x if need_w else None
+        return grad_x, grad_w, flat.sum(0) if need_bias else None, None, None
+
+
+def weight_linear(x: Tensor, weight: BinarizedWeight, bias: Tensor | None, group_size: int | None = None) -> Tensor:
+    """x @ weight.value.T + bias in float32 for float x, summed as the packed form sums, so that both agree bit for bit.
+
+    Weights of several planes, and devices without a compiled kernel, take the float product.
+    """
+    if not weight.is_plane or not _packed_forward(x):
+        return torch.nn.functional.linear(x, weight.value, bias)
+    return _WeightLinear.apply(x, weight.value, bias, weight, group_size or 0)
 
 
 class _LevelProduct(torch.autograd.Function):

@@ -130,6 +130,33 @@ class ActivationRule:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConvRule:
+    """What a method does differently in a convolution, where rows of weights are filters [in / groups, height, width].
+
+    Attributes:
+        weight, activation: the rules for 1-bit weights and activations; None for those of linear layers. The shift is
+            one number a channel.
+        sample_scale: activations are multiplied by mean |x| of their sample, which their gradient does not carry
+            (XNOR-Net). A linear rule with scale "row_mean" becomes this.
+        map_scales: outputs are multiplied by learned scales of their row and column, too (XNOR-Net++).
+        scales_bias: the learned scale of the weight multiplies the bias, too (ReCU).
+    """
+
+    weight: WeightRule | None = None
+    activation: ActivationRule | None = None
+    sample_scale: bool = False
+    map_scales: bool = False
+    scales_bias: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self, "weight", self.weight is None or self.weight.bits == 1, "None or a rule for 1 bit")
+        scale = None if self.activation is None else self.activation.scale
+        _require(
+            self, "activation", scale in (None, "none", "learned"), "None or a rule with scale 'none' or 'learned'"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
     """A published binarizer: rules for linear weights, their activations, and embedding tables; and its source.
 
@@ -137,6 +164,7 @@ class Method:
         weights, activations: rules for further bit widths.
         schedules: what follows the epoch, names of `bitmill.binarize.schedules.SCHEDULES`.
         noise: whether learned noise is added to weights and activations in training, times the schedule "noise" (FDA).
+        conv: what is different in convolutions.
     """
 
     name: str
@@ -148,6 +176,7 @@ class Method:
     activations: tuple[ActivationRule, ...] = ()
     schedules: tuple[str, ...] = ()
     noise: bool = False
+    conv: ConvRule = ConvRule()
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.schedules if name not in SCHEDULES]
@@ -173,6 +202,22 @@ class Method:
         """The rule for activations of this many bits; the empty rule for floats."""
         rules = (self.activation, *self.activations)
         return next((rule for rule in rules if bits in rule.bits), ActivationRule())
+
+    def conv_weight_rule(self, bits: int) -> WeightRule:
+        """The rule for filters of this many bits."""
+        return self.conv.weight if bits == 1 and self.conv.weight is not None else self.weight_rule(bits)
+
+    def conv_activation_rule(self, bits: int) -> ActivationRule:
+        """The rule for images of this many bits; the empty rule for floats."""
+        if bits == 1 and self.conv.activation is not None:
+            return self.conv.activation
+        rule = self.activation_rule(bits)
+        return dataclasses.replace(rule, scale="none") if rule.scale == "row_mean" else rule
+
+    @property
+    def has_sample_scale(self) -> bool:
+        """Whether 1-bit images are multiplied by their mean magnitude."""
+        return self.conv.sample_scale or (self.conv.activation is None and self.activation.scale == "row_mean")
 
     def table_rule(self, bits: int) -> WeightRule:
         """The rule for embedding tables beside weights of this many bits: one plane, so ternary or 1 bit."""

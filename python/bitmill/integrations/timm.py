@@ -93,7 +93,7 @@ def binarize_attention_(model: nn.Module, kind: str = "softmax_aware", **options
 
     Args:
         kind: "bool", "softmax_aware" or "elastic".
-        options: of `bitmill.nn.BinaryAttention`: beta, zero.
+        options: of `bitmill.nn.BinaryAttention`: beta, zero, row_scale.
     Returns:
         The names that were replaced; empty if all had been replaced before.
     Raises:

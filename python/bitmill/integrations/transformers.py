@@ -160,12 +160,15 @@ def set_attention_(model: nn.Module, kind: str) -> None:
         )
 
 
-def attach_attention_(model: nn.Module, kind: str, beta: float = 0.25, zero: str = "torch") -> list[str]:
+def attach_attention_(model: nn.Module, kind: str, **options: Any) -> list[str]:
     """Put an `nn.BinaryAttention` into every attention layer, and let the model use them.
 
-    Needed for "elastic", before the optimizer is made; for the other kinds, where `beta` or `zero` differ from their
-    defaults. Dropout stays what the model's config says.
+    Needed for "elastic", before the optimizer is made; for the other kinds, where options differ from their defaults.
+    Dropout stays what the model's config says.
 
+    Args:
+        kind: "bool", "softmax_aware" or "elastic".
+        options: of `nn.BinaryAttention`: beta, zero, row_scale.
     Returns:
         The names of the layers.
     Raises:
@@ -175,7 +178,8 @@ def attach_attention_(model: nn.Module, kind: str, beta: float = 0.25, zero: str
     set_attention_(model, kind)
     for _, module, projections, head_dim in layers:
         device = next(projections[0].parameters()).device
-        module.add_module(CHILD, BinaryAttention(kind, head_dim, beta, zero, device=device))
+        attention = BinaryAttention(kind, head_dim, device=device, **options)
+        module.add_module(CHILD, attention.train(module.training))
     return [layer.name for layer in layers]
 
 

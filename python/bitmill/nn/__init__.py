@@ -3,6 +3,7 @@
 
 from .attention import BinaryAttention
 from .binary import BinaryLinear
+from .conv import BinaryConv2d, PackedBinaryConv2d
 from .embedding import BinaryEmbedding, PackedBinaryEmbedding
 from .fp4 import FP4Linear, PackedFP4Linear
 from .packed_binary import PackedBinaryLinear
@@ -10,9 +11,11 @@ from .salient import PackedSalientLinear, SalientLinear
 
 __all__ = [
     "BinaryAttention",
+    "BinaryConv2d",
     "BinaryEmbedding",
     "BinaryLinear",
     "FP4Linear",
+    "PackedBinaryConv2d",
     "PackedBinaryEmbedding",
     "PackedBinaryLinear",
     "PackedFP4Linear",

@@ -27,6 +27,9 @@ class BinaryAttention(nn.Module):
         beta: of "softmax_aware".
         zero: what sgn(0) is, "torch" (0) or "plus" (+1).
         dropout: in training mode, of the scores or (elastic) the probabilities.
+        row_scale: of "softmax_aware", in training mode: BiViT's v multiplies each row of the map. It brings the context
+            into the window of the next layer's sign, whose gradient is 0 elsewhere, and the sign itself does not see
+            it; so eval mode leaves it out. Only for a host whose next layer takes signs.
     """
 
     alpha_q: Tensor
@@ -42,17 +45,21 @@ class BinaryAttention(nn.Module):
         beta: float = 0.25,
         zero: str = "torch",
         dropout: float = 0.0,
+        row_scale: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         for name, value, allowed in (("kind", kind, KINDS), ("zero", zero, ("torch", "plus"))):
             if value not in allowed:
                 raise ValueError(f"BinaryAttention: {name} must be one of {', '.join(allowed)}, got {value!r}")
+        if row_scale and kind != "softmax_aware":
+            raise ValueError(f"BinaryAttention: row_scale goes with kind softmax_aware, got {kind}")
         if not 0 < beta <= 1:
             raise ValueError(f"BinaryAttention: beta must lie in (0, 1], got {beta}")
         if not 0 <= dropout < 1:
             raise ValueError(f"BinaryAttention: dropout must lie in [0, 1), got {dropout}")
         self.kind, self.head_dim, self.beta, self.zero, self.dropout = kind, head_dim, beta, zero, dropout
+        self.row_scale = row_scale
         for name in ("alpha_q", "alpha_k", "alpha_v", "alpha_a"):
             step = nn.Parameter(torch.ones((), device=device)) if kind == "elastic" else None
             self.register_parameter(name, step)
@@ -95,7 +102,9 @@ class BinaryAttention(nn.Module):
             raise ValueError(f"BinaryAttention: addend and value_addend go with kind elastic, got {self.kind}")
         if self.kind == "bool":
             return bool_attention(q, k, v, mask, scaling, self.zero, rate)
-        return softmax_aware_attention(q, k, v, mask, scaling, self.beta, self.zero, rate)
+        return softmax_aware_attention(
+            q, k, v, mask, scaling, self.beta, self.zero, rate, self.row_scale and self.training
+        )
 
     def _steps(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """The four steps; before the first training batch the values that the first-use rule gives for this input."""
@@ -117,5 +126,5 @@ class BinaryAttention(nn.Module):
         return [alpha.float() for alpha in steps]
 
     def extra_repr(self) -> str:
-        beta = f", beta={self.beta}" if self.kind == "softmax_aware" else ""
+        beta = f", beta={self.beta}, row_scale={self.row_scale}" if self.kind == "softmax_aware" else ""
         return f"{self.kind}{beta}, zero={self.zero}, dropout={self.dropout}"

@@ -7,7 +7,7 @@ their float32 outputs are equal bit for bit; with float activations they differ 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from ..binarize import (
     quantize_activation,
     quantized_linear,
     standardised,
+    weight_linear,
     weight_scale,
 )
 from ..binarize.functions import ALPHA_FLOOR
@@ -70,7 +71,7 @@ class BinaryLinear(LatentLinear, FollowsEpoch):
             state["weight_scale"] = weight_scale(self.weight.detach(), rule).to(device=device, dtype=dtype)
         for part in ("weight", "act"):
             wanted = binarizer.noise and k >= NOISE_SHRINKS and (part == "weight" or self.config.act_bits != 32)
-            inner = _mean_of_blocks(k, device, dtype) if wanted else None
+            inner = mean_of_blocks(k, device, dtype) if wanted else None
             state[f"{part}_inner"] = inner
             state[f"{part}_outer"] = None if inner is None else torch.zeros_like(inner.T)
         for name, value in state.items():
@@ -94,7 +95,7 @@ class BinaryLinear(LatentLinear, FollowsEpoch):
             value, rows = int8_fake_quant(x), scale.unsqueeze(-1)
             return exact_linear(value, weight, bias, rows=rows, group_size=config.group_size, level=levels)
         if config.act_bits == 32:
-            return nn.functional.linear(x, weight.value, bias)
+            return weight_linear(x, weight, bias, config.group_size)
         if rule.standardise and self.training:
             x = standardised(x)
         shift = self.shift
@@ -103,7 +104,7 @@ class BinaryLinear(LatentLinear, FollowsEpoch):
         if rule.only_signs and self.terms is None and weight.is_plane:
             mean = mean_by_halves(x.detach().abs()).unsqueeze(-1) if rule.scale == "row_mean" else None
             return exact_linear(x, weight, bias, None, mean, config.group_size, None, rule.surrogate, config.zero)
-        alpha = None if self.alpha is None else self._step(x)
+        alpha = None if self.alpha is None else elastic_step(self, x)
         q = quantize_activation(
             x, rule, config.act_bits, config.signed, config.zero, shift, alpha, thresholds_of(self), self.terms
         )
@@ -124,21 +125,6 @@ class BinaryLinear(LatentLinear, FollowsEpoch):
             level = quantize_activation(x, activation_rule(self.config), zero=self.config.zero, terms=self.terms).value
             x = level + self.noise * learned_noise(x, self.act_inner, self.act_outer)
         return nn.functional.linear(x, value, bias)
-
-    def _step(self, x: Tensor) -> Tensor:
-        """alpha; before the first training batch the value that the first-use rule gives for this input."""
-        alpha, ready = self.alpha, self.alpha_ready
-        assert alpha is not None and ready is not None
-        if x.numel() == 0:  # an empty batch has no mean
-            return alpha.float()
-        first = elastic_alpha(x.detach(), self.config.act_bits, self.config.signed)
-        value = torch.where(ready, alpha.detach().float(), first)
-        if not self.training:
-            return value
-        with torch.no_grad():
-            alpha.copy_(value)
-            ready.fill_(True)
-        return alpha.float()
 
     @torch.no_grad()
     def pack(self) -> PackedBinaryLinear:
@@ -196,7 +182,22 @@ class BinaryLinear(LatentLinear, FollowsEpoch):
         return self.to_linear(self.binarized_weight().value)
 
 
-def _mean_of_blocks(k: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def elastic_step(layer: Any, x: Tensor) -> Tensor:
+    """The layer's alpha; before the first training batch the value that the first-use rule gives for this input."""
+    alpha, ready = layer.alpha, layer.alpha_ready
+    if x.numel() == 0:  # an empty batch has no mean
+        return alpha.float()
+    first = elastic_alpha(x.detach(), layer.config.act_bits, layer.config.signed)
+    value = torch.where(ready, alpha.detach().float(), first)
+    if not layer.training:
+        return value
+    with torch.no_grad():
+        alpha.copy_(value)
+        ready.fill_(True)
+    return alpha.float()
+
+
+def mean_of_blocks(k: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[k // 64, k]: row r answers the mean of the r-th 64 columns. A start that needs no random numbers."""
     rows = k // NOISE_SHRINKS
     block = torch.arange(k, device=device) // NOISE_SHRINKS

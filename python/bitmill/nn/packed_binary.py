@@ -178,6 +178,7 @@ class PackedBinaryLinear(PackedModule):
             self.shift,
             self.alpha,
             thresholds_of(self),
+            with_value=torch.is_grad_enabled() and x.requires_grad,
         )
         step = self.scale.new_ones(()) if q.step is None else q.step
         weight, nonzero = self._planes_of(self.weight), self._planes_of(self.weight_nonzero)

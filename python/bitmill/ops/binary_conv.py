@@ -14,10 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
+from torch.nn.grad import conv2d_input
 
 from . import _library as library
 from ._checks import FLOATS, MAX_COLUMNS, PACK_REMEDY, check_one_of, check_tensor, require, tile_shape
-from .binary_matmul import SURROGATES, surrogate_slope, unpack_signs
+from ._surrogates import SURROGATES, surrogate_slope
+from .binary_matmul import unpack_signs
 from .bitpack import LEVELS, binarized
 
 OP = "binary_conv2d"
@@ -210,17 +212,17 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def conv_input_gradient(
     grad: Tensor,
-    x: Tensor,
+    shape: Sequence[int],
     kernels: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """The gradient of conv2d(pad_image(x), kernels) to x."""
-    (batch, channels, height, width), (top, bottom, left, right) = x.shape, padding
+    """The gradient of conv2d(pad_image(x), kernels) to x of this shape."""
+    (batch, channels, height, width), (top, bottom, left, right) = shape, padding
     padded = (batch, channels, height + top + bottom, width + left + right)
-    whole = torch.nn.grad.conv2d_input(padded, kernels, grad, list(stride), 0, list(dilation), groups)
+    whole = conv2d_input(padded, kernels, grad, list(stride), 0, list(dilation), groups)
     return whole[:, :, top : top + height, left : left + width]
 
 
@@ -236,7 +238,7 @@ def _backward(ctx, grad):
         if need_x or need_shift:
             z = x.float() if shift is None else x.float() + shift.view(-1, 1, 1)
             kernels = signs * scale.view(-1, 1, 1, 1)
-            grad_level = conv_input_gradient(g_rows, x, kernels, stride, padding, dilation, groups)
+            grad_level = conv_input_gradient(g_rows, x.shape, kernels, stride, padding, dilation, groups)
             grad_z = grad_level * surrogate_slope(z if alpha is None else z / alpha, surrogate)
             grad_z = grad_z if alpha is None else grad_z / alpha
             grad_x = grad_z.to(x.dtype)

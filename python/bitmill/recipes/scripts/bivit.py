@@ -21,18 +21,18 @@ from torch import Tensor, nn
 
 from ... import pack_, save, summary
 from ...integrations.transformers import register_attention, transformers
-from .. import bivit
+from .. import binaryvit, bivit
 from ..bibert import sign_softmax_attention
 from ..images import Images, accuracy, load_images, logits_of
 from ..training import Batches, Run, fit
 from .common import prepare
 
 ONE_STAGE = (("attn", "mlp"),)
-STUDENTS = {  # binarizer, attention, stages
-    "naive": ("sign", "sign_softmax", ONE_STAGE),
-    "bibert": ("bibert", "bool", ONE_STAGE),
-    "bivit": ("bivit_pws", "softmax_aware", bivit.STAGES),
-    "bivit-one-stage": ("bivit_pws", "softmax_aware", ONE_STAGE),
+STUDENTS = {  # binarizer, attention
+    "naive": ("sign", "sign_softmax"),
+    "bibert": ("bibert", "bool"),
+    "bivit": ("bivit_pws", "softmax_aware"),
+    "binaryvit": None,  # W1A1, with modules of its own
 }
 
 
@@ -46,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--teacher", help="folder of a full-precision run; without it, one is trained")
     p.add_argument("--student", choices=tuple(STUDENTS), default="bivit", help="what the student is binarised like")
     p.add_argument("--mlp-act-bits", type=int, choices=(1, 32), default=32, help="activations in front of MLP weights")
+    p.add_argument("--stages", type=int, choices=(1, 2), help="2: attention first, then MLPs; default 2 for bivit")
+    p.add_argument("--row-scale", action="store_true", help="bivit with the row scale of its equation 5 in training")
     p.add_argument("--epochs", type=float, default=4, help="passes over the training images, all stages together")
     p.add_argument("--batch-size", type=int, default=64, help="images a step")
     p.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
@@ -136,10 +138,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     load = transformers.ViTForImageClassification.from_pretrained
     teacher, model = load(args.teacher).eval(), load(args.teacher)
-    method, attention, stages = STUDENTS[args.student]
+    rules = STUDENTS[args.student]
+    stages = bivit.STAGES if (args.stages or 1 + (args.student == "bivit")) == 2 else ONE_STAGE
     register_attention("sign_softmax", sign_softmax_attention)
     for groups in stages:
-        bivit.binarize_(model, groups, args.mlp_act_bits, method, attention)
+        if rules is None:
+            binaryvit.binarize_(model)
+        else:
+            bivit.binarize_(model, groups, args.mlp_act_bits, *rules, args.row_scale)
         train(out / "-".join(groups), model, data, args, args.epochs / len(stages), teacher)
     print(json.dumps(export(out, model, data[1])))
     return 0
