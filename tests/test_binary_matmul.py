@@ -315,7 +315,10 @@ LINEAR_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"alpha": torch.ones(1)}, r"alpha must have shape \[\], got \[1\]"),
     ({"alpha": torch.ones(()).half()}, "alpha must be float32, got float16"),
     ({"levels": "signs"}, 'levels must be "sign", "plus" or "bool", got "signs"'),
-    ({"surrogate": "ste"}, 'surrogate must be "identity", "clip", "clip_open", "polynomial" or "unit", got "ste"'),
+    (
+        {"surrogate": "ste"},
+        'surrogate must be "identity", "clip", "clip_open", "polynomial", "unit" or "fourier", got "ste"',
+    ),
 ]
 
 
