@@ -6,7 +6,6 @@ train; masks of every form, layouts, lengths, special values.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,13 +21,7 @@ STEPS = tuple(torch.tensor(a) for a in (0.9, 1.1, 0.7, 0.06))
 every_rule = pytest.mark.parametrize("rule", RULES)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads of torch's own kernels wait for each other longer than these tests run; on_every_machine sets its own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def steps_of(rule: str) -> tuple[Tensor | None, ...]:

@@ -6,7 +6,6 @@ conv2d in float64 with its zeros, and gradients against the straight-through for
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,13 +29,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.na
 FLAGS = ("zeros", "bias", "shift", "alpha", "row_scale")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads of torch's own kernels wait for each other longer than these tests run; on_every_machine sets its own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_alike(arguments: tuple[Any, ...], what: object = "") -> None:

@@ -6,7 +6,6 @@ formula written with plain autograd.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,14 +35,7 @@ from bitmill.ops.binary_matmul import (
 from bitmill.ops.bitpack import LEVELS
 from problems import HEIGHTS, LAYOUTS, MODELS, UGLY, WIDTHS, Problem, assert_same_bits, on_every_machine
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads of torch's own kernels wait for each other longer than these tests run; on_every_machine sets its own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_linear_alike(arguments: tuple[Any, ...], what: object = "") -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -75,12 +74,7 @@ every_graph = pytest.mark.parametrize("config", graphs.values(), ids=name)
 every_method = pytest.mark.parametrize("config", [BinaryConfig(m) for m in method_names()], ids=name)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

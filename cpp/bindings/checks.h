@@ -115,7 +115,8 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-inline Dtype float_dtype(const char* op, const Tensor& x) {
+inline Dtype float_dtype(const char* op, const Tensor& x,
+                         const char* expected = "x must be float32, bfloat16 or float16") {
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return Dtype::f32;
@@ -124,7 +125,7 @@ inline Dtype float_dtype(const char* op, const Tensor& x) {
     case ScalarType::Half:
       return Dtype::f16;
     default:
-      fail(op, ": x must be float32, bfloat16 or float16, got ", dtype_name(x.scalar_type()));
+      fail(op, ": ", expected, ", got ", dtype_name(x.scalar_type()));
   }
 }
 

@@ -22,19 +22,6 @@ AttentionRule rule_of(const std::string& rule) {
   fail(op, ": rule must be \"bool\", \"softmax_aware\" or \"elastic\", got \"", rule, "\"");
 }
 
-Dtype dtype_of(const char* expected, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      fail(op, ": ", expected, ", got ", dtype_name(t.scalar_type()));
-  }
-}
-
 // k and v are like q: its device and dtype, and these sizes.
 void check_like(const Tensor& q, const char* name, const Tensor& t, const Sizes& sizes) {
   if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU like q, got another device");
@@ -125,7 +112,7 @@ MaskView mask_view(const Tensor& t, const Sizes& scores) {
   view.mask.count = static_cast<int64_t>(view.offset.size());
   view.mask.rows = view.sizes[view.sizes.size() - 2];
   view.mask.boolean = t.scalar_type() == ScalarType::Bool;
-  if (!view.mask.boolean) view.mask.dtype = dtype_of("mask must be bool, float32, bfloat16 or float16", t);
+  if (!view.mask.boolean) view.mask.dtype = float_dtype(op, t, "mask must be bool, float32, bfloat16 or float16");
   view.mask.values = {t.const_data_ptr(), view.offset.data(), view.strides[scores.size() - 2], view.strides.back()};
   view.mask.of = view.of.data();
   return view;
@@ -154,7 +141,7 @@ Tensor binary_attention_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> 
   p.rule = rule_of(rule);
   if (zero != "torch" && zero != "plus") fail(op, ": zero must be \"torch\" or \"plus\", got \"", zero, "\"");
   p.zeros = zero == "torch";
-  p.dtype = dtype_of("q must be float32, bfloat16 or float16", q);
+  p.dtype = float_dtype(op, q, "q must be float32, bfloat16 or float16");
   const int64_t dims = q.dim();
   if (dims < 2 || k.dim() != dims || v.dim() != dims || q.size(dims - 1) != k.size(dims - 1) || q.size(dims - 1) == 0) {
     fail(op, ": expected q [..., n, d], k [..., m, d] and v [..., m, e] with d > 0, got ", to_string(sizes_of(q)), ", ",

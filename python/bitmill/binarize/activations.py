@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._library import without_autocast
 from ..ops._surrogates import fourier_slope, surrogate_slope
 from ..ops.bitpack import mean_by_halves
 from ..ops.integer_linear import plane_sum
 from .functions import ALPHA_FLOOR, BinarizedWeight, elastic, elastic_range, elastic_units, sign
 from .levels import LLMQAT_EPSILON, levels_a_unit, with_slope
-from .products import exact_linear
+from .products import exact_linear, linear_gradients
 from .rules import ActivationRule
 
 MIN_WIDTH = 1e-3  # of an interval between thresholds
@@ -126,12 +125,7 @@ class _SerialLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_value, w_value = ctx.saved_tensors
-        need_x, need_w, need_bias = ctx.needs_input_grad[:3]
-        flat, flat_x = (t.unsqueeze(0).flatten(0, -2) for t in (grad, x_value))
-        with without_autocast(grad):
-            grad_x = grad @ w_value if need_x else None
-            grad_w = flat.T @ flat_x if need_w else None
-        return grad_x, grad_w, flat.sum(0) if need_bias else None, *(None,) * 6
+        return *linear_gradients(ctx, grad, x_value, w_value), *(None,) * 6
 
 
 def _elastic(

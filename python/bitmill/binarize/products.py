@@ -120,6 +120,16 @@ def exact_linear(
     return _ExactLinear.apply(x, weight.value, bias, level, weight, step, rows, group_size or 0, surrogate, zero)
 
 
+def linear_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of x [..., k], weight [n, k] and bias that F.linear has; those that nothing asks for are None."""
+    need_x, need_w, need_bias = ctx.needs_input_grad[:3]
+    flat, flat_x = (t.unsqueeze(0).flatten(0, -2) for t in (grad, x))
+    with without_autocast(grad):
+        grad_x = grad @ weight if need_x else None
+        grad_w = flat.T @ flat_x if need_w else None
+    return grad_x, grad_w, flat.sum(0) if need_bias else None
+
+
 class _WeightLinear(torch.autograd.Function):
     """`binary_weight_linear` of the packed weight; gradients as F.linear(x, w_value, bias) has them."""
 
@@ -135,13 +145,9 @@ class _WeightLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, *tiles = ctx.saved_tensors
-        need_x, need_w, need_bias = ctx.needs_input_grad[:3]
-        flat, flat_x = (t.unsqueeze(0).flatten(0, -2) for t in (grad, x))
         columns = columns_of_groups(scale, ctx.w_shape[1], ctx.group_size)
-        with without_autocast(grad):
-            grad_x = grad @ (columns * unpack_signs(tiles[0], tiles[1], *ctx.w_shape)) if need_x else None
-            grad_w = flat.T @ flat_x if need_w else None
-        return grad_x, grad_w, flat.sum(0) if need_bias else None, None, None
+        value = columns * unpack_signs(tiles[0], tiles[1], *ctx.w_shape)
+        return *linear_gradients(ctx, grad, x, value), None, None
 
 
 def weight_linear(x: Tensor, weight: BinarizedWeight, bias: Tensor | None, group_size: int | None = None) -> Tensor:
