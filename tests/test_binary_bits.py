@@ -12,23 +12,31 @@ from torch import Tensor
 
 from binary_inputs import on_meta, tiles, values
 from bitmill import ops
-from bitmill.ops.binary_bits import _binary_matmul_bits_reference
-from bitmill.ops.bitpack import LEVELS
+from bitmill.ops.binary_bits import (
+    NEVER,
+    _binary_matmul_bits_reference,
+    _binary_matmul_floats_reference,
+)
+from bitmill.ops.bitpack import LEVELS, binarized
 from problems import HEIGHTS, LAYOUTS, MODELS, UGLY, WIDTHS, Problem, assert_same_bits, on_every_machine
+
+BITS = torch.ops.bitmill.binary_matmul_bits.default
 
 
 def arguments_of(
     m: int, n: int, k: int, levels: str = "sign", a_zeros: bool = False, zeros: bool = False, two_planes: bool = True
 ) -> tuple[Any, ...]:
-    """Arguments of binary_matmul_bits, with ranges of every kind: bounded, open, empty."""
+    """Arguments of binary_matmul_bits, with ranges of every kind: bounded, open, wrapping, never reached."""
     sign, nonzero, _, _ = ops.bitpack(values(m, k), levels=levels)
     weight, weight_nonzero, _ = tiles(n, k, zeros)
     edges = torch.randint(-k - 2, k + 3, (2, 2, n), dtype=torch.int32)
+    edges[:, :, ::5] = NEVER
     return (
         sign,
         weight,
         edges[0],
         edges[1] if two_planes else None,
+        torch.randint(-k, k + 1, (n, 3), dtype=torch.int32) if two_planes and n % 2 else None,
         n,
         k,
         nonzero if a_zeros else None,
@@ -39,7 +47,7 @@ def arguments_of(
 
 def assert_bits_alike(arguments: tuple[Any, ...], what: object = "") -> None:
     want = _binary_matmul_bits_reference(*arguments)
-    for machine, got in on_every_machine(lambda: ops.binary_matmul_bits(*arguments)):
+    for machine, got in on_every_machine(lambda: BITS(*arguments)):
         for name, g, w in zip(("sign", "nonzero"), got, want, strict=True):
             assert_same_bits(g, w, f"{name} on {machine}, {what}")
 
@@ -64,72 +72,139 @@ def test_bits_of_any_rank(problem: Problem, leading: tuple[int, ...]) -> None:
     _, *rest = arguments_of(1, problem.n, problem.k)
     sign = ops.bitpack(values(*leading, problem.k), levels="plus")[0]
     assert_bits_alike((sign, *rest), problem)
-    answer = ops.binary_matmul_bits(sign, *rest)
+    answer = BITS(sign, *rest)
     assert answer[0].shape == answer[1].shape == (*leading, -(-problem.n // 32))
 
 
-def epilogue(dot: Tensor, scale: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor:
+def epilogue(dot: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     z = scale * dot.float()
-    z = z if bias is None else z + bias
-    return z if shift is None else z + shift
+    return z if bias is None else z + bias
+
+
+def inside(ranges: Tensor, dot: Tensor) -> Tensor:
+    """By the definition: from first to last, around the end of the integers if need be."""
+    first, last = ranges.long()
+    return torch.where(first <= last, (first <= dot) & (dot <= last), (dot >= first) | (dot <= last))
+
+
+FUNCTIONS = {
+    "nothing": lambda z: z,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,  # underflows to -0 below -5.54: a second range of zeros
+    "tanh gelu": lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
+    "gelu, moved up": lambda z: torch.nn.functional.gelu(z) + 0.1,  # negative in between alone: +1 wraps
+    "falling": lambda z: 1 - z,
+}
 
 
 @pytest.mark.parametrize("levels", LEVELS)
-def test_bit_ranges_are_what_the_epilogue_says_for_every_dot(levels: str) -> None:
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_bit_ranges_are_what_the_function_says_for_every_dot(function: str, levels: str) -> None:
     """All 2 k + 1 dot products of every output, scales of both signs and 0, biases that make ties."""
-    n, k = 400, 197
+    n, k, f = 400, 197, FUNCTIONS[function]
     scale = torch.randn(n) * 10.0 ** torch.randint(-6, 7, (n,))
     scale[::7] = 0.0
     whole = torch.randint(-k, k + 1, (n,)).float()
-    for bias, shift in (
-        (None, None),
-        (torch.randn(n) * scale.abs() * 50, None),
-        (-scale * whole, None),  # z = 0 or its last bit
-        (torch.where(whole % 2 == 0, 0.0, whole), -scale * whole),
+    dot = torch.arange(-k, k + 1)[:, None]
+    for bias in (None, torch.randn(n) * scale.abs() * 50, -scale * whole):  # the last: z = 0, or its last bit
+        level = binarized(f(epilogue(dot, scale, bias)), None, levels, 0.3)
+        positive, negative, single = ops.bit_ranges(
+            lambda d, bias=bias: binarized(f(epilogue(d, scale, bias)), None, levels, 0.3), n, k, levels
+        )
+        assert torch.equal(inside(positive, dot), level > 0)
+        assert (negative is None) == (levels != "sign" or not bool((level == 0).any()))
+        if negative is not None:
+            below = inside(negative, dot)
+            if single is not None:
+                others = (dot.unsqueeze(-1) == single).any(-1)
+                assert not (below & others).any()
+                below = below | others
+            assert torch.equal(below, level < 0)
+
+
+def test_gelu_underflows_here_and_there() -> None:
+    """Between -5.54 and -5.49 torch's GELU is now -0, now below: dot products that are negative one by one."""
+    scale, bias = torch.full((64,), 1e-3), torch.linspace(-5.6, -5.4, 64)
+
+    def level(dot: Tensor) -> Tensor:
+        return torch.sign(torch.nn.functional.gelu(scale * dot + bias))
+
+    ranges = ops.bit_ranges(level, 64, 60)
+    if ranges.single is None:
+        pytest.skip("this GELU underflows at once")
+    weight, _, _ = tiles(64, 60, False)
+    sign, nonzero, _, _ = ops.bitpack(values(50, 60))
+    want = level(ops.binary_matmul(sign, weight, 64, 60, nonzero).float())
+    assert (want == 0).any() and (want < 0).any()
+    for machine, got in on_every_machine(lambda: ops.binary_matmul_bits(sign, weight, ranges, 64, 60, nonzero)):
+        assert torch.equal(ops.bitunpack(*got, 64).float(), want), machine
+
+
+def test_bit_ranges_refuse_what_is_no_range() -> None:
+    for wave, message in (
+        (torch.sin, "of an output that become .1 must be one range"),
+        (lambda z: -torch.sin(z).abs() * (z % 2), "of an output that become -1 must be about one range"),
     ):
-        threshold = 0.3
-        positive, zero = ops.bit_ranges(scale, bias, k, levels, shift, threshold)
-        assert (zero is None) == (levels != "sign")
-        dot = torch.arange(-k, k + 1)[:, None]
-        z = epilogue(dot, scale, bias, shift)
-        want = {"sign": z > 0, "plus": z >= 0, "bool": z > threshold}[levels]
-        assert torch.equal((positive[0] <= dot) & (dot <= positive[1]), want)
-        if zero is not None:
-            assert torch.equal((zero[0] <= dot) & (dot <= zero[1]), z == 0)
+        with pytest.raises(ValueError, match=f"bit_ranges: the dot products {message}"):
+            ops.bit_ranges(lambda dot, wave=wave: torch.sign(wave(dot * torch.ones(3))), 3, 500)
+
+
+@pytest.mark.parametrize("k", (0, 1, 2))
+def test_bit_ranges_of_few_dots(k: int) -> None:
+    found = ops.bit_ranges(lambda dot: torch.sign(dot + torch.tensor([-9.0, 0.0, 9.0])), 3, k)
+    first, last = (1, k) if k else (NEVER, NEVER)
+    assert found.positive.tolist() == [[NEVER, first, -k], [NEVER, last, k]]
+    assert found.negative is not None and found.single is None
+    assert found.negative.tolist() == [[-k, -last if k else NEVER, NEVER], [k, -first if k else NEVER, NEVER]]
 
 
 @pytest.mark.parametrize("levels", LEVELS)
 def test_a_chain_of_two_layers_stays_bits(levels: str) -> None:
-    """binary_linear to floats and bitpack, against one product that answers bits; then the second layer."""
+    """binary_linear to floats, a function and bitpack, against one product that answers bits; then the second layer."""
     m, k, n = 37, 300, 113
     x = values(m, k)
     weight, _, _ = tiles(n, k, False)
     scale, bias, shift = torch.rand(n, 1), torch.randn(n) * 5, torch.randn(n)
     bias[::3] = -(scale[::3, 0] * 8)  # z = 0 occurs
     shift[::3] = 0.0
-    hidden = ops.binary_linear(x, weight, scale, bias)
+    hidden = torch.relu(ops.binary_linear(x, weight, scale, bias))
     want = ops.bitpack(hidden, shift, levels=levels, threshold=0.25)
-    positive, zero = ops.bit_ranges(scale, bias, k, levels, shift, 0.25)
+    ranges = ops.bit_ranges(
+        lambda dot: binarized(torch.relu(epilogue(dot, scale[:, 0], bias)), shift, levels, 0.25), n, k, levels
+    )
     sign, nonzero, _, _ = ops.bitpack(x)
-    got = ops.binary_matmul_bits(sign, weight, positive, zero, n, k, nonzero)
+    got = ops.binary_matmul_bits(sign, weight, ranges, n, k, nonzero)
     assert_same_bits(got[0], want[0])
     if levels == "sign":
         assert_same_bits(got[1], want[1])
         assert (ops.bitunpack(*got, n) == 0).any()
     second, _, _ = tiles(20, n, False)
-    rows = (got[1] if levels == "sign" else None, None, levels)
-    dot = ops.binary_matmul(got[0], second, 20, n, *rows)
-    level = ops.bitunpack(want[0], want[1] if levels == "sign" else None, n).int()
-    level = (level + 1) // 2 if levels == "bool" else level
-    assert torch.equal(dot, level @ (ops.tile_unpack(second, 20, n, 1).int() * 2 - 1).T)
+    step, rows = torch.rand(20, 1), (got[1] if levels == "sign" else None, None, levels)
+    alpha = torch.tensor(0.5) if levels == "bool" else None
+    floats = ops.binary_linear(hidden, second, step, None, None, shift, alpha, levels)
+    assert_same_bits(ops.binary_matmul_floats(got[0], second, step, None, n, *rows), floats)
+
+
+@pytest.mark.parametrize("problem", (*UGLY, *(p for p in MODELS if p.m * p.n * p.k < 2e8)), ids=lambda p: p.name)
+def test_floats_equal_default(problem: Problem) -> None:
+    for kind, zeros, biased in itertools.product(("sign", "ternary", "plus", "bool"), (False, True), (False, True)):
+        levels = "sign" if kind == "ternary" else kind
+        sign, nonzero, _, _ = ops.bitpack(values(problem.m, problem.k), levels=levels)
+        weight, weight_nonzero, _ = tiles(problem.n, problem.k, zeros)
+        scale, bias = torch.rand(problem.n, 1), torch.randn(problem.n) if biased else None
+        rows = (nonzero if kind == "ternary" else None, weight_nonzero, levels)
+        arguments = (sign, weight, scale, bias, problem.k, *rows)
+        want = _binary_matmul_floats_reference(*arguments)
+        for machine, got in on_every_machine(lambda arguments=arguments: ops.binary_matmul_floats(*arguments)):
+            assert_same_bits(got, want, f"{machine}, {problem}, {kind}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bits_of_any_memory_layout(layout: str) -> None:
-    a, weight, positive, zero, *rest = arguments_of(6, 50, 100)
-    want = ops.binary_matmul_bits(a, weight, positive, zero, *rest)
-    views = [a, positive, zero] if layout == "lazily negated" else [LAYOUTS[layout](t) for t in (a, positive, zero)]
-    got = ops.binary_matmul_bits(views[0], weight, *views[1:], *rest)
+    a, weight, positive, negative, *rest = arguments_of(6, 50, 100)
+    want = BITS(a, weight, positive, negative, *rest)
+    change = (lambda t: t) if layout == "lazily negated" else LAYOUTS[layout]
+    got = BITS(change(a), weight, change(positive), change(negative), *rest)
     for g, w in zip(got, want, strict=True):
         assert_same_bits(g, w, layout)
 
@@ -144,42 +219,68 @@ ARGUMENTS = arguments_of(3, 17, 40)
         (1, torch.zeros(2, 3, 16, dtype=torch.int32), r"weight must have shape \[2, 2, 16\], got \[2, 3, 16\]"),
         (2, torch.zeros(2, 18, dtype=torch.int32), r"positive must have shape \[2, 17\], got \[2, 18\]"),
         (2, torch.zeros(2, 17), "positive must be int32, got float32"),
-        (3, torch.zeros(17, 2, dtype=torch.int32), r"zero must have shape \[2, 17\], got \[17, 2\]"),
+        (3, torch.zeros(17, 2, dtype=torch.int32), r"negative must have shape \[2, 17\], got \[17, 2\]"),
+        (4, torch.zeros(16, 2, dtype=torch.int32), r"single must have shape \[17, 2\], got \[16, 2\]"),
+        (4, torch.zeros(17, dtype=torch.int32), r"single must have shape \[n, count\] and goes with negative, got"),
         (5, -1, "n must be at least 0 and k between 0 and 16777216"),
-        (8, "ternary", 'levels must be "sign", "plus" or "bool", got "ternary"'),
+        (9, "ternary", 'levels must be "sign", "plus" or "bool", got "ternary"'),
     ],
 )
 def test_bits_errors(place: int, value: Any, message: str) -> None:
     arguments = (*ARGUMENTS[:place], value, *ARGUMENTS[place + 1 :])
     for kernel, inputs in (
-        (ops.binary_matmul_bits, arguments),
+        (BITS, arguments),
         (_binary_matmul_bits_reference, arguments),
-        (ops.binary_matmul_bits, on_meta(arguments)),
+        (BITS, on_meta(arguments)),
     ):
         with pytest.raises(ValueError, match=f"binary_matmul_bits: {message}"):
             kernel(*inputs)
 
 
 def test_bit_ranges_errors() -> None:
-    scale = torch.ones(4)
     for arguments, message in (
-        ((torch.ones(4, 2), None, 5), r"scale must have shape \[n\] or \[n, 1\], got \[4, 2\]"),
-        ((scale.double(), None, 5), "scale must be float32, got float64"),
-        ((scale, torch.ones(3), 5), r"bias must have shape \[4\], got \[3\]"),
-        ((scale * torch.inf, None, 5), "scale must be finite, got NaN or infinity"),
-        ((scale, scale * torch.nan, 5), "bias must be finite, got NaN or infinity"),
-        ((scale, None, -1), "k must be between 0 and 16777216, got -1"),
-        ((scale, None, 5, "ternary"), 'levels must be "sign", "plus" or "bool", got "ternary"'),
+        ((torch.sign, 2, 5), r"level must answer \[11, 2\] for \[11, 1\], got \[11, 1\]"),
+        ((torch.sign, 1, -1), "k must be between 0 and 65536, got -1"),
+        ((torch.sign, 1, 5, "ternary"), 'levels must be "sign", "plus" or "bool", got "ternary"'),
     ):
         with pytest.raises(ValueError, match=f"bit_ranges: {message}"):
             ops.bit_ranges(*arguments)
+
+
+FLOAT_ARGUMENTS = (ARGUMENTS[0], ARGUMENTS[1], torch.rand(17, 1), torch.rand(17), 40, None, None, "sign")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, torch.zeros(3, 3, dtype=torch.int32), r"a must have shape \[3, 2\], got \[3, 3\]"),
+        (2, torch.rand(17), r"scale must have shape \[17, 1\], got \[17\]"),
+        (3, torch.rand(16), r"bias must have shape \[17\], got \[16\]"),
+        (7, "ternary", 'levels must be "sign", "plus" or "bool", got "ternary"'),
+    ],
+)
+def test_floats_errors(place: int, value: Any, message: str) -> None:
+    arguments = (*FLOAT_ARGUMENTS[:place], value, *FLOAT_ARGUMENTS[place + 1 :])
+    for kernel, inputs in (
+        (ops.binary_matmul_floats, arguments),
+        (_binary_matmul_floats_reference, arguments),
+        (ops.binary_matmul_floats, on_meta(arguments)),
+    ):
+        with pytest.raises(ValueError, match=f"binary_matmul_floats: {message}"):
+            kernel(*inputs)
+
+
+def test_floats_opcheck_and_compile() -> None:
+    torch.library.opcheck(torch.ops.bitmill.binary_matmul_floats.default, FLOAT_ARGUMENTS)
+    compiled = torch.compile(ops.binary_matmul_floats, fullgraph=True)
+    assert_same_bits(compiled(*FLOAT_ARGUMENTS), ops.binary_matmul_floats(*FLOAT_ARGUMENTS))
 
 
 @pytest.mark.parametrize(
     "arguments", [ARGUMENTS, arguments_of(3, 17, 40, "bool", zeros=True, two_planes=False), arguments_of(0, 17, 40)]
 )
 def test_bits_opcheck_and_compile(arguments: tuple[Any, ...]) -> None:
-    torch.library.opcheck(torch.ops.bitmill.binary_matmul_bits.default, arguments)
-    compiled = torch.compile(ops.binary_matmul_bits, fullgraph=True)
-    for g, w in zip(compiled(*arguments), ops.binary_matmul_bits(*arguments), strict=True):
+    torch.library.opcheck(BITS, arguments)
+    compiled = torch.compile(BITS, fullgraph=True)
+    for g, w in zip(compiled(*arguments), BITS(*arguments), strict=True):
         assert_same_bits(g, w)

@@ -127,20 +127,43 @@ Tensor binary_matmul_cpu(Tensor a, Tensor weight, int64_t n, int64_t k, std::opt
   return dot;
 }
 
-std::tuple<Tensor, Tensor> binary_matmul_bits_cpu(Tensor a, Tensor weight, Tensor positive, std::optional<Tensor> zero,
+std::tuple<Tensor, Tensor> binary_matmul_bits_cpu(Tensor a, Tensor weight, Tensor positive,
+                                                  std::optional<Tensor> negative, std::optional<Tensor> single,
                                                   int64_t n, int64_t k, std::optional<Tensor> a_nonzero,
                                                   std::optional<Tensor> weight_nonzero, std::string levels) {
   const char* op = "binary_matmul_bits";
   Operands o = operands(op, a, weight, n, k, a_nonzero, weight_nonzero, levels);
-  const Tensor ones = checked(op, "positive", positive, ScalarType::Int, {2, n});
-  const auto zeros = checked(op, "zero", zero, ScalarType::Int, {2, n});
+  const Tensor above = checked(op, "positive", positive, ScalarType::Int, {2, n});
+  const auto below = checked(op, "negative", negative, ScalarType::Int, {2, n});
+  if (single && (!negative || single->dim() != 2)) {
+    fail(op, ": single must have shape [n, count] and goes with negative, got ", to_string(sizes_of(*single)),
+         negative ? "" : " without negative");
+  }
+  const auto alone = checked(op, "single", single, ScalarType::Int, {n, single ? single->size(1) : 0});
   const Sizes plane = with_last(o.rows.leading, word_count(n));
   const Tensor sign = new_tensor(plane, ScalarType::Int);
-  const Tensor nonzero = new_tensor(zeros ? plane : Sizes{0}, ScalarType::Int);
-  o.params.bits = {mutable_data<int32_t>(sign), zeros ? mutable_data<int32_t>(nonzero) : nullptr, data<int32_t>(ones),
-                   data_or_null<int32_t>(zeros)};
+  const Tensor nonzero = new_tensor(below ? plane : Sizes{0}, ScalarType::Int);
+  o.params.bits = {mutable_data<int32_t>(sign),  below ? mutable_data<int32_t>(nonzero) : nullptr,
+                   data<int32_t>(above),         data_or_null<int32_t>(below),
+                   data_or_null<int32_t>(alone), alone ? alone->size(1) : 0};
   if (o.rows.m > 0 && n > 0) require(op, binary_matmul(o.params));
   return {sign, nonzero};
+}
+
+Tensor binary_matmul_floats_cpu(Tensor a, Tensor weight, Tensor scale, std::optional<Tensor> bias, int64_t k,
+                                std::optional<Tensor> a_nonzero, std::optional<Tensor> weight_nonzero,
+                                std::string levels) {
+  const char* op = "binary_matmul_floats";
+  const int64_t n = scale.dim() > 0 ? scale.size(0) : 0;
+  const Tensor scale_rows = checked(op, "scale", scale, ScalarType::Float, {n, 1});
+  Operands o = operands(op, a, weight, n, k, a_nonzero, weight_nonzero, levels);
+  const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
+  const Tensor out = new_tensor(with_last(o.rows.leading, n), ScalarType::Float);
+  o.params.out = out.mutable_data_ptr();
+  o.params.scale = data<float>(scale_rows);
+  o.params.bias = data_or_null<float>(bias_row);
+  require(op, binary_matmul(o.params));
+  return out;
 }
 
 Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias,
@@ -247,6 +270,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) {
   m.impl("tile_unpack", TORCH_BOX(&bitmill::tile_unpack_cpu));
   m.impl("binary_matmul", TORCH_BOX(&bitmill::binary_matmul_cpu));
   m.impl("binary_matmul_bits", TORCH_BOX(&bitmill::binary_matmul_bits_cpu));
+  m.impl("binary_matmul_floats", TORCH_BOX(&bitmill::binary_matmul_floats_cpu));
   m.impl("binary_linear", TORCH_BOX(&bitmill::binary_linear_cpu));
   m.impl("binary_weight_linear", TORCH_BOX(&bitmill::binary_weight_linear_cpu));
 }

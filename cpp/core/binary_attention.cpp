@@ -9,6 +9,7 @@
 
 #include "binary_attention_task.h"
 #include "binary_matmul.h"
+#include "bit_output.h"
 #include "bitpack.h"
 #include "cpu.h"
 
@@ -69,18 +70,63 @@ bool packed_without_zeros([[maybe_unused]] const BinaryAttentionParams& p, [[may
   return false;
 }
 
-// Rows of words to tiles, 0 past the rows.
-void to_tiles(const int32_t* rows, int64_t count, int64_t words, int64_t tiles, int32_t* out) {
+// Rows of words, `stride` apart, to tiles, 0 past the rows.
+void to_tiles(const int32_t* rows, int64_t stride, int64_t count, int64_t words, int64_t tiles, int32_t* out) {
   std::fill_n(out, tiles * words * kTileRows, 0);
   for (int64_t row = 0; row < count; ++row) {
     int32_t* lane = out + row / kTileRows * words * kTileRows + row % kTileRows;
-    for (int64_t w = 0; w < words; ++w) lane[w * kTileRows] = rows[row * words + w];
+    for (int64_t w = 0; w < words; ++w) lane[w * kTileRows] = rows[row * stride + w];
+  }
+}
+
+// One head of some packed rows, each of `words` words.
+struct HeadRows {
+  const int32_t *sign, *nonzero;
+  int64_t stride, words;
+};
+
+HeadRows head_of(const AttentionTask& t, const AttentionRows& rows, const int64_t* first, int64_t batch,
+                 int64_t columns) {
+  const int64_t words = columns / 32, stride = t.p.bits.heads * words;
+  const int64_t at = first[t.sequence(batch)] * stride + batch % t.p.bits.heads * words;
+  return {rows.sign + at, rows.nonzero ? rows.nonzero + at : nullptr, stride, words};
+}
+
+bool has_zeros(const HeadRows& head, int64_t rows) {
+  for (int64_t row = 0; head.nonzero && row < rows; ++row) {
+    for (int64_t w = 0; w < head.words; ++w) {
+      if (head.nonzero[row * head.stride + w] != -1) return true;
+    }
+  }
+  return false;
+}
+
+// Bits [rows, columns] to bits [columns, rows] in tiles.
+void transpose(const int32_t* rows, int64_t stride, int64_t m, int64_t e, int64_t longest, int32_t* tiles) {
+#ifdef BITMILL_AVX512
+  if (selected() == InstructionSet::avx512) return attention_transpose_avx512(rows, stride, m, e, longest, tiles);
+#endif
+  const int64_t words = word_count(longest);
+  std::fill_n(tiles, tile_count(e) * words * kTileRows, 0);
+  for (int64_t j = 0; j < m; ++j) {
+    for (int64_t c = 0; c < e; ++c) {
+      const uint32_t bit = static_cast<uint32_t>(rows[j * stride + c / 32]) >> (c % 32) & 1u;
+      tiles[(c / kTileRows * words + j / 32) * kTileRows + c % kTileRows] |= static_cast<int32_t>(bit << (j % 32));
+    }
   }
 }
 
 void pack_keys(const AttentionTask& t, int64_t batch) {
   const int64_t m = t.p.m, size = key_tiles(m) * t.words * kTileRows;
   int32_t* tiles = t.k_sign + batch * size;
+  if (t.p.bits.heads) {
+    const HeadRows head = head_of(t, t.p.bits.k, t.p.bits.k_first, batch, t.p.d);
+    const int64_t rows = t.key_rows(batch);
+    to_tiles(head.sign, head.stride, rows, t.words, key_tiles(m), tiles);
+    t.k_zeros[batch] = has_zeros(head, rows);
+    if (!t.k_zeros[batch]) return;
+    return to_tiles(head.nonzero, head.stride, rows, t.words, key_tiles(m), t.k_nonzero + batch * size);
+  }
   std::unique_ptr<char[]> copy;
   const Rows x = rows_of(t.p, t.p.k, batch, 0, m, t.p.d, copy);
   const int64_t last = std::max<int64_t>(size - 2 * t.words * kTileRows, 0);
@@ -90,8 +136,8 @@ void pack_keys(const AttentionTask& t, int64_t batch) {
   const std::unique_ptr<int32_t[]> sign(new int32_t[static_cast<size_t>(m * t.words)]);
   const std::unique_ptr<int32_t[]> nonzero(new int32_t[static_cast<size_t>(m * t.words)]);
   t.k_zeros[batch] = pack_rows(t.p, x, m, sign.get(), nonzero.get());
-  to_tiles(sign.get(), m, t.words, key_tiles(m), tiles);
-  if (t.k_zeros[batch]) to_tiles(nonzero.get(), m, t.words, key_tiles(m), t.k_nonzero + batch * size);
+  to_tiles(sign.get(), t.words, m, t.words, key_tiles(m), tiles);
+  if (t.k_zeros[batch]) to_tiles(nonzero.get(), t.words, m, t.words, key_tiles(m), t.k_nonzero + batch * size);
 }
 
 template <class T>
@@ -124,6 +170,14 @@ void pack_values(const AttentionTask& t, int64_t batch) {
   const int64_t m = t.p.m, e = t.p.e, size = tile_count(e) * t.map_words * kTileRows;
   int32_t* sign = t.v_sign + batch * size;
   int32_t* nonzero = t.v_nonzero ? t.v_nonzero + batch * size : nullptr;
+  if (t.p.bits.heads) {
+    const HeadRows head = head_of(t, t.p.bits.v, t.p.bits.k_first, batch, e);
+    const int64_t rows = t.key_rows(batch);
+    transpose(head.sign, head.stride, rows, e, m, sign);
+    t.v_zeros[batch] = has_zeros(head, rows);
+    if (t.v_zeros[batch]) transpose(head.nonzero, head.stride, rows, e, m, nonzero);
+    return;
+  }
   std::unique_ptr<char[]> copy;
   const Rows x = rows_of(t.p, t.p.v, batch, 0, m, e, copy);
   const auto pack = [&](const auto* values) { return values_to_bits(values, x.stride, m, e, sign, nonzero); };
@@ -165,7 +219,14 @@ bool read_mask(const BinaryAttentionParams& p, const T* data, uint32_t* keep) {
 
 bool read_mask(const BinaryAttentionParams& p, uint32_t* keep) {
   if (p.mask.count == 0) {
-    for (int64_t w = 0; w < word_count(p.m); ++w) keep[w] = p.m - 32 * w >= 32 ? ~0u : (1u << (p.m % 32)) - 1;
+    const int64_t sequences = p.bits.heads ? p.batch / p.bits.heads : 1, words = word_count(p.m);
+    for (int64_t i = 0; i < sequences; ++i, keep += words) {
+      const int64_t m = p.bits.heads ? p.bits.k_first[i + 1] - p.bits.k_first[i] : p.m;
+      for (int64_t w = 0; w < words; ++w) {
+        const int64_t left = std::clamp<int64_t>(m - 32 * w, 0, 32);
+        keep[w] = left == 32 ? ~0u : (1u << left) - 1;
+      }
+    }
     return false;
   }
   if (p.mask.boolean) return read_mask(p, static_cast<const uint8_t*>(p.mask.values.data), keep);
@@ -190,6 +251,18 @@ void find_lowest(const BinaryAttentionParams& p, int32_t* lowest) {
 
 bool pack_queries(const AttentionTask& t, int64_t batch, int64_t first, int64_t last, bool always, int32_t* sign,
                   int32_t* nonzero) {
+  if (t.p.bits.heads) {
+    HeadRows head = head_of(t, t.p.bits.q, t.p.bits.q_first, batch, t.p.d);
+    head.sign += first * head.stride;
+    if (head.nonzero) head.nonzero += first * head.stride;
+    const bool zeros = has_zeros(head, last - first);
+    for (int64_t row = 0; row < last - first; ++row) {
+      std::copy_n(head.sign + row * head.stride, t.words, sign + row * t.words);
+      if (zeros) std::copy_n(head.nonzero + row * head.stride, t.words, nonzero + row * t.words);
+    }
+    if (always && !zeros) std::fill_n(nonzero, (last - first) * t.words, -1);
+    return zeros;
+  }
   std::unique_ptr<char[]> copy;
   const Rows x = rows_of(t.p, t.p.q, batch, first, last - first, t.p.d, copy);
   if (!always && packed_without_zeros(t.p, x, last - first, false, sign)) return false;
@@ -228,6 +301,15 @@ void attention_rows_generic(const AttentionTask& t, int64_t batch, int64_t first
   product.k = p.m;
   product.dot = context.data();
   binary_matmul(product);
+  if (p.bits.heads) {
+    const int64_t tiles = p.e / kTileRows, columns = p.bits.heads * p.e;
+    for (int64_t i = 0; i < rows * tiles; ++i) {
+      const int64_t row = p.bits.q_first[t.sequence(batch)] + first + i / tiles, tile = i % tiles;
+      const int32_t* whole = context.data() + i * kTileRows;
+      store_bits(p.bits.out, columns, row, batch % p.bits.heads * tiles + tile, whole, kTileRows);
+    }
+    return;
+  }
   with_dtype(p.dtype, p.out, [&](auto* out) {
     for (int64_t i = 0; i < rows; ++i) {
       auto* to = out + p.out_offset[batch] + (first + i) * p.out_row_stride;
@@ -244,6 +326,9 @@ Status binary_attention(const BinaryAttentionParams& p) {
   }
   if (p.d > kMaxColumns || p.m > kMaxColumns) return Status::bad_size;
   if (p.d == 0 || !(p.scale > 0.0f) || !(p.scale <= std::numeric_limits<float>::max())) return Status::bad_argument;
+  if (p.bits.heads < 0 || (p.bits.heads > 0 && (p.d % 32 || p.e % 32 || p.batch % p.bits.heads))) {
+    return Status::bad_argument;
+  }
   if (p.batch == 0 || p.n == 0 || p.e == 0) return Status::ok;
   if (p.mask.count > 0 && p.mask.rows != 1 && p.mask.rows != p.n) return Status::bad_argument;
 
@@ -251,13 +336,16 @@ Status binary_attention(const BinaryAttentionParams& p) {
   const int64_t words = word_count(p.d), map_words = word_count(p.m);
   const int64_t keys = p.batch * detail::key_tiles(p.m) * words * kTileRows;
   const int64_t values = p.batch * tile_count(p.e) * map_words * kTileRows;
-  const int64_t mask_rows = p.mask.count ? p.mask.count * p.mask.rows : 1;
+  const int64_t sequences = p.bits.heads ? p.batch / p.bits.heads : 1;
+  const int64_t mask_rows = p.mask.count ? p.mask.count * p.mask.rows : sequences;
+  const bool k_zeros = p.bits.heads ? p.bits.k.nonzero != nullptr : p.zeros;
+  const bool v_zeros = p.bits.heads ? p.bits.v.nonzero != nullptr : p.zeros;
   const bool softmax_aware = p.rule == AttentionRule::softmax_aware, elastic = p.rule == AttentionRule::elastic;
   const auto scratch = []<class T>(int64_t count, T) {
     return std::unique_ptr<T[]>(count ? new T[static_cast<size_t>(count)] : nullptr);
   };
-  const auto k_sign = scratch(keys, int32_t{}), k_nonzero = scratch(p.zeros ? keys : 0, int32_t{});
-  const auto v_sign = scratch(values, int32_t{}), v_nonzero = scratch(p.zeros ? values : 0, int32_t{});
+  const auto k_sign = scratch(keys, int32_t{}), k_nonzero = scratch(k_zeros ? keys : 0, int32_t{});
+  const auto v_sign = scratch(values, int32_t{}), v_nonzero = scratch(v_zeros ? values : 0, int32_t{});
   const auto zeros = scratch(2 * p.batch, uint8_t{});
   const auto keep = scratch(mask_rows * map_words, uint32_t{});
   const auto lowest = scratch(softmax_aware ? 2 * p.d + 1 : 0, int32_t{});
@@ -301,7 +389,8 @@ Status binary_attention(const BinaryAttentionParams& p) {
   split(p.parallel_for, p.batch * blocks, cost, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % blocks * detail::kRowsTogether;
-      rows(task, i / blocks, first, std::min(p.n, first + detail::kRowsTogether));
+      const int64_t last = std::min(task.query_rows(i / blocks), first + detail::kRowsTogether);
+      if (first < last) rows(task, i / blocks, first, last);
     }
   });
   return Status::ok;

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention whose queries, keys, values and map are bits: signs of floats come in, products of integers go out. With
-// S = sgn(q) sgn(k)^T scaled, a bias and dropped keys from the mask, and A the {0, 1} map that a rule makes of S, the
-// context is step * (A sgn(v)), where A sgn(v) is a whole number. Scores never reach memory beyond one block of rows.
+// Attention whose queries, keys, values and map are bits: signs of floats (or packed rows) come in, products of
+// integers go out, as floats (or as the packed rows of the next layer). With S = sgn(q) sgn(k)^T scaled, a bias and
+// dropped keys from the mask, and A the {0, 1} map that a rule makes of S, the context is step * (A sgn(v)), where A
+// sgn(v) is a whole number. Scores never reach memory beyond one block of rows.
 #pragma once
 
 #include <cstdint>
 
+#include "binary_matmul.h"
 #include "floats.h"
 #include "parallel.h"
 #include "status.h"
@@ -37,8 +39,23 @@ struct AttentionMask {
   const int64_t* of = nullptr;  // [batch]: which of the matrices
 };
 
+// Packed rows, the heads side by side.
+struct AttentionRows {
+  const int32_t* sign = nullptr;     // [rows, heads * d / 32], of values [rows, heads * e / 32]
+  const int32_t* nonzero = nullptr;  // the same, or null: nothing is 0
+};
+
+// Operands and results that are packed already; d and e are multiples of 32, `zeros` and `step` have no say.
+struct AttentionBits {
+  int64_t heads = 0;  // 0: floats are
+  AttentionRows q, k, v;
+  const int64_t *q_first = nullptr, *k_first = nullptr;  // [batch / heads + 1]: where each sequence's rows begin
+  BitOutput out;                                         // of heads * e columns
+};
+
 struct BinaryAttentionParams {
-  int64_t batch = 0, n = 0, m = 0, d = 0, e = 0;
+  int64_t batch = 0, n = 0, m = 0, d = 0, e = 0;  // n and m: of the longest sequence, where lengths differ
+  AttentionBits bits;
   Matrices q, k, v;  // [n, d], [m, d], [m, e] each
   Dtype dtype = Dtype::f32;
   bool zeros = true;  // sgn(0) = sgn(NaN) = 0; else +1 where x >= 0 and else -1

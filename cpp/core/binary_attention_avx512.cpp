@@ -8,6 +8,8 @@
 
 #include "avx512.h"
 #include "binary_attention_task.h"
+#include "bit_output.h"
+#include "bit_output_avx512.h"
 #include "layout.h"
 
 namespace bitmill::detail {
@@ -209,6 +211,36 @@ void add_word(Channels& row, uint32_t bits, __m512i s0, __m512i s1, __m512i s2, 
   if constexpr (tiles > 3) row.c3 = add_values<ternary>(row.c3, map, s3, z3);
 }
 
+// The whole numbers of four rows and one tile of channels.
+struct Wholes {
+  __m512i r0, r1, r2, r3;
+};
+
+// As bits of the next layer.
+void put_wholes(const Block& b, const Wholes& whole, int64_t rows, int64_t channel, int64_t batch, int64_t row) {
+  const AttentionBits& bits = b.t.p.bits;
+  const int64_t n = bits.heads * b.t.p.e, column = batch % bits.heads * b.t.p.e + channel;
+  const int64_t first = bits.q_first[b.t.sequence(batch)] + row, tile = column / kTileRows;
+  const Range positive = load_range(bits.out.positive + column, n, 0xFFFF);
+  const Range negative = bits.out.nonzero ? load_range(bits.out.negative + column, n, 0xFFFF) : positive;
+  const auto put = [&](int r, __m512i dot) {
+    if (r >= rows) return;
+    const __mmask16 above = inside(0xFFFF, positive, dot);
+    store_half_word(bits.out.sign, n, first + r, tile, above);
+    if (!bits.out.nonzero) return;
+    store_half_word(bits.out.nonzero, n, first + r, tile, static_cast<uint16_t>(above | inside(0xFFFF, negative, dot)));
+  };
+  put(0, whole.r0);
+  put(1, whole.r1);
+  put(2, whole.r2);
+  put(3, whole.r3);
+}
+
+template <bool ternary>
+__m512i to_whole(__m512i sum, int32_t set) {
+  return ternary ? sum : _mm512_sub_epi32(_mm512_add_epi32(sum, sum), _mm512_set1_epi32(set));
+}
+
 // `tiles` tiles of channels of four rows; only the last tile may be cut to `lanes`.
 template <int tiles, bool ternary>
 void context(const Block& b, const int32_t* sign, const int32_t* nonzero, int64_t rows, int64_t channel,
@@ -231,16 +263,26 @@ void context(const Block& b, const int32_t* sign, const int32_t* nonzero, int64_
     add_word<tiles, ternary>(r2, bits2[w], s0, s1, s2, s3, z0, z1, z2, z3);
     add_word<tiles, ternary>(r3, bits3[w], s0, s1, s2, s3, z0, z1, z2, z3);
   }
+  if (t.p.bits.heads) {
+    const auto put = [&](int tile, __m512i s0, __m512i s1, __m512i s2, __m512i s3) {
+      const Wholes whole{to_whole<ternary>(s0, b.count[0]), to_whole<ternary>(s1, b.count[1]),
+                         to_whole<ternary>(s2, b.count[2]), to_whole<ternary>(s3, b.count[3])};
+      put_wholes(b, whole, rows, channel + tile * kTileRows, batch, row);
+    };
+    put(0, r0.c0, r1.c0, r2.c0, r3.c0);
+    if constexpr (tiles > 1) put(1, r0.c1, r1.c1, r2.c1, r3.c1);
+    if constexpr (tiles > 2) put(2, r0.c2, r1.c2, r2.c2, r3.c2);
+    if constexpr (tiles > 3) put(3, r0.c3, r1.c3, r2.c3, r3.c3);
+    return;
+  }
   const __m512 step = _mm512_set1_ps(t.p.step);
   // copies: sums whose address is taken stay in memory
   with_dtype(t.p.dtype, t.p.out, [&, r0, r1, r2, r3](auto* out) {
     auto* to = out + t.p.out_offset[batch] + row * t.p.out_row_stride + channel;
     const auto put = [&](int r, Channels c) {
       if (r >= rows) return;
-      const __m512i all = _mm512_set1_epi32(b.count[r]);
       const auto finish = [&](int tile, __m512i sum) {
-        const __m512i whole = ternary ? sum : _mm512_sub_epi32(_mm512_add_epi32(sum, sum), all);
-        const __m512 value = _mm512_mul_ps(step, _mm512_cvtepi32_ps(whole));
+        const __m512 value = _mm512_mul_ps(step, _mm512_cvtepi32_ps(to_whole<ternary>(sum, b.count[r])));
         store16(to + r * t.p.out_row_stride + tile * kTileRows, tile + 1 < tiles ? __mmask16{0xFFFF} : lanes, value);
       };
       finish(0, c.c0);
@@ -284,7 +326,7 @@ void attention_rows_avx512(const AttentionTask& t, int64_t batch, int64_t first,
   int32_t *q = scratch.get(), *q_nonzero = q + queries, *distance = q_nonzero + queries + map;
   uint32_t* bits = reinterpret_cast<uint32_t*>(q_nonzero + queries);
   const bool zeros = pack_queries(t, batch, first, last, t.k_zeros[batch], q, q_nonzero) || t.k_zeros[batch];
-  const int32_t* k_nonzero = t.k_nonzero + batch * keys;
+  const int32_t* k_nonzero = t.k_nonzero ? t.k_nonzero + batch * keys : nullptr;
   std::unique_ptr<int32_t[]> ones;
   if (zeros && !t.k_zeros[batch]) {  // only queries are 0
     ones.reset(new int32_t[static_cast<size_t>(keys)]);

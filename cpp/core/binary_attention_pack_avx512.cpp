@@ -78,6 +78,25 @@ bool values_to_bits(const T* x, int64_t stride, int64_t m, int64_t e, int32_t* s
 
 }  // namespace
 
+void attention_transpose_avx512(const int32_t* rows, int64_t stride, int64_t m, int64_t e, int64_t longest,
+                                int32_t* tiles) {
+  const int64_t words = word_count(longest);
+  for (int64_t c = 0; c < e / 32; ++c) {
+    int32_t* low = tiles + 2 * c * words * kTileRows;
+    int32_t* high = low + words * kTileRows;
+    for (int64_t w = 0; w < words; ++w) {
+      __m512i s0 = _mm512_setzero_si512(), s1 = s0, bit = _mm512_set1_epi32(1);
+      for (int64_t j = 32 * w; j < 32 * (w + 1) && j < m; ++j, bit = _mm512_add_epi32(bit, bit)) {
+        const uint32_t channels = static_cast<uint32_t>(rows[j * stride + c]);
+        s0 = _mm512_mask_or_epi32(s0, static_cast<__mmask16>(channels), s0, bit);
+        s1 = _mm512_mask_or_epi32(s1, static_cast<__mmask16>(channels >> 16), s1, bit);
+      }
+      _mm512_storeu_si512(low + w * kTileRows, s0);
+      _mm512_storeu_si512(high + w * kTileRows, s1);
+    }
+  }
+}
+
 bool attention_signs_avx512(const BinaryAttentionParams& p, const void* x, int64_t stride, int64_t rows, bool tiles,
                             int32_t* out) {
   return with_dtype(p.dtype, x, [&](const auto* values) {

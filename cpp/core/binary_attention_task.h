@@ -29,14 +29,22 @@ struct AttentionTask {
   // nonzero planes are null where sgn(0) = +1; `*_zeros` [batch] says whether a plane holds a 0 within its matrix.
   int32_t *k_sign, *k_nonzero, *v_sign, *v_nonzero;
   uint8_t *k_zeros, *v_zeros;
-  uint32_t* keep;           // [masks][mask rows][map_words]: keys that a query may attend, 0 past m
+  uint32_t* keep;           // [masks][mask rows][map_words]: keys that a query may attend, 0 past the last
   bool biased;              // the mask holds floats that neither drop a key nor are 0
   int32_t* lowest;          // softmax_aware: [2 d + 1], the smallest active dot where the largest of a row is i - d
   int64_t* weight;          // elastic: [4 d + 3], of a dot that is i below the largest of its row; 0 past 2 d
   int64_t* weight_of_pair;  // elastic: [2 d + 2], every second of them
 
+  // Of one matrix of the batch.
+  int64_t sequence(int64_t batch) const { return p.bits.heads ? batch / p.bits.heads : 0; }
+  int64_t query_rows(int64_t batch) const { return p.bits.heads ? length(p.bits.q_first, batch) : p.n; }
+  int64_t key_rows(int64_t batch) const { return p.bits.heads ? length(p.bits.k_first, batch) : p.m; }
+  int64_t length(const int64_t* first, int64_t batch) const {
+    return first[sequence(batch) + 1] - first[sequence(batch)];
+  }
+
   const uint32_t* keep_of(int64_t batch, int64_t row) const {
-    const int64_t rows = p.mask.count ? p.mask.rows : 1, matrix = p.mask.count ? p.mask.of[batch] : 0;
+    const int64_t rows = p.mask.count ? p.mask.rows : 1, matrix = p.mask.count ? p.mask.of[batch] : sequence(batch);
     return keep + (matrix * rows + (rows > 1 ? row : 0)) * map_words;
   }
 };
@@ -121,6 +129,10 @@ static inline int32_t decide(const AttentionTask& t, int64_t batch, int64_t row,
 inline constexpr int64_t kRowsTogether = 64;
 void attention_rows_generic(const AttentionTask& task, int64_t batch, int64_t first, int64_t last);
 void attention_rows_avx512(const AttentionTask& task, int64_t batch, int64_t first, int64_t last);
+
+// Bits [e / 16][word_count(longest)][16] from the rows of e / 32 words of m values.
+void attention_transpose_avx512(const int32_t* rows, int64_t stride, int64_t m, int64_t e, int64_t longest,
+                                int32_t* tiles);
 
 // Bits [tile_count(e)][word_count(m)][16] of the values [m, e] (rows `stride` elements apart), and of what is not 0 if
 // `nonzero` is not null; answers whether one is 0.

@@ -60,7 +60,7 @@ void binary_matmul_tiles_generic(const BinaryMatmulParams& p, int64_t begin, int
         int32_t dot[kTileRows];
         for (int64_t lane = 0; lane < count; ++lane) dot[lane] = dot_of(first + lane, 0, words);
         if (p.dot) std::copy_n(dot, count, p.dot + row * p.n + first);
-        if (p.bits.sign) store_bits(p, row, tile, dot, count);
+        if (p.bits.sign) store_bits(p.bits, p.n, row, tile, dot, count);
         continue;
       }
       for (int64_t column = first; column < first + count; ++column) {
@@ -115,7 +115,8 @@ Status check(const BinaryMatmulParams& p) {
   if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
   if (p.m == 0 || p.n == 0) return Status::ok;  // an array without elements may be null, here and below
   if (p.k > 0 && (p.operand == Operand::ternary) != (p.a_nonzero != nullptr)) return Status::bad_argument;
-  if (p.bits.sign && (p.dot || !p.bits.positive || (p.bits.nonzero == nullptr) != (p.bits.zero == nullptr))) {
+  if (p.bits.sign && (p.dot || !p.bits.positive || (p.bits.nonzero == nullptr) != (p.bits.negative == nullptr) ||
+                      (p.bits.single && !p.bits.nonzero))) {
     return Status::bad_argument;
   }
   if (!p.dot && !p.bits.sign && (!p.out || (p.k > 0 && !p.scale))) return Status::bad_argument;

@@ -19,12 +19,17 @@ enum class Operand {
 };
 
 // The results as packed rows: what a layer with 1-bit activations reads, so that a chain of layers never returns to
-// floats. An output is positive (bit 1) where first <= dot <= last of its range, and 0 likewise.
+// floats. An output is positive (bit 1) or negative where its dot product lies in the range, and otherwise 0. A range
+// is the integers from the first to the last, both included, and wraps: if the last is less, all but those between
+// them.
 struct BitOutput {
   int32_t* sign = nullptr;            // [m, word_count(n)], or null: no bits are asked for
   int32_t* nonzero = nullptr;         // the same, or null
-  const int32_t* positive = nullptr;  // [2, n]: first and last
-  const int32_t* zero = nullptr;      // [2, n], with `nonzero`
+  const int32_t* positive = nullptr;  // [2, n]: firsts and lasts
+  const int32_t* negative = nullptr;  // [2, n], with `nonzero`
+  // Dot products outside the ranges that are negative too: [n, single_count], or null. They may be looked for slowly.
+  const int32_t* single = nullptr;
+  int64_t single_count = 0;
 };
 
 struct BinaryMatmulParams {

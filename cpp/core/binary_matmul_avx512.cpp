@@ -5,6 +5,7 @@
 #include "avx512.h"
 #include "binary_matmul.h"
 #include "bit_output.h"
+#include "bit_output_avx512.h"
 #include "layout.h"
 
 namespace bitmill::detail {
@@ -80,8 +81,7 @@ struct Columns {
   __mmask16 lanes;  // of the last tile
   __m512 scale[kTiles];
   __m512 bias[kTiles];
-  __m512i positive[2][kTiles];  // first and last, for bits
-  __m512i zero[2][kTiles];
+  Range positive[kTiles], negative[kTiles];  // for bits
 };
 
 template <Operand operand>
@@ -100,11 +100,8 @@ Columns load_columns(const Task& task, int64_t tile, int tiles) {
     c.weight[t] = task.p.weight + (tile + inside) * task.words * kTileRows;
     if (task.p.dot) continue;
     if (task.p.bits.sign) {
-      for (int edge = 0; edge < 2; ++edge) {
-        const int64_t at = edge * task.p.n + column;
-        c.positive[edge][t] = _mm512_maskz_loadu_epi32(lanes, task.p.bits.positive + at);
-        if (task.p.bits.zero) c.zero[edge][t] = _mm512_maskz_loadu_epi32(lanes, task.p.bits.zero + at);
-      }
+      c.positive[t] = load_range(task.p.bits.positive + column, task.p.n, lanes);
+      if (task.p.bits.negative) c.negative[t] = load_range(task.p.bits.negative + column, task.p.n, lanes);
       continue;
     }
     c.scale[t] = load_scale(task.p.scale, task.groups, column, 0, lanes);
@@ -149,22 +146,65 @@ template <Operand operand, int tiles>
   if constexpr (tiles > 4) finish_tile<tiles == 5>(o, 4, to_dot<operand>(counts.c4, present), row_scale, factor);
 }
 
-__mmask16 inside(__mmask16 lanes, const __m512i (&range)[2][kTiles], int t, __m512i dot) {
-  return _mm512_mask_cmple_epi32_mask(_mm512_mask_cmple_epi32_mask(lanes, range[0][t], dot), dot, range[1][t]);
+// Kept out of line: rare, and its loops would take registers.
+[[gnu::noinline]] uint32_t look_for_negatives(const BitOutput& out, int64_t tile, __m512i dot, uint32_t zeros) {
+  alignas(64) int32_t dots[kTileRows];
+  _mm512_store_si512(dots, dot);
+  return single_negatives(out, tile, dots, zeros);
 }
 
-// Counts [tiles][16] of one row to bits.
-template <Operand operand>
-void finish_bits(const Task& task, const Columns& c, int tiles, int64_t row, const int32_t* counts) {
-  const BinaryMatmulParams& p = task.p;
+[[gnu::always_inline]] inline uint64_t join(__mmask16 m0, __mmask16 m1, __mmask16 m2, __mmask16 m3) {
+  return _cvtmask64_u64(_mm512_kunpackd(_mm512_kunpackw(m3, m2), _mm512_kunpackw(m1, m0)));
+}
+
+// Bytes of a plane for `tiles` tiles, and a half word of zeros after them if that is past n.
+template <int tiles>
+[[gnu::always_inline]] inline void put_bits(char* to, uint64_t bits, bool ends) {
+  __builtin_memcpy(to, &bits, 2 * tiles);
+  if (ends) __builtin_memset(to + 2 * tiles, 0, 2);
+}
+
+// Dot products of one row and at most 4 tiles, from tile `t` of the block, to bits.
+template <int tiles>
+[[gnu::always_inline]] inline void finish_bits(const BinaryMatmulParams& p, const Columns& c, int t, bool last,
+                                               int64_t row, __m512i d0, __m512i d1, __m512i d2, __m512i d3) {
+  const int64_t tile = c.first / kTileRows + t, at = 4 * row * word_count(p.n) + 2 * tile;
+  const bool ends = last && (tile + tiles) % 2 == 1 && tile + tiles == tile_count(p.n);
+  const __mmask16 all = 0xFFFF, none = 0, cut = last ? c.lanes : all;
+  const __mmask16 l0 = tiles > 1 ? all : cut, l1 = tiles > 2 ? all : tiles == 2 ? cut : none;
+  const __mmask16 l2 = tiles > 3 ? all : tiles == 3 ? cut : none, l3 = tiles == 4 ? cut : none;
+  const auto inside_all = [&](const Range* range) [[gnu::always_inline]] {
+    return join(inside(l0, range[t], d0), tiles > 1 ? inside(l1, range[t + 1], d1) : none,
+                tiles > 2 ? inside(l2, range[t + 2], d2) : none, tiles > 3 ? inside(l3, range[t + 3], d3) : none);
+  };
+  const uint64_t positive = inside_all(c.positive);
+  put_bits<tiles>(reinterpret_cast<char*>(p.bits.sign) + at, positive, ends);
+  if (!p.bits.nonzero) return;
+  uint64_t nonzero = positive | inside_all(c.negative);
+  constexpr int before = 16 * (tiles - 1);
+  const uint64_t lanes = uint64_t{cut} << before | ((uint64_t{1} << before) - 1);
+  const uint64_t zeros = lanes & ~nonzero;
+  if (zeros && p.bits.single) {
+    const __m512i dots[] = {d0, d1, d2, d3};
+    for (int i = 0; i < tiles; ++i) {
+      const uint64_t found = look_for_negatives(p.bits, tile + i, dots[i], zeros >> (16 * i) & 0xFFFF);
+      nonzero |= found << (16 * i);
+    }
+  }
+  put_bits<tiles>(reinterpret_cast<char*>(p.bits.nonzero) + at, nonzero, ends);
+}
+
+// Counts of one row to bits.
+template <Operand operand, int tiles>
+[[gnu::always_inline]] inline void finish_bits(const Task& task, const Columns& c, int64_t row, const Row& counts) {
   const __m512i present = _mm512_set1_epi32(task.present[row]);
-  const int64_t tile = c.first / kTileRows;
-  for (int t = 0; t < tiles; ++t) {
-    const __mmask16 lanes = t + 1 < tiles ? __mmask16{0xFFFF} : c.lanes;
-    const __m512i dot = to_dot<operand>(_mm512_load_si512(counts + t * kTileRows), present);
-    store_half_word(p.bits.sign, p, row, tile + t, inside(lanes, c.positive, t, dot));
-    if (!p.bits.nonzero) continue;
-    store_half_word(p.bits.nonzero, p, row, tile + t, static_cast<uint16_t>(lanes & ~inside(lanes, c.zero, t, dot)));
+  constexpr int first = tiles < 4 ? tiles : 4;
+  finish_bits<first>(task.p, c, 0, tiles < 5, row, to_dot<operand>(counts.c0, present),
+                     to_dot<operand>(counts.c1, present), to_dot<operand>(counts.c2, present),
+                     to_dot<operand>(counts.c3, present));
+  if constexpr (tiles > 4) {
+    const __m512i dot = to_dot<operand>(counts.c4, present);
+    finish_bits<1>(task.p, c, 4, true, row, dot, dot, dot, dot);
   }
 }
 
@@ -256,15 +296,18 @@ void block(const Task& task, const Columns& c, int64_t row) {
       }
       return;
     }
+    if (p.bits.sign) {
+      finish_bits<operand, tiles>(task, c, row, r0);
+      if constexpr (rows > 1) {
+        finish_bits<operand, tiles>(task, c, row + 1, r1);
+        finish_bits<operand, tiles>(task, c, row + 2, r2);
+        finish_bits<operand, tiles>(task, c, row + 3, r3);
+      }
+      return;
+    }
     keep(r0, counts[0]);
     if constexpr (rows > 1) keep(r1, counts[1]), keep(r2, counts[2]), keep(r3, counts[3]);
-    for (int r = 0; r < rows; ++r) {
-      if (p.bits.sign) {
-        finish_bits<operand>(task, c, tiles, row + r, counts[r]);
-      } else {
-        add_group<operand>(task, c, tiles, row + r, group, counts[r], sums[r]);
-      }
-    }
+    for (int r = 0; r < rows; ++r) add_group<operand>(task, c, tiles, row + r, group, counts[r], sums[r]);
   }
 }
 

@@ -95,7 +95,7 @@ static inline void finish_row(const BinaryTask& task, const OutputBlock<columns>
     for (int i = 0; i < columns; ++i) dot[i] = present - 2 * opposite[i];
     for (int64_t i = 0; i < block.count; i += kTileRows) {
       const int64_t left = block.count - i;
-      store_bits(p, row, (block.first + i) / kTileRows, dot + i, left < kTileRows ? left : kTileRows);
+      store_bits(p.bits, p.n, row, (block.first + i) / kTileRows, dot + i, left < kTileRows ? left : kTileRows);
     }
     return;
   }

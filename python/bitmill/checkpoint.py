@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checkpoint_file import DTYPES, FORMAT_VERSION, KEY, as_bytes, canonical, digest, file_dtype, load_error, read
+from .chain import chain_, unchain_
 from .config import BinaryConfig, Config, FP4Config, SalientConfig, shorten
 from .convert import LATENT, PACKED, replace_modules, require_bare
 from .nn import BinaryConv2d, BinaryEmbedding, PackedBinaryConv2d, PackedBinaryEmbedding
@@ -77,7 +78,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise
 
 
-def load(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
+def load(model: nn.Module, path: str | os.PathLike[str], chain: bool = True) -> list[str]:
     """Load a file written by `save` into a fresh model of the same architecture, in place.
 
     The layers named in the file take the place of the model's nn.Linear, nn.Embedding or bitmill layers of the same
@@ -87,6 +88,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     Args:
         model: same architecture as the saved model, with or without quantised layers.
         path: the file.
+        chain: connect packed layers by bits, as `pack_` does.
     Returns:
         Names of the bitmill layers.
     Raises:
@@ -96,12 +98,12 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     """
     metadata, tensors = read(Path(path))
     try:
-        return _load(model, metadata, tensors)
+        return _load(model, metadata, tensors, chain)
     except ValueError as error:
         raise load_error(path, str(error)) from None
 
 
-def _load(model: nn.Module, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
+def _load(model: nn.Module, metadata: dict[str, Any], tensors: dict[str, Tensor], chain: bool) -> list[str]:
     """Prepare everything, then change the model."""
     layers = _build_layers(model, metadata)
     built = {id(layer): module for module, layer in layers.items()}
@@ -135,6 +137,7 @@ def _load(model: nn.Module, metadata: dict[str, Any], tensors: dict[str, Tensor]
                 name = next(name for name, module in model.named_modules() if module is built[id(layer)])
                 raise ValueError(f"layer {name!r}: {error}") from None
 
+    unchain_(model)
     with torch.no_grad():
         for slot, value in ready:
             if _is_writable(slot.tensor):
@@ -142,6 +145,8 @@ def _load(model: nn.Module, metadata: dict[str, Any], tensors: dict[str, Tensor]
             elif id(slot.owner) not in built:
                 setattr(slot.owner, slot.key, value)
     replace_modules(model, layers)
+    if chain:
+        chain_(model)
     return list(metadata["modules"])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from .chain import chain_, unchain_
 from .config import BinaryConfig, Config, FP4Config, SalientConfig
 from .nn import (
     BinaryConv2d,
@@ -74,9 +75,12 @@ def quantize_(model: nn.Module, config: Config, filter_fn: Filter | None = None)
     return _swap(model, build, done=LATENT + PACKED, function="quantize_", wanted=wanted)
 
 
-def pack_(model: nn.Module) -> list[str]:
+def pack_(model: nn.Module, chain: bool = True) -> list[str]:
     """Swap every training form of the model for its packed form, in place.
 
+    Args:
+        chain: connect the packed layers of transformer blocks by bits, where a host knows how (`bitmill.chain`);
+            `summary` says where. The results are the same either way, bit for bit.
     Returns:
         The names that were packed; empty if they had been packed before.
     Raises:
@@ -91,7 +95,11 @@ def pack_(model: nn.Module) -> list[str]:
         return module.pack()
 
     wanted = "bitmill training layers (call quantize_ first)"
-    return _swap(model, build, done=PACKED, function="pack_", wanted=wanted)
+    names = _swap(model, build, done=PACKED, function="pack_", wanted=wanted)
+    unchain_(model)
+    if chain:
+        chain_(model)
+    return names
 
 
 def dequantize_(model: nn.Module) -> list[str]:
@@ -113,7 +121,9 @@ def dequantize_(model: nn.Module) -> list[str]:
         _require_values(module)
         return module.dequantize()
 
-    return _swap(model, build, done=(), function="dequantize_", wanted="bitmill layers")
+    names = _swap(model, build, done=(), function="dequantize_", wanted="bitmill layers")
+    unchain_(model)
+    return names
 
 
 def _swap(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .chain import chains
 from .checkpoint import file_size
 from .config import BinaryConfig, FP4Config, SalientConfig
 from .convert import LATENT, PACKED
@@ -73,6 +74,7 @@ class Summary:
         paper_bytes: what papers on binary networks count of it: the bits of the quantised weights and a float32 scale a
             row of each, with no bias, LayerNorm, position table or head (the 13.4 MB of BiBERT, "31.2x").
         complexity: BiBench's ratios of storage and operations, `bibench_complexity`.
+        chains: of each block that `pack_` can connect by bits, its name, and the reason why it is not, or "".
     """
 
     layers: tuple[LayerSummary, ...]
@@ -82,6 +84,7 @@ class Summary:
     float_bytes: int
     paper_bytes: float
     complexity: Complexity
+    chains: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -106,6 +109,10 @@ class Summary:
                 f" as papers count, weights and their scales alone, {self.float_bytes / self.paper_bytes:.1f}x, and"
                 f" {macs / operations if operations else 1:.1f}x fewer operations in these layers"
             )
+        connected = sum(not reason for _, reason in self.chains)
+        if connected:
+            lines.append(f"{connected} blocks connected by bits")
+        lines += [f"{name} computes layer by layer: {reason}" for name, reason in self.chains if reason]
         return "\n".join(lines)
 
 
@@ -123,7 +130,8 @@ def summary(model: nn.Module) -> Summary:
     bits = sum(round(layer.bits_per_weight * layer.shape[0] * layer.shape[1]) for layer in layers)
     storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
     resident = sum({(s.device, s.data_ptr()): s.nbytes() for s in storages}.values())
-    return Summary(layers, bits / weights if weights else 0.0, resident, file_bytes, *_as_papers_count(model, layers))
+    per_weight, papers = bits / weights if weights else 0.0, _as_papers_count(model, layers)
+    return Summary(layers, per_weight, resident, file_bytes, *papers, chains=tuple(chains(model)))
 
 
 def _as_papers_count(model: nn.Module, layers: tuple[LayerSummary, ...]) -> tuple[int, float, Complexity]:

@@ -92,16 +92,20 @@ void multiplies(const Problem& problem) {
     }
   }
 
-  std::vector<int32_t> ones(2 * n), zeros(2 * n), sign(m * word_count(n)), nonzero(sign.size());
+  std::vector<int32_t> positive_range(2 * n), negative_range(2 * n), sign(m * word_count(n)), nonzero(sign.size());
   for (int64_t o = 0; o < 2 * n; ++o) {
-    ones[o] = static_cast<int32_t>(random_bits() % (2 * k + 3)) - static_cast<int32_t>(k) - 1;
-    zeros[o] = static_cast<int32_t>(random_bits() % (2 * k + 3)) - static_cast<int32_t>(k) - 1;
+    positive_range[o] = static_cast<int32_t>(random_bits() % (2 * k + 3)) - static_cast<int32_t>(k) - 1;
+    negative_range[o] = static_cast<int32_t>(random_bits() % (2 * k + 3)) - static_cast<int32_t>(k) - 1;
   }
   for (int64_t i = 0; i < m * n; ++i) {
     const int64_t o = i % n, word = i / n * word_count(n) + o / 32;
-    const auto inside = [&](const std::vector<int32_t>& range) { return range[o] <= dot[i] && dot[i] <= range[n + o]; };
-    sign[word] |= static_cast<int32_t>(static_cast<uint32_t>(inside(ones)) << (o % 32));
-    nonzero[word] |= static_cast<int32_t>(static_cast<uint32_t>(!inside(zeros)) << (o % 32));
+    const auto inside = [&](const std::vector<int32_t>& range) {
+      const int32_t first = range[o], last = range[n + o];
+      return first <= last ? first <= dot[i] && dot[i] <= last : dot[i] >= first || dot[i] <= last;
+    };
+    const bool above = inside(positive_range), below = inside(negative_range);
+    sign[word] |= static_cast<int32_t>(static_cast<uint32_t>(above) << (o % 32));
+    nonzero[word] |= static_cast<int32_t>(static_cast<uint32_t>(above || below) << (o % 32));
   }
 
   BinaryMatmulParams p;
@@ -122,7 +126,7 @@ void multiplies(const Problem& problem) {
       CHECK(binary_matmul(p) == Status::ok && got == dot);
       p.dot = nullptr;
       std::vector<int32_t> sign_bits(sign.size(), -1), nonzero_bits(sign.size(), -1);
-      p.bits = {sign_bits.data(), nonzero_bits.data(), ones.data(), zeros.data()};
+      p.bits = {sign_bits.data(), nonzero_bits.data(), positive_range.data(), negative_range.data()};
       CHECK(m == 0 || (binary_matmul(p) == Status::ok && sign_bits == sign && nonzero_bits == nonzero));
       p.bits = {};
       p.scale = scale.data();

@@ -45,6 +45,7 @@ PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"))
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 Attention = Callable[..., Tensor]
+_FUNCTIONS: dict[str, Attention] = {}  # what was registered, by kind
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -93,6 +94,7 @@ def register_attention(kind: str, function: Attention) -> str:
         context = attend(query, key, value, attention_mask, scaling=scaling, dropout=dropout)
         return context.transpose(1, 2).contiguous(), None
 
+    _FUNCTIONS[kind] = function
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, _mask)
     return name
@@ -103,6 +105,12 @@ def enable() -> None:
     register_attention("bool", bool_attention)
     register_attention("softmax_aware", softmax_aware_attention)
     register_attention("elastic", _missing)
+
+
+def chained_kind(kind: str) -> str | None:
+    """The rule of `ops.binary_attention_bits` that a registered kind computes, or None."""
+    rules: dict[Any, str] = {bool_attention: "bool", softmax_aware_attention: "softmax_aware"}
+    return rules.get(_FUNCTIONS.get(kind))
 
 
 class AttentionLayer(NamedTuple):
@@ -235,3 +243,5 @@ class Projections:
 
 
 enable()
+
+from . import _transformers_chain as _transformers_chain  # noqa: E402  (registers the blocks that pack_ chains)

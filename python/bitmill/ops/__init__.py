@@ -4,7 +4,8 @@
 from . import _library
 from . import _machine as _machine  # defines an op
 from .binary_attention import binary_attention
-from .binary_bits import binary_matmul_bits, bit_ranges
+from .binary_attention_bits import binary_attention_bits
+from .binary_bits import BitRanges, binary_matmul_bits, binary_matmul_floats, bit_ranges
 from .binary_conv import binary_conv2d
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
@@ -27,11 +28,14 @@ from .salient_scatter import salient_linear, salient_weight
 _library.load()
 
 __all__ = [
+    "BitRanges",
     "binary_attention",
+    "binary_attention_bits",
     "binary_conv2d",
     "binary_linear",
     "binary_matmul",
     "binary_matmul_bits",
+    "binary_matmul_floats",
     "binary_weight_linear",
     "bit_ranges",
     "bitpack",

@@ -39,8 +39,8 @@ def kernel_of(op: str) -> str:
     op = "binary_matmul" if op == "integer_linear" else op  # which is composed of it
     if not library.has_compiled_kernel(op):
         return "torch"
-    product = ("binary_linear", "binary_matmul_bits", "binary_conv2d")
-    function = "binary_matmul" if op in product else op
+    product = ("binary_linear", "binary_matmul_bits", "binary_matmul_floats", "binary_conv2d")
+    function = "binary_matmul" if op in product else op.removesuffix("_bits")
     try:
         from .. import _C
     except ImportError:

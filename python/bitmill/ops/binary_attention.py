@@ -92,22 +92,39 @@ def _binary_attention_reference(
 ) -> Tensor:
     _check_binary_attention(q, k, v, mask, rule, scaling, beta, zero, alpha_q, alpha_k, alpha_v, alpha_a)
     query, key, value = (binarized(t, None, "sign" if zero == "torch" else "plus", 0.0) for t in (q, k, v))
-    dot = query @ key.mT
     step: Tensor | float = 1.0
-    if alpha_q is None or alpha_k is None or alpha_v is None or alpha_a is None:
-        chosen = _map(dot, q.shape[-1], mask, rule, scaling, beta)
+    if alpha_v is not None and alpha_a is not None:
+        step = alpha_a.clamp_min(ALPHA_FLOOR) * alpha_v.clamp_min(ALPHA_FLOOR)
+    context = integer_context(query, key, value, mask, rule, scaling, beta, alpha_q, alpha_k, alpha_a)
+    return _empty_context(q, v).copy_(step * context)
+
+
+def integer_context(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    rule: str,
+    scaling: float | None,
+    beta: float,
+    alpha_q: Tensor | None,
+    alpha_k: Tensor | None,
+    alpha_a: Tensor | None,
+) -> Tensor:
+    """A sgn(v), float32, of levels -1, 0, +1."""
+    dot, d = query @ key.mT, query.shape[-1]
+    if alpha_q is None or alpha_k is None or alpha_a is None:
+        chosen = _map(dot, d, mask, rule, scaling, beta)
     else:
-        step_q, step_k, step_v, step_a = (a.clamp_min(ALPHA_FLOOR) for a in (alpha_q, alpha_k, alpha_v, alpha_a))
-        product, step = step_q.item() * step_k.item(), step_a * step_v
-        slope = product / math.sqrt(q.shape[-1]) if scaling is None else product * scaling
+        step_q, step_k, step_a = (alpha.clamp_min(ALPHA_FLOOR) for alpha in (alpha_q, alpha_k, alpha_a))
+        product = step_q.item() * step_k.item()
+        slope = product / math.sqrt(d) if scaling is None else product * scaling
         chosen = _elastic_map(dot, slope, step_a.item() / 2, mask)
-    # an integer has no -0, but a product of floats may answer it
-    return _empty_context(q, v).copy_(step * (chosen.float() @ value + 0.0))
+    return chosen.float() @ value + 0.0  # an integer has no -0, but a product of floats may answer it
 
 
 def _check_binary_attention(q, k, v, mask, rule, scaling, beta, zero, alpha_q, alpha_k, alpha_v, alpha_a) -> None:
     op = "binary_attention"
-    check_one_of(op, "rule", rule, RULES)
     check_one_of(op, "zero", zero, ZEROS)
     require(q.dtype in FLOATS, f"{op}: q must be float32, bfloat16 or float16, got {str(q.dtype)[6:]}")
     require(
@@ -119,17 +136,26 @@ def _check_binary_attention(q, k, v, mask, rule, scaling, beta, zero, alpha_q, a
     require(max(d, m) <= MAX_COLUMNS, f"{op}: d and m must be at most {MAX_COLUMNS}, got {d} and {m}")
     check_tensor(op, "k", k, q.dtype, [*q.shape[:-2], m, d], q)
     check_tensor(op, "v", v, q.dtype, [*q.shape[:-2], m, v.shape[-1]], q)
+    check_rule(op, q, rule, scaling, beta, alpha_q=alpha_q, alpha_k=alpha_k, alpha_v=alpha_v, alpha_a=alpha_a)
+    check_mask(op, q, mask, [*q.shape[:-2], n, m])
+
+
+def check_rule(op: str, q: Tensor, rule: str, scaling: float | None, beta: float, **alphas: Tensor | None) -> None:
+    check_one_of(op, "rule", rule, RULES)
     require(
         scaling is None or (scaling > 0 and torch.finfo(torch.float32).tiny <= scaling <= LARGEST_SCALING),
         f"{op}: scaling must be a positive, finite float32, got {scaling}",
     )
     require(0 < beta <= 1, f"{op}: beta must lie in (0, 1], got {beta}")
-    for name, alpha in (("alpha_q", alpha_q), ("alpha_k", alpha_k), ("alpha_v", alpha_v), ("alpha_a", alpha_a)):
+    for name, alpha in alphas.items():
         require(
             (alpha is not None) == (rule == "elastic"),
             f'{op}: {name} goes with rule "elastic" only, and is needed there; got rule "{rule}"',
         )
         check_tensor(op, name, alpha, torch.float32, [], q)
+
+
+def check_mask(op: str, q: Tensor, mask: Tensor | None, scores: list[int]) -> None:
     if mask is None:
         return
     require(mask.device == q.device, f"{op}: mask must be on {q.device}, got {mask.device}")
@@ -137,7 +163,6 @@ def _check_binary_attention(q, k, v, mask, rule, scaling, beta, zero, alpha_q, a
         mask.dtype == torch.bool or mask.dtype in FLOATS,
         f"{op}: mask must be bool, float32, bfloat16 or float16, got {str(mask.dtype)[6:]}",
     )
-    scores = [*q.shape[:-2], n, m]
     fits = mask.dim() <= len(scores) and all(
         have in (1, want) for have, want in zip(reversed(mask.shape), reversed(scores), strict=False)
     )

@@ -1,30 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chains of binary layers that stay bits: the next layer's 1-bit activations straight from the integer products.
+"""Chains of binary layers that stay bits: packed rows in, and the packed rows of the next layer out.
 
-z = fl(fl(scale[o] dot) + bias[o]) rises with dot (falls, where scale[o] < 0), so the dot products that the next layer
-binarises to 1 are one range of integers an output, and those that it binarises to 0 another. `bit_ranges` finds them
-through z itself, by bisection, never through its inverse; `binary_matmul_bits` compares integers with them.
+binary_matmul_bits:   the next layer's 1-bit activations straight from the integer products. What stands between two
+                      layers (scale, bias, an activation function, a shift, the sign) is one function of the dot product
+                      for each output, and there are only 2 k + 1 dot products: `bit_ranges` evaluates it for all of
+                      them, and keeps the ranges that become +1 and -1.
+binary_matmul_floats: y = fl(fl(scale * dot) + bias), where a chain returns to floats.
 Source: Bannink et al., Larq Compute Engine, MLSys 2021, section 3.2 (thresholds on the accumulator).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _library as library
-from ._checks import MAX_COLUMNS, ceil_div, check_one_of, check_tensor, require
+from ._checks import ceil_div, check_one_of, check_tensor, require
 from .binary_matmul import _binary_matmul_reference, _check_binary_matmul
 from .bitpack import LEVELS, _pack_bits
+
+NEVER = 2**31 - 1  # first and last of a range that no dot product reaches
+MOST_EVALUATED = 1 << 16
+MOST_SINGLE = 64
+DOTS_TOGETHER = 1024
 
 # No defaults: every argument is given by the wrapper.
 library.define(
     "binary_matmul_bits",
-    "(Tensor a, Tensor weight, Tensor positive, Tensor? zero, int n, int k, Tensor? a_nonzero, Tensor? weight_nonzero,"
-    " str levels) -> (Tensor sign, Tensor nonzero)",
+    "(Tensor a, Tensor weight, Tensor positive, Tensor? negative, Tensor? single, int n, int k, Tensor? a_nonzero,"
+    " Tensor? weight_nonzero, str levels) -> (Tensor sign, Tensor nonzero)",
 )
+library.define(
+    "binary_matmul_floats",
+    "(Tensor a, Tensor weight, Tensor scale, Tensor? bias, int k, Tensor? a_nonzero, Tensor? weight_nonzero,"
+    " str levels) -> Tensor",
+)
+
+
+class BitRanges(NamedTuple):
+    """What the dot products of each output become, for `binary_matmul_bits`: int32 [2, n], [2, n] and [n, count].
+
+    Attributes:
+        positive: firsts and lasts of those that become +1.
+        negative: of those that become -1; None where nothing becomes 0.
+        single: others that become -1, one by one; None where there are none.
+    """
+
+    positive: Tensor
+    negative: Tensor | None
+    single: Tensor | None
+
+
+def _inside(dot: Tensor, ranges: Tensor) -> Tensor:
+    first, last = ranges.long()
+    return (dot.long() - first) & 0xFFFFFFFF <= (last - first) & 0xFFFFFFFF
+
+
+def bits_in_ranges(
+    dot: Tensor, positive: Tensor, negative: Tensor | None, single: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Packed rows of signs and of nonzero bits (empty without `negative`) from integers [..., n]."""
+    above = _inside(dot, positive)
+    if negative is None:
+        return _pack_bits(above), dot.new_empty(0)
+    nonzero = above | _inside(dot, negative)
+    if single is not None:
+        nonzero = nonzero | (dot.unsqueeze(-1) == single).any(-1)
+    return _pack_bits(above), _pack_bits(nonzero)
 
 
 @library.default("binary_matmul_bits")
@@ -32,41 +77,74 @@ def _binary_matmul_bits_reference(
     a: Tensor,
     weight: Tensor,
     positive: Tensor,
-    zero: Tensor | None,
+    negative: Tensor | None,
+    single: Tensor | None,
     n: int,
     k: int,
     a_nonzero: Tensor | None,
     weight_nonzero: Tensor | None,
     levels: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_binary_matmul_bits(a, weight, positive, zero, n, k, a_nonzero, weight_nonzero, levels)
+    _check_binary_matmul_bits(a, weight, positive, negative, single, n, k, a_nonzero, weight_nonzero, levels)
     dot = _binary_matmul_reference(a, weight, n, k, a_nonzero, weight_nonzero, levels)
-
-    def inside(ranges: Tensor) -> Tensor:
-        return (ranges[0] <= dot) & (dot <= ranges[1])
-
-    sign = _pack_bits(inside(positive))
-    return sign, a.new_empty(0) if zero is None else _pack_bits(~inside(zero))
+    return bits_in_ranges(dot, positive, negative, single)
 
 
-def _check_binary_matmul_bits(a, weight, positive, zero, n, k, a_nonzero, weight_nonzero, levels) -> None:
-    _check_binary_matmul(a, weight, n, k, a_nonzero, weight_nonzero, levels, "binary_matmul_bits")
-    check_tensor("binary_matmul_bits", "positive", positive, torch.int32, [2, n], a)
-    check_tensor("binary_matmul_bits", "zero", zero, torch.int32, [2, n], a)
+@library.default("binary_matmul_floats")
+def _binary_matmul_floats_reference(
+    a: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    k: int,
+    a_nonzero: Tensor | None,
+    weight_nonzero: Tensor | None,
+    levels: str,
+) -> Tensor:
+    _check_binary_matmul_floats(a, weight, scale, bias, k, a_nonzero, weight_nonzero, levels)
+    dot = _binary_matmul_reference(a, weight, scale.shape[0], k, a_nonzero, weight_nonzero, levels)
+    out = scale[:, 0] * dot.float()
+    return out if bias is None else out + bias
+
+
+def _check_binary_matmul_bits(a, weight, positive, negative, single, n, k, a_nonzero, weight_nonzero, levels) -> None:
+    op = "binary_matmul_bits"
+    _check_binary_matmul(a, weight, n, k, a_nonzero, weight_nonzero, levels, op)
+    check_tensor(op, "positive", positive, torch.int32, [2, n], a)
+    check_tensor(op, "negative", negative, torch.int32, [2, n], a)
+    if single is not None:
+        require(
+            negative is not None and single.dim() == 2,
+            f"{op}: single must have shape [n, count] and goes with negative, got {list(single.shape)}"
+            + (" without negative" if negative is None else ""),
+        )
+        check_tensor(op, "single", single, torch.int32, [n, single.shape[1]], a)
+
+
+def _check_binary_matmul_floats(a, weight, scale, bias, k, a_nonzero, weight_nonzero, levels) -> None:
+    op, n = "binary_matmul_floats", scale.shape[0] if scale.dim() else 0
+    check_tensor(op, "scale", scale, torch.float32, [n, 1], a)
+    _check_binary_matmul(a, weight, n, k, a_nonzero, weight_nonzero, levels, op)
+    check_tensor(op, "bias", bias, torch.float32, [n], a)
 
 
 @torch.library.register_fake("bitmill::binary_matmul_bits")
-def _(a, weight, positive, zero, n, k, a_nonzero, weight_nonzero, levels):
-    _check_binary_matmul_bits(a, weight, positive, zero, n, k, a_nonzero, weight_nonzero, levels)
+def _(a, weight, positive, negative, single, n, k, a_nonzero, weight_nonzero, levels):
+    _check_binary_matmul_bits(a, weight, positive, negative, single, n, k, a_nonzero, weight_nonzero, levels)
     sign = a.new_empty((*a.shape[:-1], ceil_div(n, 32)))
-    return sign, a.new_empty(0) if zero is None else torch.empty_like(sign)
+    return sign, a.new_empty(0) if negative is None else torch.empty_like(sign)
+
+
+@torch.library.register_fake("bitmill::binary_matmul_floats")
+def _(a, weight, scale, bias, k, a_nonzero, weight_nonzero, levels):
+    _check_binary_matmul_floats(a, weight, scale, bias, k, a_nonzero, weight_nonzero, levels)
+    return scale.new_empty((*a.shape[:-1], scale.shape[0]))
 
 
 def binary_matmul_bits(
     a: Tensor,
     weight: Tensor,
-    positive: Tensor,
-    zero: Tensor | None,
+    ranges: BitRanges,
     n: int,
     k: int,
     a_nonzero: Tensor | None = None,
@@ -76,80 +154,112 @@ def binary_matmul_bits(
     """Products of packed rows with packed weights, answered as the packed rows of the next layer.
 
     Args:
-        positive: int32 [2, n]: an output's bit is 1 where positive[0] <= dot <= positive[1]; from `bit_ranges`.
-        zero: int32 [2, n] or None: its nonzero bit is 0 where zero[0] <= dot <= zero[1].
+        ranges: from `bit_ranges`: (positive, negative, single). An output is +1 where its dot product lies in the range
+            positive, -1 in negative or single, else 0 (with no negative always -1 instead of 0). A range whose last is
+            below its first wraps: it is all but what lies between them.
         The others are those of `binary_matmul`.
     Returns:
-        sign int32 [..., ceil(n / 32)], and nonzero of the same shape, or empty without `zero`.
+        sign int32 [..., ceil(n / 32)], and nonzero of the same shape, or empty without a negative range.
     Raises:
         ValueError: for wrong shapes, dtypes or levels.
     """
+    positive, negative, single = ranges
     return torch.ops.bitmill.binary_matmul_bits.default(
-        a, weight, positive, zero, n, k, a_nonzero, weight_nonzero, levels
+        a, weight, positive, negative, single, n, k, a_nonzero, weight_nonzero, levels
     )
 
 
-def bit_ranges(
+def binary_matmul_floats(
+    a: Tensor,
+    weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
     k: int,
+    a_nonzero: Tensor | None = None,
+    weight_nonzero: Tensor | None = None,
     levels: str = "sign",
-    shift: Tensor | None = None,
-    threshold: float = 0.5,
-) -> tuple[Tensor, Tensor | None]:
-    """The dot products whose results the next layer binarises to 1 and to 0.
-
-    The next layer sees z = fl(fl(scale dot) + bias) in float32 (and fl(z + shift), if it shifts), by the rules of
-    `bitpack`: "sign" z > 0 and z == 0, "plus" z >= 0, "bool" z > threshold. Between the two layers only functions may
-    stand that keep the sign of z, such as ReLU before "bool" with a threshold of at least 0.
+) -> Tensor:
+    """Products of packed rows with packed weights as floats: what `binary_linear` answers for rows that are packed.
 
     Args:
-        scale: float32 [n] or [n, 1], finite; the step of the activation multiplied into it.
-        bias: float32 [n] or None, finite.
-        k: columns of this layer.
-        shift: float32 [n] or None, finite: what the next layer adds.
+        scale: float32 [n, 1].
+        bias: float32 [n] or None.
+        The others are those of `binary_matmul`.
     Returns:
-        positive int32 [2, n]; zero int32 [2, n] for levels "sign", else None. An empty range has its last below its
-        first.
+        float32 [..., n].
     Raises:
-        ValueError: for wrong shapes or dtypes, numbers that are not finite, or k out of range.
+        ValueError: for wrong shapes, dtypes or levels.
+    """
+    return torch.ops.bitmill.binary_matmul_floats.default(a, weight, scale, bias, k, a_nonzero, weight_nonzero, levels)
+
+
+def bit_ranges(
+    level: Callable[[Tensor], Tensor], n: int, k: int, levels: str = "sign", device: torch.device | str | None = None
+) -> BitRanges:
+    """What the dot products become in the next layer, found by trying all of them.
+
+    Args:
+        level: called with dot products, float32 [count, 1]; answers [count, n], what each output makes of them: -1, 0
+            and +1, or 0 and 1 for "bool". Such as torch.sign(scale * dot + bias).
+        n: outputs.
+        k: dot products lie in -k ... k; at most 65,536.
+        levels: of the next layer, as in `bitpack`.
+    Returns:
+        The ranges for `binary_matmul_bits`; negative is None if nothing becomes 0 or `levels` is not "sign".
+    Raises:
+        ValueError: if the +1 of an output are no range, not even a wrapping one, or its -1 are not a range and at most
+            64 others; or for wrong arguments.
     """
     check_one_of("bit_ranges", "levels", levels, LEVELS)
-    require(0 <= k <= MAX_COLUMNS, f"bit_ranges: k must be between 0 and {MAX_COLUMNS}, got {k}")
-    require(
-        scale.dim() == 1 or (scale.dim() == 2 and scale.shape[1] == 1),
-        f"bit_ranges: scale must have shape [n] or [n, 1], got {list(scale.shape)}",
-    )
-    n = scale.shape[0]
-    scale = scale.detach().reshape(n)
-    for name, t in (("scale", scale), ("bias", bias), ("shift", shift)):
-        check_tensor("bit_ranges", name, t, torch.float32, [n], scale)
-        require(t is None or bool(t.isfinite().all()), f"bit_ranges: {name} must be finite, got NaN or infinity")
+    require(0 <= k <= MOST_EVALUATED, f"bit_ranges: k must be between 0 and {MOST_EVALUATED}, got {k}")
+    parts = torch.arange(-k, k + 1, dtype=torch.float32, device=device).unsqueeze(-1).split(DOTS_TOGETHER)
+    values = []
+    for part in parts:
+        value, expected = level(part), [part.shape[0], n]
+        require(
+            list(value.shape) == expected,
+            f"bit_ranges: level must answer {expected} for {list(part.shape)}, got {list(value.shape)}",
+        )
+        values.append(value.to(torch.int8))
+    found = torch.cat(values)
+    positive, others = _range_of(found > 0, k)
+    require(others is None, "bit_ranges: the dot products of an output that become +1 must be one range")
+    if levels != "sign" or bool((found != 0).all()):
+        return BitRanges(positive, None, None)
+    return BitRanges(positive, *_range_of(found < 0, k))
 
-    def z(dot: Tensor) -> Tensor:
-        value = scale * dot
-        value = value if bias is None else value + bias
-        return value if shift is None else value + shift
 
-    falling = scale < 0
+def _range_of(active: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+    """Of bool [2 k + 1, n]: first and last of each output's range, int32 [2, n], and what is outside it, [n, count].
 
-    def first(is_high: Callable[[Tensor], Tensor]) -> Tensor:
-        """Smallest d in [-k, k + 1] from which on is_high(z(d)), or z(-d) where z falls, holds; k + 1 for none."""
-        low, high = torch.full_like(scale, -k, dtype=torch.int64), torch.full_like(scale, k + 1, dtype=torch.int64)
-        while bool((low < high).any()):
-            middle = torch.div(low + high, 2, rounding_mode="floor")
-            here = is_high(z(torch.where(falling, -middle, middle).float()))
-            low, high = torch.where(here, low, torch.minimum(middle + 1, high)), torch.where(here, middle, high)
-        return low
+    The range is all of it if that is one piece, a wrapping one included; else the longest piece.
+    """
+    n, device = active.shape[1], active.device
+    padded = torch.nn.functional.pad(active.T, (1, 1))
+    outputs, begins = (padded[:, 1:] & ~padded[:, :-1]).nonzero(as_tuple=True)
+    ends = (padded[:, :-1] & ~padded[:, 1:]).nonzero(as_tuple=True)[1]  # one past the last
 
-    def as_range(start: Tensor, stop: Tensor) -> Tensor:
-        """[start, stop) of d as [first, last] of the dot product."""
-        last = stop - 1
-        return torch.stack((torch.where(falling, -last, start), torch.where(falling, -start, last))).to(torch.int32)
+    def of_output(values: Tensor, reduce: str) -> Tensor:
+        return torch.zeros(n, dtype=torch.int64, device=device).scatter_reduce(
+            0, outputs, values, reduce, include_self=False
+        )
 
-    above = {"sign": lambda v: v > 0, "plus": lambda v: v >= 0, "bool": lambda v: v > threshold}[levels]
-    one = first(above)
-    end = torch.full_like(one, k + 1)
-    if levels != "sign":
-        return as_range(one, end), None
-    return as_range(one, end), as_range(first(lambda v: v >= 0), one)
+    rank = (ends - begins) * (2 * k + 2) + begins  # by length, and no two alike
+    chosen = rank == of_output(rank, "amax")[outputs]
+    first, last = (torch.full((n,), NEVER, dtype=torch.int64, device=device) for _ in range(2))
+    first[outputs[chosen]], last[outputs[chosen]] = begins[chosen] - k, ends[chosen] - 1 - k
+    wraps = (torch.bincount(outputs, minlength=n) == 2) & active[0] & active[-1]
+    first = torch.where(wraps, of_output(begins, "amax") - k, first)
+    last = torch.where(wraps, of_output(ends, "amin") - 1 - k, last)
+    ranges = torch.stack((first, last)).to(torch.int32)
+    others = active & ~_inside(torch.arange(-k, k + 1, device=device).unsqueeze(-1), ranges)
+    outputs, dots = others.T.nonzero(as_tuple=True)
+    if len(outputs) == 0:
+        return ranges, None
+    counts = torch.bincount(outputs, minlength=n)
+    most = int(counts.max())
+    require(most <= MOST_SINGLE, "bit_ranges: the dot products of an output that become -1 must be about one range")
+    single = torch.full((n, most), NEVER, dtype=torch.int32, device=device)
+    place = torch.arange(len(outputs), device=device) - (counts.cumsum(0) - counts)[outputs]
+    single[outputs, place] = (dots - k).to(torch.int32)
+    return ranges, single

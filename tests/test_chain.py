@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chains: the same integers and floats as layer by layer and as the training form; when and why they do not run."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bitmill
+from bitmill import BinaryConfig, pack_
+from bitmill.chain import Chained, chain_, chains, unchain_
+
+transformers = pytest.importorskip("transformers")
+
+from bitmill.recipes import bibert, bit, bivit  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def bert(kind: str = "bibert", layers: int = 2, **options: Any) -> nn.Module:
+    """A small BERT with biases that are not 0, in eval mode and training form."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 192, "max_position_embeddings": 96}
+    config = transformers.BertConfig(vocab_size=300, num_hidden_layers=layers, **{**sizes, **options})
+    model = transformers.BertForSequenceClassification(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_(0, 0.1)
+    if kind == "bit":
+        bit.binarize_(model)
+        model.train()
+        model(**texts()).logits.sum().backward()  # sets the steps
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("shift"):
+                    p.normal_(0, 0.1)
+    elif kind == "bivit":
+        bitmill.integrations.transformers.set_attention_(model, "softmax_aware")
+        bitmill.integrations.transformers.quantize_body_(model, BinaryConfig("bivit"))
+    else:
+        bibert.binarize_(model)
+    return model.eval()
+
+
+def texts(*lengths: int, n: int | None = None) -> dict[str, Tensor]:
+    lengths = lengths or (40, 7, 33, 1)
+    n = n or max(lengths)
+    mask = torch.arange(n) < torch.tensor(lengths)[:, None]
+    return {"input_ids": torch.randint(1, 300, mask.shape), "attention_mask": mask.long()}
+
+
+KINDS = ("bibert", "bit", "bivit")
+
+
+def both(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Packed layer by layer, and in chains."""
+    plain, chained = copy.deepcopy(model), copy.deepcopy(model)
+    pack_(plain, chain=False)
+    pack_(chained)
+    assert not any(isinstance(m, Chained) for m in plain.modules())
+    assert dict(chains(chained)) == dict.fromkeys(dict(chains(chained)), "")
+    return plain, chained
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chain_equals_layers_and_training_form(kind: str) -> None:
+    model = bert(kind)
+    plain, chained = both(model)
+    assert sum(1 for _ in chains(chained)) == 5  # two attentions, two MLPs, the encoder
+    for lengths in ((40, 7, 33, 1), (96,), (1,), (32, 32)):
+        inputs = texts(*lengths)
+        with torch.no_grad():
+            want, got = plain(**inputs).logits, chained(**inputs).logits
+            assert torch.equal(got, want), (kind, lengths)
+            if kind != "bit":  # whose training form decides near ties of its softmax in float32
+                assert torch.equal(model(**inputs).logits, want), (kind, lengths)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_hidden_state_is_that_of_the_layers(kind: str) -> None:
+    """Hooks that record hidden states turn the treatment of padding off, not the chains."""
+    plain, chained = both(bert(kind))
+    inputs = texts(40, 7, 33, 1)
+    with torch.no_grad():
+        want = plain(**inputs, output_hidden_states=True).hidden_states
+        got = chained(**inputs, output_hidden_states=True).hidden_states
+    assert len(want) == 3
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+
+
+def test_padding_comes_out_as_zero_and_changes_nothing_else() -> None:
+    plain, chained = both(bert().bert)
+    inputs = texts(40, 7, 33, 1)
+    kept = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        want, got = plain(**inputs).last_hidden_state, chained(**inputs).last_hidden_state
+    assert torch.equal(got[kept], want[kept])
+    assert not got[~kept].any()
+    assert want[~kept].any()
+
+
+def masks_of(mask: Tensor) -> dict[str, Tensor]:
+    padding = mask[:, None, None, :].bool()
+    holes = padding & (torch.rand(padding.shape) < 0.7)
+    holes[..., 0] = True
+    causal = padding & torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril()
+    return {
+        "2-D": mask,
+        "holes": holes[:, 0, 0].long(),
+        "4-D": padding.expand(-1, 1, mask.shape[1], -1),
+        "causal": causal,
+        "additive": torch.where(padding, 0.0, torch.finfo(torch.float32).min).expand(-1, 1, mask.shape[1], -1),
+        "everything": torch.ones_like(mask),
+        "one text is all padding": mask * torch.tensor([[1], [0], [1], [1]]),
+        "nothing": torch.zeros_like(mask),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_of_every_form(kind: str) -> None:
+    plain, chained = both(bert(kind))
+    inputs = texts(40, 7, 33, 1)
+    for name, mask in masks_of(inputs["attention_mask"]).items():
+        if kind == "bivit" and name == "additive":
+            continue
+        with torch.no_grad():
+            want = plain(inputs["input_ids"], attention_mask=mask).logits
+            got = chained(inputs["input_ids"], attention_mask=mask).logits
+        assert torch.equal(got, want), name
+
+
+def test_zero_biases_make_zeros_between_layers() -> None:
+    """Dot products of 0 with biases of 0: bibert.md's ternary queries, keys and values."""
+    model = bert()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+    plain, chained = both(model)
+    attention = chained.bert.encoder.layer[0].attention
+    assert attention.chain.query.ranges.negative is not None
+    with torch.no_grad():
+        assert torch.equal(chained(**(inputs := texts())).logits, plain(**inputs).logits)
+
+
+def test_gelu_that_underflows_is_zero_in_the_chain_too() -> None:
+    model = bert()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].intermediate.dense.bias.sub_(6.0)
+    plain, chained = both(model)
+    assert chained.bert.encoder.layer[0].chain.up.ranges.negative is not None
+    with torch.no_grad():
+        assert torch.equal(chained(**(inputs := texts())).logits, plain(**inputs).logits)
+
+
+def vit(**options: Any) -> nn.Module:
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 192, "image_size": 40, "patch_size": 8}
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(num_hidden_layers=2, num_labels=7, **{**sizes, **options})
+    )
+    bivit.binarize_(model, mlp_act_bits=1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_(0, 0.1)
+    return model.eval()
+
+
+def test_vit_chain_equals_layers_and_training_form() -> None:
+    model = vit()
+    plain, chained = both(model)
+    assert sum(1 for _ in chains(chained)) == 4
+    images = torch.randn(3, 3, 40, 40)
+    with torch.no_grad():
+        want = model(images).logits
+        assert torch.equal(plain(images).logits, want)
+        assert torch.equal(chained(images).logits, want)
+
+
+def test_state_save_and_load(tmp_path: Path) -> None:
+    """A chain is no part of the state: files of either kind are the same, and load into either."""
+    model = bert()
+    plain, chained = both(model)
+    assert list(plain.state_dict()) == list(chained.state_dict())
+    bitmill.save(plain, tmp_path / "plain")
+    bitmill.save(chained, tmp_path / "chained")
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "chained").read_bytes()
+    inputs = texts()
+    with torch.no_grad():
+        want = chained(**inputs).logits
+        for fresh in (bert(), both(bert())[1]):
+            bitmill.load(fresh, tmp_path / "chained")
+            assert sum(not reason for _, reason in chains(fresh)) == 5
+            assert torch.equal(fresh(**inputs).logits, want)
+        bitmill.load(fresh, tmp_path / "chained", chain=False)
+        assert not list(chains(fresh))
+        assert torch.equal(fresh(**inputs).logits, want)
+
+
+def test_load_state_dict_plans_again() -> None:
+    _, first = both(bert())
+    _, second = both(bert())
+    inputs = texts()
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        assert torch.equal(second(**inputs).logits, first(**inputs).logits)
+
+
+def test_copies_and_pickles() -> None:
+    _, chained = both(bert())
+    inputs = texts()
+    with torch.no_grad():
+        want = chained(**inputs).logits
+        for other in (copy.deepcopy(chained), pickle.loads(pickle.dumps(chained))):
+            own = other.bert.encoder.layer[0]
+            assert own.chain.down[0] is own.output.dense
+            assert own.attention.chain.out[0] is own.attention.output.dense
+            assert torch.equal(other(**inputs).logits, want)
+
+
+def test_compile_and_export() -> None:
+    _, chained = both(bert())
+    inputs = texts(40, 40)
+    with torch.no_grad():
+        want = chained(**inputs).logits
+        compiled = torch.compile(chained, fullgraph=True)
+        assert torch.allclose(compiled(**inputs).logits, want, atol=1e-5)
+    _, images = both(vit())
+    x = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        exported = torch.export.export(images, (x,), strict=False)
+        assert any("binary_attention_bits" in str(node.target) for node in exported.graph.nodes)
+        assert torch.equal(exported.module()(x).logits, images(x).logits)
+
+
+def test_what_a_chain_cannot_do_is_computed_layer_by_layer() -> None:
+    plain, chained = both(bert())
+    inputs = texts(40, 40)
+    attention = chained.bert.encoder.layer[1].attention
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        want = plain(**inputs).logits
+        handle = attention.self.query.register_forward_hook(lambda module, args, output: seen.append(output))
+        assert torch.equal(chained(**inputs).logits, want)
+        assert len(seen) == 1, "a hook on a projection was not called"
+        handle.remove()
+        chained.set_attn_implementation("sdpa"), plain.set_attn_implementation("sdpa")
+        assert torch.equal(chained(**inputs).logits, plain(**inputs).logits)
+        chained.set_attn_implementation("bitmill_bool"), plain.set_attn_implementation("bitmill_bool")
+        half, plain_half = copy.deepcopy(chained).bfloat16(), copy.deepcopy(plain).bfloat16()
+        assert torch.equal(half(**inputs).logits, plain_half(**inputs).logits)
+    logits = chained(**inputs).logits
+    assert torch.equal(logits, want)
+    logits.sum().backward()  # to the parameters that are left
+    assert chained.bert.embeddings.position_embeddings.weight.grad.abs().sum() > 0
+    chained.train()
+    assert chained(**inputs).logits.requires_grad
+
+
+class Sine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin()
+
+
+def quantize(config: BinaryConfig, suffix: str) -> Any:
+    return lambda model: bitmill.quantize_(model, config, lambda module, name: name.endswith(suffix))
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "reason"),
+    [
+        (
+            quantize(BinaryConfig("bibert", group_size=32), "1.attention.output.dense"),
+            "bert.encoder.layer.1.attention",
+            "output has a scale for every 32 columns",
+        ),
+        (
+            quantize(BinaryConfig("bibert", act_bits=32), "0.output.dense"),
+            "bert.encoder.layer.0",
+            "the second layer has activations of 32 bits",
+        ),
+        (
+            lambda model: setattr(model.bert.encoder.layer[0].intermediate, "intermediate_act_fn", Sine()),
+            "bert.encoder.layer.0",
+            "the dot products of an output that become ",
+        ),
+    ],
+)
+def test_reasons(change: Any, name: str, reason: str) -> None:
+    config = transformers.BertConfig(
+        vocab_size=300, num_hidden_layers=2, hidden_size=128, num_attention_heads=4, intermediate_size=192
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    with torch.no_grad():
+        for dense in (layer.intermediate.dense for layer in model.bert.encoder.layer):
+            dense.weight.mul_(30)
+    change(model)
+    bibert.binarize_(model)
+    plain, chained = copy.deepcopy(model), copy.deepcopy(model)
+    pack_(plain, chain=False)
+    pack_(chained)
+    found = dict(chains(chained))
+    assert reason in found[name]
+    assert f"{name} computes layer by layer: " in str(bitmill.summary(chained))
+    with torch.no_grad():
+        assert torch.equal(chained(**(inputs := texts())).logits, plain(**inputs).logits)
+
+
+def test_attention_that_has_no_form_on_bits() -> None:
+    for attention, reason in (("sdpa", "its attention is 'sdpa'"), ("bitmill_sign_softmax", "has no form on bits")):
+        model = bert()
+        if attention != "sdpa":
+            bibert.binarize_(fresh := bert(), "sign_softmax")
+            del fresh
+        model.set_attn_implementation(attention)
+        pack_(model)
+        found = dict(chains(model))
+        assert reason in found["bert.encoder.layer.0.attention"]
+        assert found["bert.encoder"] == "not all of its attention layers are chained"
+        assert found["bert.encoder.layer.0"] == ""
+
+
+def test_heads_that_are_not_whole_words_and_steps_that_are_not_set() -> None:
+    model = bert(hidden_size=96, num_attention_heads=4, intermediate_size=64)
+    pack_(model)
+    assert dict(chains(model))["bert.encoder.layer.0.attention"] == "heads of 24 columns are not whole words of 32"
+    config = transformers.BertConfig(vocab_size=300, num_hidden_layers=1, hidden_size=64, num_attention_heads=2)
+    model = transformers.BertForSequenceClassification(config)
+    bit.binarize_(model)
+    model.train()(**texts(20))
+    model.bert.encoder.layer[0].attention.self.binary_attention.alpha_ready.fill_(False)
+    pack_(model.eval())
+    reason = dict(chains(model))["bert.encoder.layer.0.attention"]
+    assert reason == "the steps of the attention have not been set by a training batch"
+
+
+def test_texts_longer_than_the_plan() -> None:
+    model = vit()
+    plain, chained = both(model)
+    for attention in chained.modules():
+        if hasattr(attention, "chain") and hasattr(attention.chain, "most_keys"):
+            attention.chain.most_keys = 8
+    images = torch.randn(1, 3, 40, 40)
+    with torch.no_grad():
+        assert torch.equal(chained(images).logits, plain(images).logits)
+
+
+def test_unchain_and_dequantize() -> None:
+    plain, chained = both(bert())
+    inputs = texts()
+    assert len(unchain_(chained)) == 5
+    assert not list(chains(chained))
+    assert type(chained.bert.encoder.layer[0]).__name__ == "BertLayer"
+    with torch.no_grad():
+        assert torch.equal(chained(**inputs).logits, plain(**inputs).logits)
+        assert set(chain_(chained).values()) == {""}
+        assert torch.equal(chained(**inputs).logits, plain(**inputs).logits)
+    bitmill.dequantize_(chained)
+    assert not list(chains(chained))
+    assert not any(isinstance(m, Chained) for m in chained.modules())
