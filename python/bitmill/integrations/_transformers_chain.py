@@ -123,6 +123,18 @@ class ChainedBertLayer(Chained, BertLayer):
     def watched(self) -> tuple[nn.Module, ...]:
         return self.intermediate, self.intermediate.dense, self.output, self.output.dense
 
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        encoder_hidden_states: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        if self.is_decoder or self.chunk_size_feed_forward:
+            return super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
+        return self.feed_forward_chunk(self.attention(hidden_states, attention_mask, **kwargs)[0])
+
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         if not self.runs(attention_output):
             return super().feed_forward_chunk(attention_output)
