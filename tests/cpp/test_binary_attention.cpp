@@ -150,6 +150,100 @@ void attends(const Problem& problem) {
   select(best());
 }
 
+// Packed rows [rows, heads * columns / 32], and the floats that they stand for, [head][rows][columns].
+struct PackedOperand {
+  std::vector<int32_t> sign, nonzero;
+  std::vector<float> values;
+  AttentionRows rows;
+
+  PackedOperand(int64_t count, int64_t heads, int64_t columns, bool zeros) {
+    const int64_t words = heads * columns / 32;
+    sign.resize(count * words);
+    nonzero.resize(zeros ? sign.size() : 0);
+    values.resize(32 * sign.size());
+    for (int64_t i = 0; i < count * words; ++i) {
+      const uint32_t present = zeros ? static_cast<uint32_t>(random_bits() | random_bits()) : ~0u;
+      const uint32_t bits = static_cast<uint32_t>(random_bits()) & present;
+      sign[i] = static_cast<int32_t>(bits);
+      if (zeros) nonzero[i] = static_cast<int32_t>(present);
+      for (int64_t bit = 0; bit < 32; ++bit) {
+        const int64_t column = i % words * 32 + bit, head = column / columns;
+        const int value = (present >> bit & 1u) == 0 ? 0 : (bits >> bit & 1u) ? 1 : -1;
+        values[(head * count + i / words) * columns + column % columns] = static_cast<float>(value);
+      }
+    }
+    rows = {sign.data(), zeros ? nonzero.data() : nullptr};
+  }
+};
+
+// Sequences of these lengths, from bits to bits, against the same computed one by one from floats to floats.
+void attends_bits(const std::vector<int64_t>& lengths, int64_t heads, int64_t d, int64_t e, AttentionRule rule,
+                  bool zeros) {
+  const int64_t sequences = static_cast<int64_t>(lengths.size()), columns = heads * e;
+  std::vector<int64_t> first = {0};
+  for (const int64_t length : lengths) first.push_back(first.back() + length);
+  const int64_t rows = first.back();
+  const PackedOperand q(rows, heads, d, zeros), k(rows, heads, d, zeros), v(rows, heads, e, zeros);
+  std::vector<int32_t> positive(2 * columns), negative(2 * columns);
+  for (int64_t c = 0; c < columns; ++c) {  // one range each, the negative one below
+    positive[c] = static_cast<int32_t>(random_bits() % 5) - 2;
+    positive[columns + c] = c % 3 ? 1 << 24 : positive[c] + 2;
+    negative[c] = -(1 << 24);
+    negative[columns + c] = positive[c] - 2;
+  }
+  std::vector<int32_t> sign(rows * columns / 32), nonzero(sign.size());
+  BinaryAttentionParams p;
+  p.d = d;
+  p.e = e;
+  p.rule = rule;
+  p.scale = std::sqrt(static_cast<float>(d));
+  p.divide = true;
+  p.gap = std::log(1 / kBeta);
+  p.slope = 0.83 / std::sqrt(static_cast<double>(d));
+  p.threshold = 0.05;
+  for (int64_t i = 0; i < sequences * heads; ++i) {
+    const int64_t start = first[i / heads], n = lengths[i / heads], head = i % heads, zero = 0;
+    std::vector<float> context(n * e);
+    BinaryAttentionParams alone = p;
+    alone.batch = 1;
+    alone.n = alone.m = n;
+    alone.q = {q.values.data() + (head * rows + start) * d, &zero, d, 1};
+    alone.k = {k.values.data() + (head * rows + start) * d, &zero, d, 1};
+    alone.v = {v.values.data() + (head * rows + start) * e, &zero, e, 1};
+    alone.out = context.data();
+    alone.out_offset = &zero;
+    alone.out_row_stride = e;
+    CHECK(binary_attention(alone) == Status::ok);
+    for (int64_t j = 0; j < n * e; ++j) {
+      const int64_t c = head * e + j % e, word = (start + j / e) * columns / 32 + c / 32;
+      const int32_t whole = static_cast<int32_t>(context[j]);
+      const bool above = positive[c] <= whole && whole <= positive[columns + c], below = whole <= negative[columns + c];
+      sign[word] |= static_cast<int32_t>(static_cast<uint32_t>(above) << (c % 32));
+      nonzero[word] |= static_cast<int32_t>(static_cast<uint32_t>(above || below) << (c % 32));
+    }
+  }
+  p.batch = sequences * heads;
+  p.n = p.m = *std::max_element(lengths.begin(), lengths.end());
+  p.bits.heads = heads;
+  p.bits.q = q.rows;
+  p.bits.k = k.rows;
+  p.bits.v = v.rows;
+  p.bits.q_first = p.bits.k_first = first.data();
+  for (const InstructionSet set : kInstructionSets) {
+    if (!select(set)) continue;
+    for (const ParallelFor parallel : {serial_for, scattered_for}) {
+      p.parallel_for = parallel;
+      std::vector<int32_t> got(sign.size(), -1), present(sign.size(), -1);
+      p.bits.out = {got.data(), present.data(), positive.data(), negative.data()};
+      CHECK(binary_attention(p) == Status::ok && got == sign && present == nonzero);
+      std::fill(got.begin(), got.end(), -1);
+      p.bits.out = {got.data(), nullptr, positive.data(), nullptr};
+      CHECK(binary_attention(p) == Status::ok && got == sign);
+    }
+  }
+  select(best());
+}
+
 // Values that nothing may trip over: NaN and infinities everywhere, on every set the same.
 void survives_special_values() {
   const float special[] = {NAN, INFINITY, -INFINITY, 0.0f, -0.0f, 1e-45f, 3e38f, -1.0f};
@@ -188,6 +282,14 @@ void survives_special_values() {
 }  // namespace
 
 int main() {
+  for (const AttentionRule rule : {AttentionRule::bool_, AttentionRule::softmax_aware, AttentionRule::elastic}) {
+    for (const bool zeros : {false, true}) {
+      attends_bits({1}, 1, 32, 32, rule, zeros);
+      attends_bits({5, 0, 70, 33, 1}, 3, 64, 32, rule, zeros);
+      attends_bits({37, 37}, 2, 96, 160, rule, zeros);
+      attends_bits({0}, 2, 32, 32, rule, zeros);
+    }
+  }
   const int64_t shapes[][5] = {{1, 1, 1, 1, 1},    {2, 5, 33, 15, 9},    {1, 37, 64, 32, 64}, {3, 6, 31, 64, 17},
                                {2, 4, 97, 65, 80}, {1, 2, 200, 100, 33}, {2, 0, 5, 7, 3},     {2, 5, 0, 7, 3},
                                {2, 5, 7, 7, 0},    {0, 5, 7, 7, 3},      {1, 3, 16, 130, 130}};

@@ -92,11 +92,16 @@ void multiplies(const Problem& problem) {
     }
   }
 
-  std::vector<int32_t> positive_range(2 * n), negative_range(2 * n), sign(m * word_count(n)), nonzero(sign.size());
+  std::vector<int32_t> positive_range(2 * n), negative_range(2 * n), single(3 * n), sign(m * word_count(n)),
+      nonzero(sign.size());
   for (int64_t o = 0; o < 2 * n; ++o) {
     positive_range[o] = static_cast<int32_t>(random_bits() % (2 * k + 3)) - static_cast<int32_t>(k) - 1;
     negative_range[o] = static_cast<int32_t>(random_bits() % (2 * k + 3)) - static_cast<int32_t>(k) - 1;
   }
+  for (int32_t& dot_product : single) {
+    dot_product = static_cast<int32_t>(random_bits() % (2 * k + 3)) - static_cast<int32_t>(k) - 1;
+  }
+  std::vector<int32_t> nonzero_with_single(sign.size());
   for (int64_t i = 0; i < m * n; ++i) {
     const int64_t o = i % n, word = i / n * word_count(n) + o / 32;
     const auto inside = [&](const std::vector<int32_t>& range) {
@@ -106,6 +111,8 @@ void multiplies(const Problem& problem) {
     const bool above = inside(positive_range), below = inside(negative_range);
     sign[word] |= static_cast<int32_t>(static_cast<uint32_t>(above) << (o % 32));
     nonzero[word] |= static_cast<int32_t>(static_cast<uint32_t>(above || below) << (o % 32));
+    const bool alone = std::count(single.begin() + 3 * o, single.begin() + 3 * (o + 1), dot[i]) > 0;
+    nonzero_with_single[word] |= static_cast<int32_t>(static_cast<uint32_t>(above || below || alone) << (o % 32));
   }
 
   BinaryMatmulParams p;
@@ -128,6 +135,9 @@ void multiplies(const Problem& problem) {
       std::vector<int32_t> sign_bits(sign.size(), -1), nonzero_bits(sign.size(), -1);
       p.bits = {sign_bits.data(), nonzero_bits.data(), positive_range.data(), negative_range.data()};
       CHECK(m == 0 || (binary_matmul(p) == Status::ok && sign_bits == sign && nonzero_bits == nonzero));
+      p.bits.single = single.data();
+      p.bits.single_count = 3;
+      CHECK(m == 0 || (binary_matmul(p) == Status::ok && sign_bits == sign && nonzero_bits == nonzero_with_single));
       p.bits = {};
       p.scale = scale.data();
       p.row_scale = row_scale.data();

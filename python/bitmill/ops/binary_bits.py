@@ -226,7 +226,12 @@ def bit_ranges(
     require(others is None, "bit_ranges: the dot products of an output that become +1 must be one range")
     if levels != "sign" or bool((found != 0).all()):
         return BitRanges(positive, None, None)
-    return BitRanges(positive, *_range_of(found < 0, k))
+    negative, others = _range_of(found < 0, k)
+    require(
+        others is None or others.shape[1] <= MOST_SINGLE,
+        "bit_ranges: the dot products of an output that become -1 must be about one range",
+    )
+    return BitRanges(positive, negative, others)
 
 
 def _range_of(active: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
@@ -258,7 +263,6 @@ def _range_of(active: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
         return ranges, None
     counts = torch.bincount(outputs, minlength=n)
     most = int(counts.max())
-    require(most <= MOST_SINGLE, "bit_ranges: the dot products of an output that become -1 must be about one range")
     single = torch.full((n, most), NEVER, dtype=torch.int32, device=device)
     place = torch.arange(len(outputs), device=device) - (counts.cumsum(0) - counts)[outputs]
     single[outputs, place] = (dots - k).to(torch.int32)
