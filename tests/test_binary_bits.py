@@ -21,6 +21,7 @@ from bitmill.ops.bitpack import LEVELS, binarized
 from problems import HEIGHTS, LAYOUTS, MODELS, UGLY, WIDTHS, Problem, assert_same_bits, on_every_machine
 
 BITS = torch.ops.bitmill.binary_matmul_bits.default
+FLOATS = torch.ops.bitmill.binary_matmul_floats.default
 
 
 def arguments_of(
@@ -193,9 +194,10 @@ def test_floats_equal_default(problem: Problem) -> None:
         weight, weight_nonzero, _ = tiles(problem.n, problem.k, zeros)
         scale, bias = torch.rand(problem.n, 1), torch.randn(problem.n) if biased else None
         rows = (nonzero if kind == "ternary" else None, weight_nonzero, levels)
-        arguments = (sign, weight, scale, bias, problem.k, *rows)
+        residual = torch.randn(problem.m, problem.n) if biased != zeros else None
+        arguments = (sign, weight, scale, bias, residual, problem.k, *rows)
         want = _binary_matmul_floats_reference(*arguments)
-        for machine, got in on_every_machine(lambda arguments=arguments: ops.binary_matmul_floats(*arguments)):
+        for machine, got in on_every_machine(lambda arguments=arguments: FLOATS(*arguments)):
             assert_same_bits(got, want, f"{machine}, {problem}, {kind}")
 
 
@@ -247,7 +249,17 @@ def test_bit_ranges_errors() -> None:
             ops.bit_ranges(*arguments)
 
 
-FLOAT_ARGUMENTS = (ARGUMENTS[0], ARGUMENTS[1], torch.rand(17, 1), torch.rand(17), 40, None, None, "sign")
+FLOAT_ARGUMENTS = (
+    ARGUMENTS[0],
+    ARGUMENTS[1],
+    torch.rand(17, 1),
+    torch.rand(17),
+    torch.rand(3, 17),
+    40,
+    None,
+    None,
+    "sign",
+)
 
 
 @pytest.mark.parametrize(
@@ -256,24 +268,25 @@ FLOAT_ARGUMENTS = (ARGUMENTS[0], ARGUMENTS[1], torch.rand(17, 1), torch.rand(17)
         (0, torch.zeros(3, 3, dtype=torch.int32), r"a must have shape \[3, 2\], got \[3, 3\]"),
         (2, torch.rand(17), r"scale must have shape \[17, 1\], got \[17\]"),
         (3, torch.rand(16), r"bias must have shape \[17\], got \[16\]"),
-        (7, "ternary", 'levels must be "sign", "plus" or "bool", got "ternary"'),
+        (4, torch.rand(17), r"residual must have shape \[3, 17\], got \[17\]"),
+        (8, "ternary", 'levels must be "sign", "plus" or "bool", got "ternary"'),
     ],
 )
 def test_floats_errors(place: int, value: Any, message: str) -> None:
     arguments = (*FLOAT_ARGUMENTS[:place], value, *FLOAT_ARGUMENTS[place + 1 :])
     for kernel, inputs in (
-        (ops.binary_matmul_floats, arguments),
+        (FLOATS, arguments),
         (_binary_matmul_floats_reference, arguments),
-        (ops.binary_matmul_floats, on_meta(arguments)),
+        (FLOATS, on_meta(arguments)),
     ):
         with pytest.raises(ValueError, match=f"binary_matmul_floats: {message}"):
             kernel(*inputs)
 
 
 def test_floats_opcheck_and_compile() -> None:
-    torch.library.opcheck(torch.ops.bitmill.binary_matmul_floats.default, FLOAT_ARGUMENTS)
-    compiled = torch.compile(ops.binary_matmul_floats, fullgraph=True)
-    assert_same_bits(compiled(*FLOAT_ARGUMENTS), ops.binary_matmul_floats(*FLOAT_ARGUMENTS))
+    torch.library.opcheck(FLOATS, FLOAT_ARGUMENTS)
+    compiled = torch.compile(lambda *inputs: FLOATS(*inputs), fullgraph=True)
+    assert_same_bits(compiled(*FLOAT_ARGUMENTS), FLOATS(*FLOAT_ARGUMENTS))
 
 
 @pytest.mark.parametrize(

@@ -150,15 +150,17 @@ std::tuple<Tensor, Tensor> binary_matmul_bits_cpu(Tensor a, Tensor weight, Tenso
   return {sign, nonzero};
 }
 
-Tensor binary_matmul_floats_cpu(Tensor a, Tensor weight, Tensor scale, std::optional<Tensor> bias, int64_t k,
-                                std::optional<Tensor> a_nonzero, std::optional<Tensor> weight_nonzero,
-                                std::string levels) {
+Tensor binary_matmul_floats_cpu(Tensor a, Tensor weight, Tensor scale, std::optional<Tensor> bias,
+                                std::optional<Tensor> residual, int64_t k, std::optional<Tensor> a_nonzero,
+                                std::optional<Tensor> weight_nonzero, std::string levels) {
   const char* op = "binary_matmul_floats";
   const int64_t n = scale.dim() > 0 ? scale.size(0) : 0;
   const Tensor scale_rows = checked(op, "scale", scale, ScalarType::Float, {n, 1});
   Operands o = operands(op, a, weight, n, k, a_nonzero, weight_nonzero, levels);
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
+  const auto added = checked(op, "residual", residual, ScalarType::Float, with_last(o.rows.leading, n));
   const Tensor out = new_tensor(with_last(o.rows.leading, n), ScalarType::Float);
+  o.params.residual = data_or_null<float>(added);
   o.params.out = out.mutable_data_ptr();
   o.params.scale = data<float>(scale_rows);
   o.params.bias = data_or_null<float>(bias_row);

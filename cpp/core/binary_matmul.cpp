@@ -73,6 +73,7 @@ void binary_matmul_tiles_generic(const BinaryMatmulParams& p, int64_t begin, int
           value = group == 0 ? term : value + term;
         }
         if (p.bias) value += p.bias[column];
+        if (p.residual) value += p.residual[row * p.n + column];
         with_dtype(p.out_dtype, p.out, [&](auto* out) { store(value, out + row * p.n + column); });
       }
     }
@@ -119,6 +120,7 @@ Status check(const BinaryMatmulParams& p) {
                       (p.bits.single && !p.bits.nonzero))) {
     return Status::bad_argument;
   }
+  if (p.residual && (p.dot || p.bits.sign || p.out_dtype != Dtype::f32)) return Status::bad_argument;
   if (!p.dot && !p.bits.sign && (!p.out || (p.k > 0 && !p.scale))) return Status::bad_argument;
   return Status::ok;
 }
@@ -129,6 +131,7 @@ BinaryMatmulParams rows_of(BinaryMatmulParams p, int64_t begin, int64_t end) {
   p.a += begin * words;
   if (p.a_nonzero) p.a_nonzero += begin * words;
   if (p.row_scale) p.row_scale += begin;
+  if (p.residual) p.residual += begin * p.n;
   if (p.dot) p.dot += begin * p.n;
   if (p.bits.sign) p.bits.sign += bits;
   if (p.bits.nonzero) p.bits.nonzero += bits;

@@ -49,6 +49,7 @@ struct BinaryMatmulParams {
   int64_t group_size = 0;            // columns a group, a multiple of 32; 0: one group
   const float* row_scale = nullptr;  // [m] or null: scale becomes fl(scale * row_scale)
   const float* bias = nullptr;       // [n] or null
+  const float* residual = nullptr;   // [m, n] or null: added last; float32 results only
   ParallelFor parallel_for = serial_for;
 };
 Status binary_matmul(const BinaryMatmulParams& params);

@@ -117,7 +117,8 @@ struct Output {
   int32_t* dot;  // or null
   float* out;
   const __m512 *scale, *bias;
-  __mmask16 lanes;  // of the last tile
+  const float* residual;  // or null
+  __mmask16 lanes;        // of the last tile
 };
 
 template <bool last>
@@ -128,7 +129,9 @@ template <bool last>
     return _mm512_storeu_si512(to, dot);
   }
   const __m512 scale = scaled ? _mm512_mul_ps(o.scale[t], factor) : o.scale[t];
-  const __m512 value = _mm512_add_ps(_mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot)), o.bias[t]);
+  __m512 value = _mm512_add_ps(_mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot)), o.bias[t]);
+  const __mmask16 lanes = last ? o.lanes : __mmask16{0xFFFF};
+  if (o.residual) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, o.residual + t * kTileRows));
   float* const to = o.out + t * kTileRows;
   if (last && o.lanes != 0xFFFF) return _mm512_mask_storeu_ps(to, o.lanes, value);
   _mm512_storeu_ps(to, value);
@@ -227,6 +230,7 @@ void add_group(const Task& task, const Columns& c, int tiles, int64_t row, int64
       continue;
     }
     value = _mm512_add_ps(value, c.bias[t]);
+    if (p.residual) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, p.residual + row * p.n + column));
     with_dtype(p.out_dtype, p.out, [&](auto* out) { store16(out + row * p.n + column, lanes, value); });
   }
 }
@@ -243,12 +247,13 @@ Output row_of_output(const Task& task, const Columns& c, int64_t row) {
   const int64_t at = row * task.p.n + c.first;
   int32_t* const dot = task.p.dot ? task.p.dot + at : nullptr;
   float* const out = task.plain && !dot ? static_cast<float*>(task.p.out) + at : nullptr;
-  return {dot, out, c.scale, c.bias, c.lanes};
+  return {dot, out, c.scale, c.bias, task.p.residual ? task.p.residual + at : nullptr, c.lanes};
 }
 
 Output next_row(Output o, int64_t n) {
   if (o.dot) o.dot += n;
   if (o.out) o.out += n;
+  if (o.residual) o.residual += n;
   return o;
 }
 

@@ -111,6 +111,7 @@ static inline void finish_row(const BinaryTask& task, const OutputBlock<columns>
     return;
   }
   for (int i = 0; i < columns; ++i) value[i] += block.bias[i];
+  for (int64_t i = 0; p.residual && i < block.count; ++i) value[i] += p.residual[at + i];
   with_dtype(p.out_dtype, p.out, [&]<class T>(T* out) {
     if (whole) return convert(value, out + at);
     T part[columns];

@@ -136,13 +136,20 @@ class Link(nn.Module):
         return sign, None if ranges.negative is None else nonzero
 
 
-def to_floats(layer: PackedBinaryLinear, rows: Rows) -> Tensor:
-    """The layer's results from its packed input."""
+def to_floats(layer: PackedBinaryLinear, rows: Rows, residual: Tensor | None) -> Tensor:
+    """The layer's results from its packed input, and a residual added to them."""
     own: dict[str, Any] = layer._buffers
     return binary_matmul_floats(
-        rows[0], own["weight"], own["scale"], own["bias"], layer.in_features, rows[1], own["weight_nonzero"],
+        rows[0],
+        own["weight"],
+        own["scale"],
+        own["bias"],
+        layer.in_features,
+        rows[1],
+        own["weight_nonzero"],
         layer._levels,
-    )  # fmt: skip
+        residual,
+    )
 
 
 class Attention(NamedTuple):
@@ -224,8 +231,17 @@ class AttentionChain(nn.Module):
         if self.context.single is not None:
             raise NotChained("the levels of the output projection's input are not ranges")
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        """x float32 [sequences, n, d] and a mask, or [rows, d] and lengths; the result of the output projection."""
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """The result of the output projection, a residual of its shape added.
+
+        x is float32 [sequences, n, d], with a mask or None; or [rows, d] with the lengths of the sequences.
+        """
         first = self.inputs[0].pack(x)
         others = [first, first] if self.one_input else [other.pack(x) for other in self.inputs[1:]]
         (q, q_nonzero), (k, k_nonzero), (v, v_nonzero) = self.query(first), self.key(others[0]), self.value(others[1])
@@ -235,7 +251,7 @@ class AttentionChain(nn.Module):
             q, k, v, ranges.positive, ranges.negative, rule.heads, q_nonzero, k_nonzero, v_nonzero, mask, lengths,
             rule.rule, rule.scaling, rule.beta, alpha_q, alpha_k, alpha_a,
         )  # fmt: skip
-        return to_floats(self.out[0], (sign, None if ranges.negative is None else nonzero))
+        return to_floats(self.out[0], (sign, None if ranges.negative is None else nonzero), residual)
 
 
 class MlpChain(nn.Module):
@@ -254,8 +270,8 @@ class MlpChain(nn.Module):
         self.input, inner = Input(first), Input(last)
         self.up, self.down = Link(first, inner.levels, lambda z: inner.level(activation(z))), (last,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return to_floats(self.down[0], self.up(self.input.pack(x)))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return to_floats(self.down[0], self.up(self.input.pack(x)), residual)
 
 
 class Chained:

@@ -56,16 +56,16 @@ class ChainedAttention(Chained):
         """The module that has the config."""
         return self
 
-    def attend(self, x: Tensor, mask: Any) -> Tensor | None:
-        """The result of the output projection, or None if the layers are to compute one by one."""
+    def attend(self, x: Tensor, mask: Any, residual: Tensor | None = None) -> Tensor | None:
+        """The result of the output projection, a residual added, or None if the layers are to compute one by one."""
         sequences = mask if isinstance(mask, Sequences) else None
         most = x.shape[-2] if sequences is None else sequences.longest
         same = self.layer().config._attn_implementation == self.chain.implementation
         if not same or most > self.chain.most_keys or not self.runs(x):
             return None
         if sequences is not None:
-            return self.chain(x, None, sequences.lengths)
-        return self.chain(x, mask if mask is None or mask.is_floating_point() else mask.bool())
+            return self.chain(x, None, sequences.lengths, residual)
+        return self.chain(x, mask if mask is None or mask.is_floating_point() else mask.bool(), None, residual)
 
 
 @register_chain
@@ -101,12 +101,12 @@ class ChainedBertAttention(ChainedAttention, BertAttention):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        projected = self.attend(hidden_states, attention_mask) if cache is None else None
-        if projected is None:
+        attended = self.attend(hidden_states, attention_mask, hidden_states) if cache is None else None
+        if attended is None:
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, cache=cache, **kwargs
             )
-        return self.output.LayerNorm(projected.add_(hidden_states)), None
+        return self.output.LayerNorm(attended), None
 
 
 @register_chain
@@ -138,7 +138,7 @@ class ChainedBertLayer(Chained, BertLayer):
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         if not self.runs(attention_output):
             return super().feed_forward_chunk(attention_output)
-        return self.output.LayerNorm(self.chain(attention_output).add_(attention_output))
+        return self.output.LayerNorm(self.chain(attention_output, attention_output))
 
 
 @register_chain

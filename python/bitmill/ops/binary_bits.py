@@ -5,7 +5,7 @@ binary_matmul_bits:   the next layer's 1-bit activations straight from the integ
                       layers (scale, bias, an activation function, a shift, the sign) is one function of the dot product
                       for each output, and there are only 2 k + 1 dot products: `bit_ranges` evaluates it for all of
                       them, and keeps the ranges that become +1 and -1.
-binary_matmul_floats: y = fl(fl(scale * dot) + bias), where a chain returns to floats.
+binary_matmul_floats: y = fl(fl(scale * dot) + bias), where a chain returns to floats; a residual is added to it.
 Source: Bannink et al., Larq Compute Engine, MLSys 2021, section 3.2 (thresholds on the accumulator).
 """
 
@@ -35,8 +35,8 @@ library.define(
 )
 library.define(
     "binary_matmul_floats",
-    "(Tensor a, Tensor weight, Tensor scale, Tensor? bias, int k, Tensor? a_nonzero, Tensor? weight_nonzero,"
-    " str levels) -> Tensor",
+    "(Tensor a, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, int k, Tensor? a_nonzero,"
+    " Tensor? weight_nonzero, str levels) -> Tensor",
 )
 
 
@@ -96,15 +96,17 @@ def _binary_matmul_floats_reference(
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    residual: Tensor | None,
     k: int,
     a_nonzero: Tensor | None,
     weight_nonzero: Tensor | None,
     levels: str,
 ) -> Tensor:
-    _check_binary_matmul_floats(a, weight, scale, bias, k, a_nonzero, weight_nonzero, levels)
+    _check_binary_matmul_floats(a, weight, scale, bias, residual, k, a_nonzero, weight_nonzero, levels)
     dot = _binary_matmul_reference(a, weight, scale.shape[0], k, a_nonzero, weight_nonzero, levels)
     out = scale[:, 0] * dot.float()
-    return out if bias is None else out + bias
+    out = out if bias is None else out + bias
+    return out if residual is None else out + residual
 
 
 def _check_binary_matmul_bits(a, weight, positive, negative, single, n, k, a_nonzero, weight_nonzero, levels) -> None:
@@ -121,11 +123,12 @@ def _check_binary_matmul_bits(a, weight, positive, negative, single, n, k, a_non
         check_tensor(op, "single", single, torch.int32, [n, single.shape[1]], a)
 
 
-def _check_binary_matmul_floats(a, weight, scale, bias, k, a_nonzero, weight_nonzero, levels) -> None:
+def _check_binary_matmul_floats(a, weight, scale, bias, residual, k, a_nonzero, weight_nonzero, levels) -> None:
     op, n = "binary_matmul_floats", scale.shape[0] if scale.dim() else 0
     check_tensor(op, "scale", scale, torch.float32, [n, 1], a)
     _check_binary_matmul(a, weight, n, k, a_nonzero, weight_nonzero, levels, op)
     check_tensor(op, "bias", bias, torch.float32, [n], a)
+    check_tensor(op, "residual", residual, torch.float32, [*a.shape[:-1], n], a)
 
 
 @torch.library.register_fake("bitmill::binary_matmul_bits")
@@ -136,8 +139,8 @@ def _(a, weight, positive, negative, single, n, k, a_nonzero, weight_nonzero, le
 
 
 @torch.library.register_fake("bitmill::binary_matmul_floats")
-def _(a, weight, scale, bias, k, a_nonzero, weight_nonzero, levels):
-    _check_binary_matmul_floats(a, weight, scale, bias, k, a_nonzero, weight_nonzero, levels)
+def _(a, weight, scale, bias, residual, k, a_nonzero, weight_nonzero, levels):
+    _check_binary_matmul_floats(a, weight, scale, bias, residual, k, a_nonzero, weight_nonzero, levels)
     return scale.new_empty((*a.shape[:-1], scale.shape[0]))
 
 
@@ -178,19 +181,23 @@ def binary_matmul_floats(
     a_nonzero: Tensor | None = None,
     weight_nonzero: Tensor | None = None,
     levels: str = "sign",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Products of packed rows with packed weights as floats: what `binary_linear` answers for rows that are packed.
 
     Args:
         scale: float32 [n, 1].
         bias: float32 [n] or None.
+        residual: float32 [..., n] or None, added to the result in a rounding of its own.
         The others are those of `binary_matmul`.
     Returns:
         float32 [..., n].
     Raises:
         ValueError: for wrong shapes, dtypes or levels.
     """
-    return torch.ops.bitmill.binary_matmul_floats.default(a, weight, scale, bias, k, a_nonzero, weight_nonzero, levels)
+    return torch.ops.bitmill.binary_matmul_floats.default(
+        a, weight, scale, bias, residual, k, a_nonzero, weight_nonzero, levels
+    )
 
 
 def bit_ranges(
