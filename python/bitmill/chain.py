@@ -207,7 +207,9 @@ class AttentionChain(nn.Module):
         most_keys: int | None = None,
     ) -> None:
         super().__init__()
-        self.attention, self.most_keys = attention, most_keys or MOST_KEYS
+        self.most_keys = most_keys or MOST_KEYS
+        self.heads, self.rule = attention.heads, attention.rule
+        self.scaling, self.beta = attention.scaling, attention.beta
         projections = [chainable(t, name) for t, name in ((query, "query"), (key, "key"), (value, "value"))]
         self.out = (chainable(out, "output"),)
         for layer in projections:
@@ -228,6 +230,9 @@ class AttentionChain(nn.Module):
             outer.levels,
             self.out[0].scale.device,
         )
+        alpha_q, alpha_k, _, alpha_a = attention.steps or (None, None, None, None)
+        for name, step in (("alpha_q", alpha_q), ("alpha_k", alpha_k), ("alpha_a", alpha_a)):
+            self.register_buffer(name, step, persistent=False)
         if self.context.single is not None:
             raise NotChained("the levels of the output projection's input are not ranges")
 
@@ -245,11 +250,11 @@ class AttentionChain(nn.Module):
         first = self.inputs[0].pack(x)
         others = [first, first] if self.one_input else [other.pack(x) for other in self.inputs[1:]]
         (q, q_nonzero), (k, k_nonzero), (v, v_nonzero) = self.query(first), self.key(others[0]), self.value(others[1])
-        rule, ranges = self.attention, self.context
-        alpha_q, alpha_k, _, alpha_a = rule.steps or (None, None, None, None)
+        ranges = self.context
+        own: dict[str, Any] = self._buffers
         sign, nonzero = binary_attention_bits(
-            q, k, v, ranges.positive, ranges.negative, rule.heads, q_nonzero, k_nonzero, v_nonzero, mask, lengths,
-            rule.rule, rule.scaling, rule.beta, alpha_q, alpha_k, alpha_a,
+            q, k, v, ranges.positive, ranges.negative, self.heads, q_nonzero, k_nonzero, v_nonzero, mask, lengths,
+            self.rule, self.scaling, self.beta, own["alpha_q"], own["alpha_k"], own["alpha_a"],
         )  # fmt: skip
         return to_floats(self.out[0], (sign, None if ranges.negative is None else nonzero), residual)
 
@@ -290,8 +295,9 @@ class Chained:
         """
         raise NotImplementedError
 
-    def watched(self) -> tuple[nn.Module, ...]:
-        """The modules that a chain runs past; hooks on one of them are a reason not to."""
+    @classmethod
+    def passed(cls, module: Any) -> tuple[nn.Module, ...]:
+        """The modules that a chain does not call: where one of them has hooks, the layers compute one by one."""
         return ()
 
     def runs(self, x: Tensor) -> bool:
@@ -300,7 +306,7 @@ class Chained:
             x.dtype == torch.float32
             and not self.training
             and not (torch.is_grad_enabled() and x.requires_grad)
-            and not any(has_hooks(module) for module in self.watched())
+            and not any(has_hooks(module) for module in self.chain.passed)
         )
 
 
@@ -328,7 +334,7 @@ def chain_(model: nn.Module) -> dict[str, str]:
         if chained is None:
             continue
         try:
-            module.chain = chained.plan(module).train(module.training)
+            _connect(module, chained)
         except NotChained as reason:
             vars(module)["not_chained"] = str(reason)
             continue
@@ -350,6 +356,12 @@ def unchain_(model: nn.Module) -> list[str]:
     return names
 
 
+def _connect(module: Any, chained: type[Chained]) -> None:
+    chain: Any = chained.plan(module).train(module.training)
+    chain.passed = chained.passed(module)  # found once: looking for children takes longer than looking for hooks
+    module.chain = chain
+
+
 def _unchain(module: Any) -> None:
     del module.chain
     module.__class__ = module.plain
@@ -369,7 +381,7 @@ def _plan_again(module: Any, incompatible_keys: Any) -> None:
     if not isinstance(module, Chained):
         return
     try:
-        module.chain = module.plan(module).train(module.training)
+        _connect(module, type(module))
     except NotChained as reason:
         _unchain(module)
         vars(module)["not_chained"] = str(reason)

@@ -88,8 +88,9 @@ class ChainedBertAttention(ChainedAttention, BertAttention):
     def layer(self) -> Any:
         return self.self
 
-    def watched(self) -> tuple[nn.Module, ...]:
-        inner, output = self.self, self.output
+    @classmethod
+    def passed(cls, module: Any) -> tuple[nn.Module, ...]:
+        inner, output = module.self, module.output
         return inner, inner.query, inner.key, inner.value, output, output.dense
 
     def forward(
@@ -120,8 +121,9 @@ class ChainedBertLayer(Chained, BertLayer):
         inner = module.intermediate
         return MlpChain(inner.dense, module.output.dense, inner.intermediate_act_fn)
 
-    def watched(self) -> tuple[nn.Module, ...]:
-        return self.intermediate, self.intermediate.dense, self.output, self.output.dense
+    @classmethod
+    def passed(cls, module: Any) -> tuple[nn.Module, ...]:
+        return module.intermediate, module.intermediate.dense, module.output, module.output.dense
 
     def forward(
         self,
@@ -193,8 +195,9 @@ class ChainedViTAttention(ChainedAttention, ViTAttention):
         chain.implementation = module.config._attn_implementation
         return chain
 
-    def watched(self) -> tuple[nn.Module, ...]:
-        return self.q_proj, self.k_proj, self.v_proj, self.o_proj
+    @classmethod
+    def passed(cls, module: Any) -> tuple[nn.Module, ...]:
+        return module.q_proj, module.k_proj, module.v_proj, module.o_proj
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         projected = self.attend(hidden_states, attention_mask)
@@ -211,8 +214,9 @@ class ChainedViTMLP(Chained, ViTMLP):
     def plan(cls, module: Any) -> nn.Module:
         return MlpChain(module.fc1, module.fc2, module.activation_fn)
 
-    def watched(self) -> tuple[nn.Module, ...]:
-        return self.fc1, self.fc2
+    @classmethod
+    def passed(cls, module: Any) -> tuple[nn.Module, ...]:
+        return module.fc1, module.fc2
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.chain(hidden_states) if self.runs(hidden_states) else super().forward(hidden_states)
