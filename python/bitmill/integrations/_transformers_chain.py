@@ -91,7 +91,7 @@ class ChainedBertAttention(ChainedAttention, BertAttention):
     @classmethod
     def passed(cls, module: Any) -> tuple[nn.Module, ...]:
         inner, output = module.self, module.output
-        return inner, inner.query, inner.key, inner.value, output, output.dense
+        return inner, *inner.children(), output, output.dense, output.dropout
 
     def forward(
         self,
@@ -123,7 +123,8 @@ class ChainedBertLayer(Chained, BertLayer):
 
     @classmethod
     def passed(cls, module: Any) -> tuple[nn.Module, ...]:
-        return module.intermediate, module.intermediate.dense, module.output, module.output.dense
+        inner, output = module.intermediate, module.output
+        return inner, *inner.children(), output, output.dense, output.dropout
 
     def forward(
         self,
@@ -197,7 +198,7 @@ class ChainedViTAttention(ChainedAttention, ViTAttention):
 
     @classmethod
     def passed(cls, module: Any) -> tuple[nn.Module, ...]:
-        return module.q_proj, module.k_proj, module.v_proj, module.o_proj
+        return tuple(module.children())
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         projected = self.attend(hidden_states, attention_mask)
@@ -216,7 +217,7 @@ class ChainedViTMLP(Chained, ViTMLP):
 
     @classmethod
     def passed(cls, module: Any) -> tuple[nn.Module, ...]:
-        return module.fc1, module.fc2
+        return tuple(module.children())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.chain(hidden_states) if self.runs(hidden_states) else super().forward(hidden_states)
