@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer
+from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer, BertSelfAttention
 from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 
 from ..chain import Attention, AttentionChain, Chained, MlpChain, NotChained, has_hooks, register_chain
@@ -79,6 +79,8 @@ class ChainedBertAttention(ChainedAttention, BertAttention):
         if module.is_cross_attention:
             raise NotChained("it attends to another sequence")
         inner = module.self
+        if type(inner) is not BertSelfAttention:
+            raise NotChained(f"its self-attention is a {type(inner).__name__}")
         attention = attention_of(inner, inner.attention_head_size)
         most = getattr(inner.config, "max_position_embeddings", None)
         chain = AttentionChain(inner.query, inner.key, inner.value, module.output.dense, attention, most)
