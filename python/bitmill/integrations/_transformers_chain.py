@@ -83,7 +83,7 @@ class ChainedBertAttention(ChainedAttention, BertAttention):
             raise NotChained(f"its self-attention is a {type(inner).__name__}")
         attention = attention_of(inner, inner.attention_head_size)
         most = getattr(inner.config, "max_position_embeddings", None)
-        chain = AttentionChain(inner.query, inner.key, inner.value, module.output.dense, attention, most)
+        chain = AttentionChain((inner.query, inner.key, inner.value), module.output.dense, attention, most)
         chain.implementation = inner.config._attn_implementation
         return chain
 
@@ -189,9 +189,8 @@ class ChainedViTAttention(ChainedAttention, ViTAttention):
 
     @classmethod
     def plan(cls, module: Any) -> nn.Module:
-        chain = AttentionChain(
-            module.q_proj, module.k_proj, module.v_proj, module.o_proj, attention_of(module, module.head_dim)
-        )
+        projections = (module.q_proj, module.k_proj, module.v_proj)
+        chain = AttentionChain(projections, module.o_proj, attention_of(module, module.head_dim))
         chain.implementation = module.config._attn_implementation
         return chain
 
