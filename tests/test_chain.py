@@ -18,7 +18,7 @@ from bitmill.chain import Chained, chain_, chains, unchain_
 
 transformers = pytest.importorskip("transformers")
 
-from bitmill.recipes import bibert, bit, bivit  # noqa: E402
+from bitmill.recipes import bibert, bipft, bit, bivit  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,8 +32,8 @@ def bert(kind: str = "bibert", layers: int = 2, **options: Any) -> nn.Module:
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 p.normal_(0, 0.1)
-    if kind == "bit":
-        bit.binarize_(model)
+    if kind in ("bit", "bipft"):
+        (bit if kind == "bit" else bipft).binarize_(model)
         model.train()
         model(**texts()).logits.sum().backward()  # sets the steps
         with torch.no_grad():
@@ -145,7 +145,7 @@ def test_zero_biases_make_zeros_between_layers() -> None:
                 p.zero_()
     plain, chained = both(model)
     attention = chained.bert.encoder.layer[0].attention
-    assert attention.chain.query.ranges.negative is not None
+    assert attention.chain.projections[0].ranges.negative is not None
     with torch.no_grad():
         assert torch.equal(chained(**(inputs := texts())).logits, plain(**inputs).logits)
 
@@ -160,12 +160,12 @@ def test_gelu_that_underflows_is_zero_in_the_chain_too() -> None:
         assert torch.equal(chained(**(inputs := texts())).logits, plain(**inputs).logits)
 
 
-def vit(**options: Any) -> nn.Module:
+def vit(mlp_act_bits: int = 1, **options: Any) -> nn.Module:
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 192, "image_size": 40, "patch_size": 8}
     model = transformers.ViTForImageClassification(
         transformers.ViTConfig(num_hidden_layers=2, num_labels=7, **{**sizes, **options})
     )
-    bivit.binarize_(model, mlp_act_bits=1)
+    bivit.binarize_(model, mlp_act_bits=mlp_act_bits)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("bias"):
@@ -173,15 +173,38 @@ def vit(**options: Any) -> nn.Module:
     return model.eval()
 
 
-def test_vit_chain_equals_layers_and_training_form() -> None:
-    model = vit()
-    plain, chained = both(model)
-    assert sum(1 for _ in chains(chained)) == 4
+@pytest.mark.parametrize("mlp_act_bits", (1, 32))
+def test_vit_chain_equals_layers_and_training_form(mlp_act_bits: int) -> None:
+    model = vit(mlp_act_bits)
+    plain, chained = copy.deepcopy(model), copy.deepcopy(model)
+    pack_(plain, chain=False)
+    pack_(chained)
+    reasons = [reason for _, reason in chains(chained)]
+    assert len(reasons) == 4
+    assert reasons.count("") == (4 if mlp_act_bits == 1 else 2)
     images = torch.randn(3, 3, 40, 40)
     with torch.no_grad():
         want = model(images).logits
         assert torch.equal(plain(images).logits, want)
         assert torch.equal(chained(images).logits, want)
+
+
+def test_bipft_chains_its_mlps() -> None:
+    """Its attention adds estimates to scores and values that no integer holds."""
+    model = bert("bipft")
+    plain, chained = copy.deepcopy(model), copy.deepcopy(model)
+    pack_(plain, chain=False)
+    pack_(chained)
+    found = dict(chains(chained))
+    assert found["bert.encoder.layer.1"] == ""
+    assert found["bert.encoder.layer.1.attention"] == "its self-attention is a LowRankSelfAttention"
+    assert found["bert.encoder"] == "not all of its attention layers are chained"
+    for lengths in ((40, 7, 33, 1), (96,), (32, 32)):
+        inputs = texts(*lengths)
+        with torch.no_grad():
+            want = model(**inputs).logits
+            assert torch.equal(plain(**inputs).logits, want), lengths
+            assert torch.equal(chained(**inputs).logits, want), lengths
 
 
 def test_state_save_and_load(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -190,7 +191,9 @@ class AttentionChain(nn.Module):
     """Projections, attention and output projection: float32 in and out, bits between.
 
     Args:
-        query, key, value, out: the packed projections, which stay the host's.
+        projections: the packed query, key and value, or one layer with the outputs of all three side by side. They and
+            `out` stay the host's.
+        out: the packed output projection.
         attention: the rule.
         most_keys: the longest sequence, or None if the host does not say.
     Raises:
@@ -198,29 +201,24 @@ class AttentionChain(nn.Module):
     """
 
     def __init__(
-        self,
-        query: nn.Module,
-        key: nn.Module,
-        value: nn.Module,
-        out: nn.Module,
-        attention: Attention,
-        most_keys: int | None = None,
+        self, projections: Sequence[nn.Module], out: nn.Module, attention: Attention, most_keys: int | None = None
     ) -> None:
         super().__init__()
         self.most_keys = most_keys or MOST_KEYS
         self.heads, self.rule = attention.heads, attention.rule
         self.scaling, self.beta = attention.scaling, attention.beta
-        projections = [chainable(t, name) for t, name in ((query, "query"), (key, "key"), (value, "value"))]
+        names = ("query", "key", "value") if len(projections) == 3 else ("query, key and value",)
+        layers = [chainable(layer, name) for layer, name in zip(projections, names, strict=True)]
         self.out = (chainable(out, "output"),)
-        for layer in projections:
-            if layer.out_features % (32 * attention.heads):
-                width = layer.out_features / attention.heads
-                raise NotChained(f"heads of {width:g} columns are not whole words of 32")
+        heads = attention.heads * 3 // len(layers)
+        for layer in layers:
+            if layer.out_features % (32 * heads):
+                raise NotChained(f"heads of {layer.out_features / heads:g} columns are not whole words of 32")
         levels = "sign" if attention.zero == "torch" else "plus"
-        self.inputs = [Input(layer) for layer in projections]
+        self.inputs = [Input(layer) for layer in layers]
         self.one_input = all(self.inputs[0].is_like(other) for other in self.inputs[1:])
-        self.query, self.key, self.value = (
-            Link(layer, levels, lambda z: binarized(z, None, levels, 0.0)) for layer in projections
+        self.projections = nn.ModuleList(
+            Link(layer, levels, lambda z: binarized(z, None, levels, 0.0)) for layer in layers
         )
         outer, n = Input(self.out[0]), self.out[0].in_features
         self.context = Ranges(
@@ -247,16 +245,26 @@ class AttentionChain(nn.Module):
 
         x is float32 [sequences, n, d], with a mask or None; or [rows, d] with the lengths of the sequences.
         """
-        first = self.inputs[0].pack(x)
-        others = [first, first] if self.one_input else [other.pack(x) for other in self.inputs[1:]]
-        (q, q_nonzero), (k, k_nonzero), (v, v_nonzero) = self.query(first), self.key(others[0]), self.value(others[1])
+        (q, q_nonzero), (k, k_nonzero), (v, v_nonzero) = self.project(x)
         ranges = self.context
+        mask = mask.float() if mask is not None and mask.dtype == torch.float64 else mask
         own: dict[str, Any] = self._buffers
         sign, nonzero = binary_attention_bits(
             q, k, v, ranges.positive, ranges.negative, self.heads, q_nonzero, k_nonzero, v_nonzero, mask, lengths,
             self.rule, self.scaling, self.beta, own["alpha_q"], own["alpha_k"], own["alpha_a"],
         )  # fmt: skip
         return to_floats(self.out[0], (sign, None if ranges.negative is None else nonzero), residual)
+
+    def project(self, x: Tensor) -> Sequence[Rows]:
+        """The packed rows of queries, keys and values."""
+        links = self.projections
+        packed = [self.inputs[0].pack(x)] * len(links) if self.one_input else [each.pack(x) for each in self.inputs]
+        rows = [link(bits) for link, bits in zip(links, packed, strict=True)]
+        if len(rows) == 3:
+            return rows
+        sign, nonzero = rows[0]
+        nonzeros = (None,) * 3 if nonzero is None else nonzero.chunk(3, -1)
+        return list(zip(sign.chunk(3, -1), nonzeros, strict=True))
 
 
 class MlpChain(nn.Module):
@@ -297,20 +305,24 @@ class Chained:
 
     @classmethod
     def passed(cls, module: Any) -> tuple[nn.Module, ...]:
-        """The modules that a chain does not call: where one of them has hooks, the layers compute one by one."""
-        return ()
+        """The modules that a chain does not call: that one of them has hooks or trains is a reason not to run it."""
+        return tuple(module.children())
 
-    def runs(self, x: Tensor) -> bool:
-        """Whether the chain may compute this input."""
+    def runs(self, x: Tensor, *others: Tensor) -> bool:
+        """Whether the chain may compute this input; `others` are tensors that may want a gradient."""
         return (
             x.dtype == torch.float32
             and not self.training
-            and not (torch.is_grad_enabled() and x.requires_grad)
-            and not any(has_hooks(module) for module in self.chain.passed)
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others)))
+            and not any(module.training or has_hooks(module) for module in self.chain.passed)
         )
 
 
 _CHAINED: dict[type[nn.Module], type[Chained]] = {}
+_REGISTERED_IN = {  # of the modules that define a host's classes: what is imported when `chain_` meets one of them
+    "timm.layers.mlp": "bitmill.integrations._timm_chain",
+    "bitmill.integrations.timm": "bitmill.integrations._timm_chain",
+}
 
 
 def register_chain(chained: type[Chained]) -> type[Chained]:
@@ -330,7 +342,7 @@ def chain_(model: nn.Module) -> dict[str, str]:
     """
     modules: list[Any] = list(model.modules())
     for module in reversed(modules):  # a block asks whether its parts are chained
-        chained = _CHAINED.get(type(module))
+        chained = _chained(type(module))
         if chained is None:
             continue
         try:
@@ -343,6 +355,12 @@ def chain_(model: nn.Module) -> dict[str, str]:
         if _plan_again not in module._load_state_dict_post_hooks.values():
             module.register_load_state_dict_post_hook(_plan_again)
     return dict(chains(model))
+
+
+def _chained(host: type[nn.Module]) -> type[Chained] | None:
+    if host.__module__ in _REGISTERED_IN:
+        importlib.import_module(_REGISTERED_IN[host.__module__])
+    return _CHAINED.get(host)
 
 
 def unchain_(model: nn.Module) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer
+from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer, BertSelfAttention
 from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 
 from ..chain import Attention, AttentionChain, Chained, MlpChain, NotChained, has_hooks, register_chain
@@ -79,9 +79,11 @@ class ChainedBertAttention(ChainedAttention, BertAttention):
         if module.is_cross_attention:
             raise NotChained("it attends to another sequence")
         inner = module.self
+        if type(inner) is not BertSelfAttention:
+            raise NotChained(f"its self-attention is a {type(inner).__name__}")
         attention = attention_of(inner, inner.attention_head_size)
         most = getattr(inner.config, "max_position_embeddings", None)
-        chain = AttentionChain(inner.query, inner.key, inner.value, module.output.dense, attention, most)
+        chain = AttentionChain((inner.query, inner.key, inner.value), module.output.dense, attention, most)
         chain.implementation = inner.config._attn_implementation
         return chain
 
@@ -190,15 +192,10 @@ class ChainedViTAttention(ChainedAttention, ViTAttention):
 
     @classmethod
     def plan(cls, module: Any) -> nn.Module:
-        chain = AttentionChain(
-            module.q_proj, module.k_proj, module.v_proj, module.o_proj, attention_of(module, module.head_dim)
-        )
+        projections = (module.q_proj, module.k_proj, module.v_proj)
+        chain = AttentionChain(projections, module.o_proj, attention_of(module, module.head_dim))
         chain.implementation = module.config._attn_implementation
         return chain
-
-    @classmethod
-    def passed(cls, module: Any) -> tuple[nn.Module, ...]:
-        return tuple(module.children())
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         projected = self.attend(hidden_states, attention_mask)
@@ -214,10 +211,6 @@ class ChainedViTMLP(Chained, ViTMLP):
     @classmethod
     def plan(cls, module: Any) -> nn.Module:
         return MlpChain(module.fc1, module.fc2, module.activation_fn)
-
-    @classmethod
-    def passed(cls, module: Any) -> tuple[nn.Module, ...]:
-        return tuple(module.children())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.chain(hidden_states) if self.runs(hidden_states) else super().forward(hidden_states)

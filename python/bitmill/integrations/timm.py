@@ -64,11 +64,13 @@ class BinaryWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # [heads, n, n]
-        if mask is not None:  # [windows of an image, n, n]
-            bias = (bias + mask.unsqueeze(1)).repeat(len(x) // len(mask), 1, 1, 1)
-        context = self.attention(q, k, v, bias).transpose(1, 2).flatten(2)
+        context = self.attention(q, k, v, self.bias(len(x), mask)).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(context))
+
+    def bias(self, windows: int, mask: Tensor | None) -> Tensor:
+        """Of the scores, [heads, n, n], or [windows, heads, n, n] with a mask [windows of an image, n, n]."""
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        return bias if mask is None else (bias + mask.unsqueeze(1)).repeat(windows // len(mask), 1, 1, 1)
 
 
 class _Host(NamedTuple):

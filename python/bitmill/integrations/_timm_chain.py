@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chains (`bitmill.chain`) in timm's ViT, DeiT and Swin: attention with its projections, and the MLP.
+
+Imported when `pack_` meets one of these classes, so timm is there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers.mlp import Mlp
+from torch import Tensor, nn
+
+from ..chain import Attention, AttentionChain, Chained, MlpChain, NotChained, register_chain
+from .timm import BinarySelfAttention, BinaryWindowAttention
+
+
+def require_nothing_between(module: nn.Module, *names: str) -> None:
+    """Raise NotChained if one of these children computes something in eval mode."""
+    for name in names:
+        child = getattr(module, name)
+        if not isinstance(child, (nn.Identity, nn.Dropout)):
+            raise NotChained(f"its {name} is a {type(child).__name__}, not an Identity")
+
+
+@register_chain
+class ChainedSelfAttention(Chained, BinarySelfAttention):
+    """The self-attention of ViT and DeiT and its output projection."""
+
+    plain = BinarySelfAttention
+
+    @classmethod
+    def plan(cls, module: Any) -> nn.Module:
+        require_nothing_between(module, "q_norm", "k_norm", "norm")
+        return AttentionChain((module.qkv,), module.proj, Attention.of(module.attention, module.num_heads))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        if x.shape[-2] > self.chain.most_keys or not self.runs(x):
+            return super().forward(x, attn_mask)
+        return self.proj_drop(self.chain(x, attn_mask))
+
+
+@register_chain
+class ChainedWindowAttention(Chained, BinaryWindowAttention):
+    """Swin's attention in windows and its output projection."""
+
+    plain = BinaryWindowAttention
+
+    @classmethod
+    def plan(cls, module: Any) -> nn.Module:
+        attention, keys = Attention.of(module.attention, module.num_heads), len(module.relative_position_index)
+        return AttentionChain((module.qkv,), module.proj, attention, keys)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not self.runs(x, self.relative_position_bias_table):
+            return super().forward(x, mask)
+        return self.proj_drop(self.chain(x, self.bias(len(x), mask)))
+
+
+@register_chain
+class ChainedMlp(Chained, Mlp):
+    """timm's MLP."""
+
+    plain = Mlp
+
+    @classmethod
+    def plan(cls, module: Any) -> nn.Module:
+        require_nothing_between(module, "drop1", "norm")
+        return MlpChain(module.fc1, module.fc2, module.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.chain(x)) if self.runs(x) else super().forward(x)
