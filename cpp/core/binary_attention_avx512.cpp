@@ -3,12 +3,12 @@
 // 32 bits of the map, which never leave the first-level cache; four rows of the map meet up to 64 channels, a lane a
 // channel. Bit-equal to the generic form. Rules that need a row's largest score keep its scores, as integers,
 // meanwhile.
+#include <cstring>
 #include <memory>
 #include <type_traits>
 
 #include "avx512.h"
 #include "binary_attention_task.h"
-#include "bit_output.h"
 #include "bit_output_avx512.h"
 #include "layout.h"
 
@@ -211,29 +211,43 @@ void add_word(Channels& row, uint32_t bits, __m512i s0, __m512i s1, __m512i s2, 
   if constexpr (tiles > 3) row.c3 = add_values<ternary>(row.c3, map, s3, z3);
 }
 
-// The whole numbers of four rows and one tile of channels.
-struct Wholes {
-  __m512i r0, r1, r2, r3;
+// Ranges of up to four tiles of channels.
+template <int tiles>
+struct Levels4 {
+  Range range[tiles];
+
+  Levels4(const int32_t* ranges, int64_t n) {
+    for (int t = 0; t < tiles; ++t) range[t] = load_range(ranges + t * kTileRows, n, 0xFFFF);
+  }
+  [[gnu::always_inline]] uint64_t operator()(const Channels& c) const {
+    constexpr __mmask16 all = 0xFFFF, none = 0;
+    return join(inside(all, range[0], c.c0), tiles > 1 ? inside(all, range[tiles > 1 ? 1 : 0], c.c1) : none,
+                tiles > 2 ? inside(all, range[tiles > 2 ? 2 : 0], c.c2) : none,
+                tiles > 3 ? inside(all, range[tiles > 3 ? 3 : 0], c.c3) : none);
+  }
 };
 
-// As bits of the next layer.
-void put_wholes(const Block& b, const Wholes& whole, int64_t rows, int64_t channel, int64_t batch, int64_t row) {
+// The whole numbers of four rows as bits of the next layer.
+template <int tiles>
+void put_levels(const Block& b, const Channels& r0, const Channels& r1, const Channels& r2, const Channels& r3,
+                int64_t rows, int64_t channel, int64_t batch, int64_t row) {
   const AttentionBits& bits = b.t.p.bits;
   const int64_t n = bits.heads * b.t.p.e, column = batch % bits.heads * b.t.p.e + channel;
-  const int64_t first = bits.q_first[b.t.sequence(batch)] + row, tile = column / kTileRows;
-  const Range positive = load_range(bits.out.positive + column, n, 0xFFFF);
-  const Range negative = bits.out.nonzero ? load_range(bits.out.negative + column, n, 0xFFFF) : positive;
-  const auto put = [&](int r, __m512i dot) {
+  const int64_t at = (bits.q_first[b.t.sequence(batch)] + row) * (n / 8) + column / 8;
+  const Levels4<tiles> positive(bits.out.positive + column, n);
+  const Levels4<tiles> negative((bits.out.nonzero ? bits.out.negative : bits.out.positive) + column, n);
+  const auto put = [&](int r, const Channels& c) {
     if (r >= rows) return;
-    const __mmask16 above = inside(0xFFFF, positive, dot);
-    store_half_word(bits.out.sign, n, first + r, tile, above);
-    if (!bits.out.nonzero) return;
-    store_half_word(bits.out.nonzero, n, first + r, tile, static_cast<uint16_t>(above | inside(0xFFFF, negative, dot)));
+    const uint64_t above = positive(c), present = above | negative(c);
+    std::memcpy(reinterpret_cast<char*>(bits.out.sign) + at + r * (n / 8), &above, 2 * tiles);
+    if (bits.out.nonzero) {
+      std::memcpy(reinterpret_cast<char*>(bits.out.nonzero) + at + r * (n / 8), &present, 2 * tiles);
+    }
   };
-  put(0, whole.r0);
-  put(1, whole.r1);
-  put(2, whole.r2);
-  put(3, whole.r3);
+  put(0, r0);
+  put(1, r1);
+  put(2, r2);
+  put(3, r3);
 }
 
 template <bool ternary>
@@ -264,16 +278,12 @@ void context(const Block& b, const int32_t* sign, const int32_t* nonzero, int64_
     add_word<tiles, ternary>(r3, bits3[w], s0, s1, s2, s3, z0, z1, z2, z3);
   }
   if (t.p.bits.heads) {
-    const auto put = [&](int tile, __m512i s0, __m512i s1, __m512i s2, __m512i s3) {
-      const Wholes whole{to_whole<ternary>(s0, b.count[0]), to_whole<ternary>(s1, b.count[1]),
-                         to_whole<ternary>(s2, b.count[2]), to_whole<ternary>(s3, b.count[3])};
-      put_wholes(b, whole, rows, channel + tile * kTileRows, batch, row);
+    const auto whole = [&](const Channels& c, int r) -> Channels {
+      const int32_t set = b.count[r];
+      return {to_whole<ternary>(c.c0, set), to_whole<ternary>(c.c1, set), to_whole<ternary>(c.c2, set),
+              to_whole<ternary>(c.c3, set)};
     };
-    put(0, r0.c0, r1.c0, r2.c0, r3.c0);
-    if constexpr (tiles > 1) put(1, r0.c1, r1.c1, r2.c1, r3.c1);
-    if constexpr (tiles > 2) put(2, r0.c2, r1.c2, r2.c2, r3.c2);
-    if constexpr (tiles > 3) put(3, r0.c3, r1.c3, r2.c3, r3.c3);
-    return;
+    return put_levels<tiles>(b, whole(r0, 0), whole(r1, 1), whole(r2, 2), whole(r3, 3), rows, channel, batch, row);
   }
   const __m512 step = _mm512_set1_ps(t.p.step);
   // copies: sums whose address is taken stay in memory

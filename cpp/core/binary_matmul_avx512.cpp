@@ -156,10 +156,6 @@ template <Operand operand, int tiles>
   return single_negatives(out, tile, dots, zeros);
 }
 
-[[gnu::always_inline]] inline uint64_t join(__mmask16 m0, __mmask16 m1, __mmask16 m2, __mmask16 m3) {
-  return _cvtmask64_u64(_mm512_kunpackd(_mm512_kunpackw(m3, m2), _mm512_kunpackw(m1, m0)));
-}
-
 // Bytes of a plane for `tiles` tiles, and a half word of zeros after them if that is past n.
 template <int tiles>
 [[gnu::always_inline]] inline void put_bits(char* to, uint64_t bits, bool ends) {

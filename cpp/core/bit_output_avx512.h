@@ -21,4 +21,9 @@ static inline __mmask16 inside(__mmask16 lanes, const Range& range, __m512i dot)
   return _mm512_mask_cmple_epu32_mask(lanes, _mm512_sub_epi32(dot, range.first), range.length);
 }
 
+// The bits of four tiles, the first lowest.
+[[gnu::always_inline]] static inline uint64_t join(__mmask16 m0, __mmask16 m1, __mmask16 m2, __mmask16 m3) {
+  return _cvtmask64_u64(_mm512_kunpackd(_mm512_kunpackw(m3, m2), _mm512_kunpackw(m1, m0)));
+}
+
 }  // namespace bitmill::detail
