@@ -207,6 +207,40 @@ def test_bipft_chains_its_mlps() -> None:
             assert torch.equal(chained(**inputs).logits, want), lengths
 
 
+@pytest.mark.parametrize("name", ["Roberta", "XLMRoberta", "Electra"])
+def test_relatives_of_bert(name: str) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96, "max_position_embeddings": 60}
+    config = getattr(transformers, f"{name}Config")(vocab_size=300, num_hidden_layers=2, **sizes)
+    model = getattr(transformers, f"{name}Model")(config)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if key.endswith("bias"):
+                p.normal_(0, 0.1)
+    bibert.binarize_(model)
+    plain, chained = both(model.eval())
+    assert sum(1 for _ in chains(chained)) == 5
+    inputs = texts(40, 7, 33, 1)
+    kept = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        got, want = chained(**inputs).last_hidden_state, plain(**inputs).last_hidden_state
+        assert torch.equal(got[kept], want[kept])
+        assert torch.equal(want, model(**inputs).last_hidden_state)
+
+
+def test_deit() -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96, "image_size": 40, "patch_size": 8}
+    model = transformers.DeiTModel(transformers.DeiTConfig(num_hidden_layers=2, **sizes))
+    bitmill.integrations.transformers.set_attention_(model, "softmax_aware")
+    bitmill.integrations.transformers.quantize_body_(model, BinaryConfig("bivit_pws"))
+    plain, chained = both(model.eval())
+    assert sum(1 for _ in chains(chained)) == 4
+    images = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        want = model(images).last_hidden_state
+        assert torch.equal(plain(images).last_hidden_state, want)
+        assert torch.equal(chained(images).last_hidden_state, want)
+
+
 def test_state_save_and_load(tmp_path: Path) -> None:
     """A chain is no part of the state: files of either kind are the same, and load into either."""
     model = bert()

@@ -290,7 +290,7 @@ class MlpChain(nn.Module):
 class Chained:
     """Mixin of a host's module whose forward can run `self.chain`; see `register_chain`."""
 
-    plain: ClassVar[type[nn.Module]]  # the host's own class
+    plain: ClassVar[Any]  # the host's own class, whose methods compute layer by layer
     chain: Any
     training: bool
 
@@ -322,6 +322,10 @@ _CHAINED: dict[type[nn.Module], type[Chained]] = {}
 _REGISTERED_IN = {  # of the modules that define a host's classes: what is imported when `chain_` meets one of them
     "timm.layers.mlp": "bitmill.integrations._timm_chain",
     "bitmill.integrations.timm": "bitmill.integrations._timm_chain",
+    **{
+        f"transformers.models.{name}.modeling_{name}": "bitmill.integrations._transformers_chain_relatives"
+        for name in ("deit", "electra", "roberta", "xlm_roberta")
+    },
 }
 
 

@@ -36,7 +36,7 @@ class ChainedSelfAttention(Chained, BinarySelfAttention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         if x.shape[-2] > self.chain.most_keys or not self.runs(x):
-            return super().forward(x, attn_mask)
+            return self.plain.forward(self, x, attn_mask)
         return self.proj_drop(self.chain(x, attn_mask))
 
 
@@ -53,7 +53,7 @@ class ChainedWindowAttention(Chained, BinaryWindowAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if not self.runs(x, self.relative_position_bias_table):
-            return super().forward(x, mask)
+            return self.plain.forward(self, x, mask)
         return self.proj_drop(self.chain(x, self.bias(len(x), mask)))
 
 
@@ -69,4 +69,4 @@ class ChainedMlp(Chained, Mlp):
         return MlpChain(module.fc1, module.fc2, module.act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.chain(x)) if self.runs(x) else super().forward(x)
+        return self.drop2(self.chain(x)) if self.runs(x) else self.plain.forward(self, x)

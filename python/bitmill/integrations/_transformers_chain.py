@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chains (`bitmill.chain`) in transformers' BERT and ViT: attention with its projections, and the MLP.
 
+Relatives whose code is the same are in `_transformers_chain_relatives`.
+
 A BERT encoder whose layers are all chained computes no padding: its sequences lie one after another inside. Positions
 that the mask drops come out as 0.
 """
@@ -8,7 +10,7 @@ that the mask drops come out as 0.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,18 +70,19 @@ class ChainedAttention(Chained):
         return self.chain(x, mask if mask is None or mask.is_floating_point() else mask.bool(), None, residual)
 
 
-@register_chain
-class ChainedBertAttention(ChainedAttention, BertAttention):
-    """BERT's self-attention, its output projection and normalisation."""
+class BertAttentionMixin(ChainedAttention):
+    """The self-attention of BERT and its relatives, its output projection and normalisation."""
 
-    plain = BertAttention
+    self_attention: ClassVar[type[nn.Module]]
+    output: Any
+    self: Any
 
     @classmethod
     def plan(cls, module: Any) -> nn.Module:
         if module.is_cross_attention:
             raise NotChained("it attends to another sequence")
-        inner = module.self
-        if type(inner) is not BertSelfAttention:
+        inner: Any = module.self
+        if type(inner) is not cls.self_attention:
             raise NotChained(f"its self-attention is a {type(inner).__name__}")
         attention = attention_of(inner, inner.attention_head_size)
         most = getattr(inner.config, "max_position_embeddings", None)
@@ -106,17 +109,25 @@ class ChainedBertAttention(ChainedAttention, BertAttention):
     ) -> tuple[Tensor, None]:
         attended = self.attend(hidden_states, attention_mask, hidden_states) if cache is None else None
         if attended is None:
-            return super().forward(
-                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, cache=cache, **kwargs
+            return self.plain.forward(
+                self,
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                cache=cache,
+                **kwargs,
             )
         return self.output.LayerNorm(attended), None
 
 
-@register_chain
-class ChainedBertLayer(Chained, BertLayer):
-    """BERT's layer: the chain is its MLP."""
+class BertLayerMixin(Chained):
+    """A layer of BERT and its relatives: the chain is its MLP."""
 
-    plain = BertLayer
+    is_decoder: bool
+    chunk_size_feed_forward: int
+    attention: Any
+    output: Any
 
     @classmethod
     def plan(cls, module: Any) -> nn.Module:
@@ -137,35 +148,34 @@ class ChainedBertLayer(Chained, BertLayer):
         **kwargs: Any,
     ) -> Tensor:
         if self.is_decoder or self.chunk_size_feed_forward:
-            return super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
+            return self.plain.forward(self, hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
         return self.feed_forward_chunk(self.attention(hidden_states, attention_mask, **kwargs)[0])
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         if not self.runs(attention_output):
-            return super().feed_forward_chunk(attention_output)
+            return self.plain.feed_forward_chunk(self, attention_output)
         return self.output.LayerNorm(self.chain(attention_output, attention_output))
 
 
-@register_chain
-class ChainedBertEncoder(Chained, BertEncoder):
-    """BERT's encoder: without padding inside."""
+class BertEncoderMixin(Chained):
+    """The encoder of BERT and its relatives: without padding inside."""
 
-    plain = BertEncoder
+    layer: Any
 
     @classmethod
     def plan(cls, module: Any) -> nn.Module:
-        if not all(type(layer.attention) is ChainedBertAttention for layer in module.layer):
+        if not all(isinstance(layer.attention, Chained) for layer in module.layer):
             raise NotChained("not all of its attention layers are chained")
         return nn.Identity()
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         kept = self._kept(hidden_states, attention_mask, args, kwargs)
         if kept is None:
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            return self.plain.forward(self, hidden_states, attention_mask, *args, **kwargs)
         lengths = kept.sum(-1)
         rows = kept.flatten().nonzero().squeeze(-1)
         sequences = Sequences(lengths, int(lengths.max()))
-        output = super().forward(hidden_states.flatten(0, 1)[rows], sequences, *args, **kwargs)
+        output = self.plain.forward(self, hidden_states.flatten(0, 1)[rows], sequences, *args, **kwargs)
         padded = torch.zeros_like(hidden_states)
         padded.flatten(0, 1)[rows] = output.last_hidden_state
         output.last_hidden_state = padded
@@ -184,11 +194,8 @@ class ChainedBertEncoder(Chained, BertEncoder):
         return kept if same and not bool(kept.all()) and bool(kept.any(-1).all()) else None
 
 
-@register_chain
-class ChainedViTAttention(ChainedAttention, ViTAttention):
-    """ViT's self-attention and its output projection."""
-
-    plain = ViTAttention
+class ViTAttentionMixin(ChainedAttention):
+    """The self-attention of ViT and its relatives, and its output projection."""
 
     @classmethod
     def plan(cls, module: Any) -> nn.Module:
@@ -199,18 +206,44 @@ class ChainedViTAttention(ChainedAttention, ViTAttention):
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         projected = self.attend(hidden_states, attention_mask)
-        return super().forward(hidden_states, attention_mask, **kwargs) if projected is None else (projected, None)
+        return (
+            self.plain.forward(self, hidden_states, attention_mask, **kwargs)
+            if projected is None
+            else (projected, None)
+        )
 
 
-@register_chain
-class ChainedViTMLP(Chained, ViTMLP):
-    """ViT's MLP."""
-
-    plain = ViTMLP
+class ViTMLPMixin(Chained):
+    """The MLP of ViT and its relatives."""
 
     @classmethod
     def plan(cls, module: Any) -> nn.Module:
         return MlpChain(module.fc1, module.fc2, module.activation_fn)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.chain(hidden_states) if self.runs(hidden_states) else super().forward(hidden_states)
+        return self.chain(hidden_states) if self.runs(hidden_states) else self.plain.forward(self, hidden_states)
+
+
+@register_chain
+class ChainedBertAttention(BertAttentionMixin, BertAttention):
+    plain, self_attention = BertAttention, BertSelfAttention
+
+
+@register_chain
+class ChainedBertLayer(BertLayerMixin, BertLayer):
+    plain = BertLayer
+
+
+@register_chain
+class ChainedBertEncoder(BertEncoderMixin, BertEncoder):
+    plain = BertEncoder
+
+
+@register_chain
+class ChainedViTAttention(ViTAttentionMixin, ViTAttention):
+    plain = ViTAttention
+
+
+@register_chain
+class ChainedViTMLP(ViTMLPMixin, ViTMLP):
+    plain = ViTMLP
