@@ -73,7 +73,7 @@ class ChainedAttention(Chained):
 class BertAttentionMixin(ChainedAttention):
     """The self-attention of BERT and its relatives, its output projection and normalisation."""
 
-    self_attention: ClassVar[type[nn.Module]]
+    self_attention: ClassVar[Any]
     output: Any
     self: Any
 
