@@ -12,6 +12,7 @@ from torch import Tensor
 
 from binary_inputs import on_meta, tiles, values
 from bitmill import ops
+from bitmill.ops import binary_bits
 from bitmill.ops.binary_bits import (
     NEVER,
     _binary_matmul_bits_reference,
@@ -148,6 +149,19 @@ def test_bit_ranges_refuse_what_is_no_range() -> None:
     ):
         with pytest.raises(ValueError, match=f"bit_ranges: the dot products {message}"):
             ops.bit_ranges(lambda dot, wave=wave: torch.sign(wave(dot * torch.ones(3))), 3, 500)
+
+
+def test_bit_ranges_do_not_depend_on_how_many_dots_are_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale, bias = torch.randn(64), torch.linspace(-5.6, -5.4, 64)  # whole vectors: the tail may round otherwise
+    scale[:20] = 1e-3
+
+    def level(dot: Tensor) -> Tensor:
+        return torch.sign(torch.nn.functional.gelu(scale * dot + bias))
+
+    want = ops.bit_ranges(level, 64, 60)
+    monkeypatch.setattr(binary_bits, "EVALUATED_TOGETHER", 1)
+    for got, one in zip(ops.bit_ranges(level, 64, 60), want, strict=True):
+        assert (got is None and one is None) or torch.equal(got, one)
 
 
 @pytest.mark.parametrize("k", (0, 1, 2))

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "binary_attention.h"
+#include "boxing.h"
 #include "checks.h"
 
 namespace bitmill {
@@ -329,6 +330,6 @@ std::tuple<Tensor, Tensor> binary_attention_bits_cpu(Tensor q, Tensor k, Tensor 
 }  // namespace bitmill
 
 STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) {
-  m.impl("binary_attention", TORCH_BOX(&bitmill::binary_attention_cpu));
-  m.impl("binary_attention_bits", TORCH_BOX(&bitmill::binary_attention_bits_cpu));
+  m.impl("binary_attention", BITMILL_BOX(bitmill::binary_attention_cpu));
+  m.impl("binary_attention_bits", BITMILL_BOX(bitmill::binary_attention_bits_cpu));
 }

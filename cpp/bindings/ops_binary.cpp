@@ -4,6 +4,7 @@
 #include "binary_matmul.h"
 #include "bit_checks.h"
 #include "bitpack.h"
+#include "boxing.h"
 #include "checks.h"
 #include "int8_rows.h"
 
@@ -266,13 +267,13 @@ Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::opti
 }  // namespace bitmill
 
 STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) {
-  m.impl("bitpack", TORCH_BOX(&bitmill::bitpack_cpu));
-  m.impl("bitunpack", TORCH_BOX(&bitmill::bitunpack_cpu));
-  m.impl("tile_pack", TORCH_BOX(&bitmill::tile_pack_cpu));
-  m.impl("tile_unpack", TORCH_BOX(&bitmill::tile_unpack_cpu));
-  m.impl("binary_matmul", TORCH_BOX(&bitmill::binary_matmul_cpu));
-  m.impl("binary_matmul_bits", TORCH_BOX(&bitmill::binary_matmul_bits_cpu));
-  m.impl("binary_matmul_floats", TORCH_BOX(&bitmill::binary_matmul_floats_cpu));
-  m.impl("binary_linear", TORCH_BOX(&bitmill::binary_linear_cpu));
-  m.impl("binary_weight_linear", TORCH_BOX(&bitmill::binary_weight_linear_cpu));
+  m.impl("bitpack", BITMILL_BOX(bitmill::bitpack_cpu));
+  m.impl("bitunpack", BITMILL_BOX(bitmill::bitunpack_cpu));
+  m.impl("tile_pack", BITMILL_BOX(bitmill::tile_pack_cpu));
+  m.impl("tile_unpack", BITMILL_BOX(bitmill::tile_unpack_cpu));
+  m.impl("binary_matmul", BITMILL_BOX(bitmill::binary_matmul_cpu));
+  m.impl("binary_matmul_bits", BITMILL_BOX(bitmill::binary_matmul_bits_cpu));
+  m.impl("binary_matmul_floats", BITMILL_BOX(bitmill::binary_matmul_floats_cpu));
+  m.impl("binary_linear", BITMILL_BOX(bitmill::binary_linear_cpu));
+  m.impl("binary_weight_linear", BITMILL_BOX(bitmill::binary_weight_linear_cpu));
 }

@@ -2,6 +2,7 @@
 // CPU op of the binary convolution: check, allocate, call. Schema: python/bitmill/ops/binary_conv.py.
 #include "binary_conv.h"
 #include "bit_checks.h"
+#include "boxing.h"
 #include "checks.h"
 
 namespace bitmill {
@@ -103,4 +104,4 @@ Tensor binary_conv2d_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Te
 }  // namespace
 }  // namespace bitmill
 
-STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) { m.impl("binary_conv2d", TORCH_BOX(&bitmill::binary_conv2d_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) { m.impl("binary_conv2d", BITMILL_BOX(bitmill::binary_conv2d_cpu)); }

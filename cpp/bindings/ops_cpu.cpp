@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The instruction set that the CPU ops of this library run on.
+#include "boxing.h"
 #include "checks.h"
 #include "cpu.h"
 
@@ -19,5 +20,5 @@ std::string instruction_set_any(std::string wanted) {
 }  // namespace bitmill
 
 STABLE_TORCH_LIBRARY_IMPL(bitmill, CompositeExplicitAutograd, m) {
-  m.impl("instruction_set", TORCH_BOX(&bitmill::instruction_set_any));
+  m.impl("instruction_set", BITMILL_BOX(bitmill::instruction_set_any));
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU ops of the fp4 family: check, allocate, call. Schemas: python/bitmill/ops/fp4.py.
+#include "boxing.h"
 #include "checks.h"
 #include "fp4.h"
 #include "int8_rows.h"
@@ -212,12 +213,12 @@ Tensor fp4_weight_cpu(Tensor weight, Tensor scale, int64_t n, int64_t k, std::st
 }  // namespace bitmill
 
 STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) {
-  m.impl("fp4_cast", TORCH_BOX(&bitmill::fp4_cast_cpu));
-  m.impl("fp4_uncast", TORCH_BOX(&bitmill::fp4_uncast_cpu));
-  m.impl("e8m0_cast", TORCH_BOX(&bitmill::e8m0_cast_cpu));
-  m.impl("e8m0_uncast", TORCH_BOX(&bitmill::e8m0_uncast_cpu));
-  m.impl("mxfp4_quantize", TORCH_BOX(&bitmill::mxfp4_quantize_cpu));
-  m.impl("mxfp4_dequantize", TORCH_BOX(&bitmill::mxfp4_dequantize_cpu));
-  m.impl("fp4_linear", TORCH_BOX(&bitmill::fp4_linear_cpu));
-  m.impl("fp4_weight", TORCH_BOX(&bitmill::fp4_weight_cpu));
+  m.impl("fp4_cast", BITMILL_BOX(bitmill::fp4_cast_cpu));
+  m.impl("fp4_uncast", BITMILL_BOX(bitmill::fp4_uncast_cpu));
+  m.impl("e8m0_cast", BITMILL_BOX(bitmill::e8m0_cast_cpu));
+  m.impl("e8m0_uncast", BITMILL_BOX(bitmill::e8m0_uncast_cpu));
+  m.impl("mxfp4_quantize", BITMILL_BOX(bitmill::mxfp4_quantize_cpu));
+  m.impl("mxfp4_dequantize", BITMILL_BOX(bitmill::mxfp4_dequantize_cpu));
+  m.impl("fp4_linear", BITMILL_BOX(bitmill::fp4_linear_cpu));
+  m.impl("fp4_weight", BITMILL_BOX(bitmill::fp4_weight_cpu));
 }

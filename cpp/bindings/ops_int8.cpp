@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU op of the int8 family. Schema: python/bitmill/ops/int8.py.
+#include "boxing.h"
 #include "int8_rows.h"
 
 namespace bitmill {
@@ -16,4 +17,4 @@ std::tuple<Tensor, Tensor> int8_quantize_cpu(Tensor x) {
 }  // namespace
 }  // namespace bitmill
 
-STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) { m.impl("int8_quantize", TORCH_BOX(&bitmill::int8_quantize_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) { m.impl("int8_quantize", BITMILL_BOX(bitmill::int8_quantize_cpu)); }

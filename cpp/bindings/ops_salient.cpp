@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU ops of the salient_scatter family: check, allocate, call. Schemas:
 // python/bitmill/ops/salient_scatter.py.
+#include "boxing.h"
 #include "checks.h"
 #include "int8_rows.h"
 #include "salient_scatter.h"
@@ -121,6 +122,6 @@ Tensor salient_weight_cpu(Tensor weight, Tensor index, Tensor value, std::option
 }  // namespace bitmill
 
 STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) {
-  m.impl("salient_linear", TORCH_BOX(&bitmill::salient_linear_cpu));
-  m.impl("salient_weight", TORCH_BOX(&bitmill::salient_weight_cpu));
+  m.impl("salient_linear", BITMILL_BOX(bitmill::salient_linear_cpu));
+  m.impl("salient_weight", BITMILL_BOX(bitmill::salient_weight_cpu));
 }

@@ -25,7 +25,7 @@ from .bitpack import LEVELS, _pack_bits
 NEVER = 2**31 - 1  # first and last of a range that no dot product reaches
 MOST_EVALUATED = 1 << 16
 MOST_SINGLE = 64
-DOTS_TOGETHER = 1024
+EVALUATED_TOGETHER = 1 << 18  # floats: planning a model takes little memory beside it
 
 # No defaults: every argument is given by the wrapper.
 library.define(
@@ -219,58 +219,66 @@ def bit_ranges(
     """
     check_one_of("bit_ranges", "levels", levels, LEVELS)
     require(0 <= k <= MOST_EVALUATED, f"bit_ranges: k must be between 0 and {MOST_EVALUATED}, got {k}")
-    parts = torch.arange(-k, k + 1, dtype=torch.float32, device=device).unsqueeze(-1).split(DOTS_TOGETHER)
-    values = []
-    for part in parts:
+    dots = torch.arange(-k, k + 1, dtype=torch.float32, device=device).unsqueeze(-1)
+    edges: dict[int, list[Tensor]] = {1: [], -1: []}  # where an output's +1 or -1 begin, or have ended: [count, 2]
+    before, zeros, seen = torch.zeros(1, n, dtype=torch.int8, device=device), False, 0
+    for part in dots.split(max(1, EVALUATED_TOGETHER // max(n, 1))):
         value, expected = level(part), [part.shape[0], n]
         require(
             list(value.shape) == expected,
             f"bit_ranges: level must answer {expected} for {list(part.shape)}, got {list(value.shape)}",
         )
-        values.append(value.to(torch.int8))
-    found = torch.cat(values)
-    positive, others = _range_of(found > 0, k)
-    require(others is None, "bit_ranges: the dot products of an output that become +1 must be one range")
-    if levels != "sign" or bool((found != 0).all()):
+        value = value.to(torch.int8)
+        rows = torch.cat((before, value))
+        for sign, found in edges.items():
+            found.append((rows == sign).diff(dim=0).nonzero() + torch.tensor([seen, 0], device=device))
+        before, zeros, seen = value[-1:], zeros or not bool(value.all()), seen + len(value)
+    for sign, found in edges.items():
+        last = (before[0] == sign).nonzero()
+        found.append(torch.cat((torch.full_like(last, seen), last), 1))
+    positive, _ = _range_of(torch.cat(edges[1]), n, k, "+1 must be one range", 0)
+    if levels != "sign" or not zeros:
         return BitRanges(positive, None, None)
-    negative, others = _range_of(found < 0, k)
-    require(
-        others is None or others.shape[1] <= MOST_SINGLE,
-        "bit_ranges: the dot products of an output that become -1 must be about one range",
-    )
-    return BitRanges(positive, negative, others)
+    return BitRanges(positive, *_range_of(torch.cat(edges[-1]), n, k, "-1 must be about one range", MOST_SINGLE))
 
 
-def _range_of(active: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
-    """Of bool [2 k + 1, n]: first and last of each output's range, int32 [2, n], and what is outside it, [n, count].
+def _range_of(edges: Tensor, n: int, k: int, rule: str, most_outside: int) -> tuple[Tensor, Tensor | None]:
+    """First and last of each output's range, int32 [2, n], and the dot products outside it, [n, count].
 
-    The range is all of it if that is one piece, a wrapping one included; else the longest piece.
+    The range is all of them if that is one piece, a wrapping one included; else the longest piece.
+
+    Args:
+        edges: (place among the 2 k + 1 dot products, output) where a piece begins or has ended, in order of place.
     """
-    n, device = active.shape[1], active.device
-    padded = torch.nn.functional.pad(active.T, (1, 1))
-    outputs, begins = (padded[:, 1:] & ~padded[:, :-1]).nonzero(as_tuple=True)
-    ends = (padded[:, :-1] & ~padded[:, 1:]).nonzero(as_tuple=True)[1]  # one past the last
+    device = edges.device
+    place, outputs = edges[edges[:, 1].argsort(stable=True)].T
+    begins, ends, outputs = place[::2], place[1::2], outputs[::2]  # one past the last
 
     def of_output(values: Tensor, reduce: str) -> Tensor:
         return torch.zeros(n, dtype=torch.int64, device=device).scatter_reduce(
             0, outputs, values, reduce, include_self=False
         )
 
-    rank = (ends - begins) * (2 * k + 2) + begins  # by length, and no two alike
+    length = ends - begins
+    rank = length * (2 * k + 2) + begins  # by length, and no two alike
     chosen = rank == of_output(rank, "amax")[outputs]
     first, last = (torch.full((n,), NEVER, dtype=torch.int64, device=device) for _ in range(2))
     first[outputs[chosen]], last[outputs[chosen]] = begins[chosen] - k, ends[chosen] - 1 - k
-    wraps = (torch.bincount(outputs, minlength=n) == 2) & active[0] & active[-1]
+    reaches = of_output((begins == 0).long(), "amax") & of_output((ends == 2 * k + 1).long(), "amax")
+    wraps = (torch.bincount(outputs, minlength=n) == 2) & reaches.bool()
     first = torch.where(wraps, of_output(begins, "amax") - k, first)
     last = torch.where(wraps, of_output(ends, "amin") - 1 - k, last)
     ranges = torch.stack((first, last)).to(torch.int32)
-    others = active & ~_inside(torch.arange(-k, k + 1, device=device).unsqueeze(-1), ranges)
-    outputs, dots = others.T.nonzero(as_tuple=True)
+    outside = ~chosen & ~wraps[outputs]
+    outputs, begins, length = outputs[outside], begins[outside], length[outside]
     if len(outputs) == 0:
         return ranges, None
-    counts = torch.bincount(outputs, minlength=n)
+    counts = of_output(length, "sum")
     most = int(counts.max())
+    require(most <= most_outside, f"bit_ranges: the dot products of an output that become {rule}")
     single = torch.full((n, most), NEVER, dtype=torch.int32, device=device)
-    place = torch.arange(len(outputs), device=device) - (counts.cumsum(0) - counts)[outputs]
-    single[outputs, place] = (dots - k).to(torch.int32)
+    index = torch.arange(int(length.sum()), device=device)
+    dots = index + (begins - (length.cumsum(0) - length)).repeat_interleave(length)
+    outputs = outputs.repeat_interleave(length)
+    single[outputs, index - (counts.cumsum(0) - counts)[outputs]] = (dots - k).to(torch.int32)
     return ranges, single
