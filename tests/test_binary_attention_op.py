@@ -124,6 +124,17 @@ def test_softmax_aware_ties_and_thresholds() -> None:
                 )
 
 
+def test_elastic_ties_under_a_bias() -> None:
+    """Weights that are exactly the threshold's share of their sum, and those one rounding of alpha away from it."""
+    for m in (2, 16, 64, 256):
+        q, k, v = torch.ones(5, 32), torch.ones(m, 32), torch.randn(m, 16)
+        bias = torch.arange(5.0)[:, None].expand(5, m)
+        for alpha in (2 / m, 2 / m * (1 - 2**-23), 2 / m * (1 + 2**-23)):
+            steps = (*STEPS[:3], torch.tensor(alpha))
+            for mask in (bias, bias.clone(), bias.bfloat16().contiguous()):
+                assert_alike(q, k, v, mask, "elastic", None, 0.25, "torch", *steps, what=(m, alpha))
+
+
 @every_rule
 def test_binary_attention_of_every_layout(rule: str) -> None:
     q, k, v = operands(n=37, m=45, d=33, e=20)

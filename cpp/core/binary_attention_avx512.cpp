@@ -176,7 +176,7 @@ void to_dots(const AttentionTask& t, bool ternary, int32_t* distance) {
 }
 
 template <int words, bool ternary>
-void make_map(const Block& b, int64_t batch, int64_t row, int64_t rows, int32_t* distance) {
+void make_map(const Block& b, int64_t batch, int64_t row, int64_t rows, int32_t* distance, double* weight) {
   const AttentionTask& t = b.t;
   if (t.p.rule == AttentionRule::bool_ && !t.biased) return decide_bool<words, ternary>(b);
   // so far that every rule's weight of it is 0, whatever the nearest key of the row
@@ -185,7 +185,8 @@ void make_map(const Block& b, int64_t batch, int64_t row, int64_t rows, int32_t*
   if (t.biased) to_dots(t, ternary, distance);
   for (int r = 0; r < rows; ++r) {
     const int32_t* of_row = distance + r * 32 * t.map_words;
-    b.count[r] = t.biased ? decide(t, batch, row + r, of_row, b.bits[r]) : decide_row<ternary>(b, r, of_row, far);
+    b.count[r] = t.biased ? decide_biased_avx512(t, batch, row + r, of_row, b.bits[r], weight)
+                          : decide_row<ternary>(b, r, of_row, far);
   }
 }
 
@@ -333,6 +334,8 @@ void attention_rows_avx512(const AttentionTask& t, int64_t batch, int64_t first,
   const int64_t queries = kRowsTogether * t.words, map = kRows * t.map_words;
   const int64_t keys = key_tiles(t.p.m) * t.words * kTileRows;
   const std::unique_ptr<int32_t[]> scratch(new int32_t[static_cast<size_t>(2 * queries + map + distances)]());
+  const bool weighs = t.biased && t.p.rule == AttentionRule::elastic;
+  const std::unique_ptr<double[]> weight(weighs ? new double[static_cast<size_t>(32 * t.map_words)] : nullptr);
   int32_t *q = scratch.get(), *q_nonzero = q + queries, *distance = q_nonzero + queries + map;
   uint32_t* bits = reinterpret_cast<uint32_t*>(q_nonzero + queries);
   const bool zeros = pack_queries(t, batch, first, last, t.k_zeros[batch], q, q_nonzero) || t.k_zeros[batch];
@@ -352,13 +355,13 @@ void attention_rows_avx512(const AttentionTask& t, int64_t batch, int64_t first,
       b.bits[r] = bits + r * t.map_words;
     }
     if (zeros) {
-      make_map<0, true>(b, batch, row, rows, distance);
+      make_map<0, true>(b, batch, row, rows, distance, weight.get());
     } else if (t.words == 1) {
-      make_map<1, false>(b, batch, row, rows, distance);
+      make_map<1, false>(b, batch, row, rows, distance, weight.get());
     } else if (t.words == 2) {
-      make_map<2, false>(b, batch, row, rows, distance);
+      make_map<2, false>(b, batch, row, rows, distance, weight.get());
     } else {
-      make_map<0, false>(b, batch, row, rows, distance);
+      make_map<0, false>(b, batch, row, rows, distance, weight.get());
     }
     if (t.v_zeros[batch]) {
       make_context<true>(b, batch, row, rows);

@@ -69,7 +69,7 @@ class BinaryWindowAttention(nn.Module):
 
     def bias(self, windows: int, mask: Tensor | None) -> Tensor:
         """Of the scores, [heads, n, n], or [windows, heads, n, n] with a mask [windows of an image, n, n]."""
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).contiguous()
         return bias if mask is None else (bias + mask.unsqueeze(1)).repeat(windows // len(mask), 1, 1, 1)
 
 

@@ -109,7 +109,8 @@ class BinaryAttention(nn.Module):
     def _steps(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """The four steps; before the first training batch the values that the first-use rule gives for this input."""
         steps, ready = [self.alpha_q, self.alpha_k, self.alpha_v, self.alpha_a], self.alpha_ready
-        if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:  # an empty batch has no mean
+        known = ready.device.type == "cpu" and not torch.compiler.is_compiling() and bool(ready)
+        if known or q.numel() == 0 or k.numel() == 0 or v.numel() == 0:  # an empty batch has no mean
             return [alpha.float() for alpha in steps]
         first = [elastic_alpha(t.detach().float()) for t in (q, k, v)]
         first.append(first[0].new_full((), 4 / k.shape[-2]))  # 4 mean P: the probabilities of a row sum to 1
