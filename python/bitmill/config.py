@@ -124,8 +124,9 @@ class SalientConfig(Config):
 
     Attributes:
         fraction: share of the weights that stays salient, in [0, 1].
-        bits: 8 (uint8 codes, per-row asymmetric min/max) or 16 (float16).
-        metric: how salience is measured; "magnitude" |w|.
+        bits: 8 or 4 (codes with a per-row asymmetric min/max, one byte each) or 16 (float16).
+        metric: how salience is measured: "magnitude" |w|, or by what an error costs, which `recipes.pb_llm` knows from
+            activations: "hessian" w^2 / U_jj^2 (the published code) or "hessian_paper" w^2 / (H^-1)_jj^2 (the paper).
         structure: "element" takes single weights; "column" whole columns, by the sum of their metric: faster and
             smaller for the same fraction, at a loss of accuracy.
         scale: "unbiased" divides by the number of binarised weights, "official" by the group width, as the published
@@ -148,8 +149,8 @@ class SalientConfig(Config):
     def __post_init__(self) -> None:
         number = isinstance(self.fraction, (int, float)) and not isinstance(self.fraction, bool)
         self._require("fraction", number and 0 <= self.fraction <= 1, "a number in [0, 1]")
-        self._require_one_of("bits", (8, 16))
-        self._require_one_of("metric", ("magnitude",))
+        self._require_one_of("bits", (4, 8, 16))
+        self._require_one_of("metric", ("magnitude", "hessian", "hessian_paper"))
         self._require_one_of("structure", STRUCTURES)
         self._require_one_of("activations", ACTIVATIONS)
         self._require_one_of("scale", ("unbiased", "official"))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """SalientLinear: PB-LLM's partially binarised linear layer (arXiv 2310.00034).
 
-A fixed fraction of the weights, single ones or whole columns, is salient and keeps 8 or 16 bits; every other weight is
-mu + alpha sgn(w - mu), with sgn(0) = +1. Training form and packed form hold the same weight bit for bit; their outputs
-differ by summation order.
+A fixed fraction of the weights, single ones or whole columns, is salient and keeps 4, 8 or 16 bits; every other weight
+is mu + alpha sgn(w - mu), with sgn(0) = +1. Training form and packed form hold the same weight bit for bit; their
+outputs differ by summation order.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ..ops.salient_scatter import (
     binary_statistics,
     binary_value,
     high_bit_codes,
+    high_bit_scales,
     rounded_to_float16,
     salient_columns,
     salient_mask,
@@ -44,34 +45,67 @@ ARRAYS = ("weight", "index", "value", "start", "alpha", "mu", "value_scale", "va
 _salient_linear = torch.ops.bitmill.salient_linear.default
 
 
+class Scales(NamedTuple):
+    """What a weight [n, k] is quantised with.
+
+    alpha and mu (None: 0) float32 [n, groups]: of the binarised form. scale and zero float32 [n]: of the salient form's
+    codes, or None for a float16 instead of a code.
+    """
+
+    alpha: Tensor
+    mu: Tensor | None
+    scale: Tensor | None
+    zero: Tensor | None
+    bits: int
+    group_size: int
+
+    @classmethod
+    def of(cls, weight: Tensor, mask: Tensor, config: SalientConfig) -> Scales:
+        """The config's rules applied to a weight [n, k] and the mask of its salient entries."""
+        w, group_size = weight.detach().float(), config.group_size or 0
+        alpha, mu = binary_statistics(w, mask, group_size, config.scale, config.centre)
+        scale, zero = (None, None) if config.bits == 16 else high_bit_scales(w, config.bits)
+        return cls(alpha, mu, scale, zero, config.bits, group_size)
+
+    def of_group(self, column: int) -> Scales:
+        """For the columns of one group alone: of the group that has this column."""
+        if not self.group_size:
+            return self
+        group = slice(column // self.group_size, column // self.group_size + 1)
+        mu = None if self.mu is None else self.mu[:, group]
+        return self._replace(alpha=self.alpha[:, group], mu=mu, group_size=0)
+
+    def quantise(self, weight: Tensor) -> QuantisedWeight:
+        """A detached weight [n, k] in both forms."""
+        w = weight.detach().float()
+        centred = w if self.mu is None else w - columns_of_groups(self.mu, w.shape[1], self.group_size)
+        if self.scale is None or self.zero is None:
+            return QuantisedWeight(centred >= 0, rounded_to_float16(w), self)
+        return QuantisedWeight(centred >= 0, high_bit_codes(w, self.scale, self.zero, self.bits), self)
+
+
 class QuantisedWeight(NamedTuple):
     """A weight [n, k] in both forms at once; the mask says which one counts.
 
-    plus bool [n, k], alpha and mu float32 [n, groups]: the binarised form. codes [n, k]: the salient form, uint8 with
-    scale and zero float32 [n], or without them float32 that a float16 holds exactly.
+    plus bool [n, k]: the sign of the binarised form. codes [n, k]: the salient form, uint8, or float32 that a float16
+    holds exactly.
     """
 
     plus: Tensor
-    alpha: Tensor
-    mu: Tensor | None
     codes: Tensor
-    scale: Tensor | None
-    zero: Tensor | None
+    scales: Scales
+
+    def binary(self) -> Tensor:
+        return binary_value(self.plus, self.scales.alpha, self.scales.mu, self.scales.group_size)
 
     def salient(self) -> Tensor:
-        if self.scale is None or self.zero is None:
+        if self.scales.scale is None or self.scales.zero is None:
             return self.codes
-        return salient_value(self.codes, self.scale, self.zero)
+        return salient_value(self.codes, self.scales.scale, self.scales.zero)
 
-
-def quantise_weight(weight: Tensor, mask: Tensor, config: SalientConfig) -> QuantisedWeight:
-    """The config's rules applied to a detached weight."""
-    w, group_size = weight.detach().float(), config.group_size or 0
-    alpha, mu = binary_statistics(w, mask, group_size, config.scale, config.centre)
-    centred = w if mu is None else w - columns_of_groups(mu, w.shape[1], group_size)
-    if config.bits == 8:
-        return QuantisedWeight(centred >= 0, alpha, mu, *high_bit_codes(w))
-    return QuantisedWeight(centred >= 0, alpha, mu, rounded_to_float16(w), None, None)
+    def value(self, mask: Tensor) -> Tensor:
+        """float32 [n, k]: the salient form where `mask`, the binarised one elsewhere."""
+        return torch.where(mask, self.salient(), self.binary())
 
 
 class SalientLinear(LatentLinear):
@@ -89,16 +123,20 @@ class SalientLinear(LatentLinear):
     mask: Tensor
 
     def create_state(self, device: torch.device, dtype: torch.dtype) -> None:
+        if self.config.metric != "magnitude":
+            raise ValueError(
+                f"SalientLinear: config.metric must be 'magnitude' where no activations are seen, got"
+                f" {self.config.metric!r}; use bitmill.recipes.pb_llm"
+            )
         measure = salient_columns if self.config.structure == "column" else salient_mask
         self.register_buffer("mask", measure(self.weight, self.config.fraction))
 
     def quantised_weight(self) -> Tensor:
         """What the layer multiplies with, float32 [out_features, in_features], with its straight-through gradient."""
-        parts = quantise_weight(self.weight, self.mask, self.config)
-        binary = binary_value(parts.plus, parts.alpha, parts.mu, self.config.group_size or 0)
+        parts = Scales.of(self.weight, self.mask, self.config).quantise(self.weight)
         latent = self.weight.float()
         # The difference is exactly 0: it brings the gradient of the latent weight and leaves the value alone.
-        return torch.where(self.mask, parts.salient(), binary + (latent - latent.detach()))
+        return torch.where(self.mask, parts.salient(), parts.binary() + (latent - latent.detach()))
 
     def forward(self, x: Tensor) -> Tensor:
         require_width("SalientLinear", x, self.in_features)
@@ -114,34 +152,8 @@ class SalientLinear(LatentLinear):
             ValueError: for a weight with NaN or infinity, or one that is too large for its scales or for float16.
         """
         require_finite("SalientLinear", self.weight)
-        mask, config = self.mask, self.config
-        parts = quantise_weight(self.weight, mask, config)
-        value = parts.codes.to(torch.uint8 if config.bits == 8 else torch.float16)
-        for number in (parts.alpha, parts.mu, parts.scale, value[mask]):
-            if number is not None and not torch.isfinite(number).all():
-                raise ValueError(
-                    f"SalientLinear: weight must be small enough for {config.bits}-bit salient weights and float32"
-                    f" scales, got magnitudes up to {self.weight.abs().max().item():.3g}; scale the weight down"
-                )
-        if config.structure == "column":
-            columns = mask.any(0)
-            if not torch.equal(mask, columns.expand_as(mask)):
-                raise ValueError(
-                    'SalientLinear: mask must mark whole columns for structure "column", got parts of some'
-                )
-            index, value, start = encode_columns(columns, value)
-        else:
-            index, value, start = encode(mask, value)
-        packed = PackedSalientLinear(
-            *(self.in_features, self.out_features, self.bias is not None, config),
-            *(encoding_of("SalientLinear", index), (value if index.dim() == 3 else index).shape[0], "meta"),
-        )
-        packed.weight = tile_pack((parts.plus & ~mask).to(torch.uint8), 1)
-        packed.index, packed.value, packed.start = index, value, start
-        packed.alpha, packed.mu = parts.alpha, parts.mu
-        packed.value_scale, packed.value_zero = parts.scale, parts.zero
-        packed.bias = None if self.bias is None else self.bias.detach().float().clone()
-        return packed.train(self.training)
+        parts = Scales.of(self.weight, self.mask, self.config).quantise(self.weight)
+        return PackedSalientLinear.from_parts(parts, self.mask, self.bias, self.config).train(self.training)
 
     @torch.no_grad()
     def dequantize(self) -> nn.Linear:
@@ -185,7 +197,7 @@ class PackedSalientLinear(PackedModule):
             raise ValueError(f"PackedSalientLinear: encoding must be one of {', '.join(ENCODINGS)}, got {encoding!r}")
         self.in_features, self.out_features = in_features, out_features
         groups = ceil_div(in_features, self.config.group_size) if self.config.group_size else 1
-        codes = self.config.bits == 8
+        codes = self.config.bits != 16
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -208,6 +220,42 @@ class PackedSalientLinear(PackedModule):
     def from_linear(cls, linear: nn.Linear, config: SalientConfig | None = None) -> PackedSalientLinear:
         """Partially binarise and pack an nn.Linear."""
         return SalientLinear.from_linear(linear, config).pack()
+
+    @classmethod
+    @torch.no_grad()
+    def from_parts(
+        cls, parts: QuantisedWeight, mask: Tensor, bias: Tensor | None, config: SalientConfig
+    ) -> PackedSalientLinear:
+        """Pack a weight [n, k] that is quantised already, by the config's rules or from other scales of its form.
+
+        Raises:
+            ValueError: for scales or values that are not finite, or a mask [n, k] that the structure cannot hold.
+        """
+        (n, k), scales = parts.plus.shape, parts.scales
+        value = parts.codes.to(torch.float16 if config.bits == 16 else torch.uint8)
+        for number in (scales.alpha, scales.mu, scales.scale, value[mask]):
+            if number is not None and not torch.isfinite(number).all():
+                raise ValueError(
+                    f"SalientLinear: weight must be small enough for {config.bits}-bit salient weights and float32"
+                    " scales, got a scale or a value that overflows; scale the weight down"
+                )
+        if config.structure == "column":
+            columns = mask.any(0)
+            if not torch.equal(mask, columns.expand_as(mask)):
+                raise ValueError(
+                    'SalientLinear: mask must mark whole columns for structure "column", got parts of some'
+                )
+            index, value, start = encode_columns(columns, value)
+        else:
+            index, value, start = encode(mask, value)
+        entries = (value if index.dim() == 3 else index).shape[0]
+        packed = cls(k, n, bias is not None, config, encoding_of("SalientLinear", index), entries, "meta")
+        packed.weight = tile_pack((parts.plus & ~mask).to(torch.uint8), 1)
+        packed.index, packed.value, packed.start = index, value, start
+        packed.alpha, packed.mu = scales.alpha, scales.mu
+        packed.value_scale, packed.value_zero = scales.scale, scales.zero
+        packed.bias = None if bias is None else bias.detach().float().clone()
+        return packed
 
     def arguments(self) -> dict[str, Any]:
         encoding = encoding_of("PackedSalientLinear", self.index)

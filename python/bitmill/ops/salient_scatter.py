@@ -262,12 +262,14 @@ def salient_columns(weight: Tensor, fraction: float) -> Tensor:
     return columns.expand(n, k).clone()
 
 
-def salient_mask(weight: Tensor, fraction: float) -> Tensor:
-    """bool [n, k]: the `fraction` of the whole matrix with the largest |w|.
+def salient_mask(weight: Tensor, fraction: float, group_size: int = 0) -> Tensor:
+    """bool [n, k]: the `fraction` with the largest |w| of the whole matrix, or of each group of columns, all rows.
 
     PB-LLM's rule: tau is the int((1 - fraction) numel)-th smallest |w|, counted from 0, and |w| <= tau is binarised,
     ties included. 0 makes nothing salient, 1 everything.
     """
+    if group_size:
+        return torch.cat([salient_mask(part, fraction) for part in weight.split(group_size, 1)], 1)
     if fraction >= 1 or weight.is_meta:
         return torch.full_like(weight, fraction >= 1, dtype=torch.bool)
     magnitude = weight.detach().float().abs()
@@ -302,11 +304,11 @@ def binary_statistics(
     return torch.where(counted, values - mu.unsqueeze(2), 0.0).abs().sum(2) / count, mu
 
 
-def high_bit_codes(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric min/max codes of each row: uint8 [n, k], scale and zero float32 [n]; the range includes 0.
+def high_bit_scales(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Asymmetric min/max scale and zero, float32 [n], of each row; the range includes 0.
 
-    s = (max - min) / (2^bits - 1), z = round(-min / s), code = clamp(round(w / s) + z); a row of zeros has the
-    range [-1, 1]. The order of the float32 operations is that of the published code; ties round to even.
+    s = (max - min) / (2^bits - 1), z = round(-min / s); a row of zeros has the range [-1, 1]. The order of the float32
+    operations is that of the published code.
     """
     levels = (1 << bits) - 1
     w = weight.float()
@@ -315,9 +317,13 @@ def high_bit_codes(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tenso
     scale = (high - low) / levels
     empty = scale == 0
     low, scale = torch.where(empty, -1.0, low), torch.where(empty, 2 / levels, scale)
-    zero = torch.round(-low / scale)
-    codes = torch.clamp(torch.round(w / scale.unsqueeze(1)) + zero.unsqueeze(1), 0, levels)
-    return codes.to(torch.uint8), scale, zero
+    return scale, torch.round(-low / scale)
+
+
+def high_bit_codes(weight: Tensor, scale: Tensor, zero: Tensor, bits: int = 8) -> Tensor:
+    """uint8 [n, k]: clamp(round(w / s) + z, 0, 2^bits - 1) with the scale and zero of each row; ties round to even."""
+    codes = torch.round(weight.float() / scale.unsqueeze(1)) + zero.unsqueeze(1)
+    return codes.clamp(0, (1 << bits) - 1).to(torch.uint8)
 
 
 def rounded_to_float16(weight: Tensor) -> Tensor:

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantising a language model block by block: what post-training methods share, whatever a layer becomes.
+
+Each decoder block sees the calibration text as the quantised blocks before it pass it on. One block at a time: a
+forward pass measures the Hessian of every linear layer's input, the layers are swapped, a second pass makes the next
+block's input. What a block is called with besides the activations (masks, position tables) does not depend on weights,
+so one pass of the unquantised model records it for all blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .._checkpoint_file import digest
+from ..checkpoint import load, save
+from ..convert import Filter, replace_modules, require_bare
+from .gptq import Hessian
+
+Batch = Tensor | Mapping[str, Any]
+QuantiseLinear = Callable[[nn.Linear, Hessian], tuple[nn.Module, float]]
+"""A layer and the Hessian of its inputs to the layer that replaces it and its relative error."""
+
+
+class _Stop(Exception):
+    """Ends a forward pass where all has been seen."""
+
+
+def random_windows(ids: Tensor, count: int, length: int, seed: int = 0) -> list[Tensor]:
+    """`count` batches of one sequence, int64 [1, length], from random places of a text's ids, int64 [tokens].
+
+    Raises:
+        ValueError: if the text is shorter than one window.
+    """
+    if ids.dim() != 1 or not 0 < length <= ids.numel():
+        raise ValueError(
+            f"random_windows: ids must be one-dimensional with at least {length} tokens, got {list(ids.shape)}; take"
+            " more text or shorter windows"
+        )
+    starts = torch.randint(ids.numel() - length + 1, (count,), generator=torch.Generator().manual_seed(seed))
+    return [ids[start : start + length].unsqueeze(0) for start in starts.tolist()]
+
+
+def decoder_blocks(model: nn.Module, name: str | None = None) -> tuple[str, nn.ModuleList]:
+    """The name and the list of a model's blocks: the one outermost nn.ModuleList whose items have nn.Linear layers.
+
+    Raises:
+        ValueError: if there is none or more than one, or no list of this name.
+    """
+    if name is not None:
+        named = dict(model.named_modules()).get(name)
+        if not isinstance(named, nn.ModuleList) or not len(named):
+            raise ValueError(f"decoder_blocks: blocks must name an nn.ModuleList of the model, got {name!r}")
+        return name, named
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside and all(map(_has_linear, module)):
+            found[path] = module
+    if len(found) != 1:
+        seen = f"the lists {', '.join(found)}" if found else "no such list"
+        raise ValueError(
+            f"decoder_blocks: the model must keep blocks with nn.Linear layers in one nn.ModuleList, got {seen}; name"
+            " it with blocks=... (a model that has been quantised has no nn.Linear left)"
+        )
+    return next(iter(found.items()))
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(type(m) is nn.Linear for m in module.modules())
+
+
+class _Calls:
+    """What every block is called with for every batch, and the activations in front of the block whose turn it is."""
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Batch]) -> None:
+        self.hidden: list[Tensor] = []
+        self.others: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in blocks]
+        handles = [
+            block.register_forward_pre_hook(self._recorder(index, index == len(blocks) - 1), with_kwargs=True)
+            for index, block in enumerate(blocks)
+        ]
+        try:
+            for batch in batches:
+                try:
+                    model(**batch) if isinstance(batch, Mapping) else model(batch)
+                except _Stop:
+                    continue
+                raise ValueError("quantize_: a forward pass of the model must reach its last block, it did not")
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not self.hidden:
+            raise ValueError("quantize_: batches must hold calibration text, got none")
+
+    def _recorder(self, index: int, last: bool) -> Callable[..., None]:
+        def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not args or not isinstance(args[0], Tensor):
+                raise ValueError(
+                    f"quantize_: a block must take the activations as its first argument, {type(block).__name__} got"
+                    f" {', '.join(kwargs) or 'none'}"
+                )
+            if index == 0:
+                self.hidden.append(args[0])
+            call = args[1:], kwargs
+            # Batches of one shape have equal masks and tables: one copy of each is enough.
+            self.others[index].append(_shared(call, self.others[index][-1]) if self.others[index] else call)
+            if last:
+                raise _Stop
+
+        return record
+
+    def run(self, index: int, block: nn.Module) -> Iterator[Tensor]:
+        """The block's outputs, batch after batch."""
+        for hidden, (args, kwargs) in zip(self.hidden, self.others[index], strict=True):
+            output = block(hidden, *args, **kwargs)
+            yield output[0] if isinstance(output, tuple) else output
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Replace the activations by what the block makes of them, one batch at a time."""
+        for number, output in enumerate(self.run(index, block)):
+            self.hidden[number] = output
+        self.others[index].clear()
+
+
+def _shared(new: Any, old: Any) -> Any:
+    """`new`, with every tensor that equals the one at its place in `old` taken from there."""
+    if isinstance(new, Tensor):
+        same = isinstance(old, Tensor) and new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
+        return old if same else new
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {key: _shared(value, old.get(key)) for key, value in new.items()}
+    if type(new) is tuple and type(old) is tuple and len(new) == len(old):
+        return tuple(_shared(a, b) for a, b in zip(new, old, strict=True))
+    return new
+
+
+class _Measured:
+    """Hessians of linear layers; layers that are called with the same tensor share one."""
+
+    def __init__(self, layers: dict[str, nn.Linear]) -> None:
+        self.hessians: dict[str, Hessian] = {}
+        self.seen: list[tuple[Tensor, Hessian]] = []  # of the batch in progress; holding the tensors keeps them apart
+        self.handles = [layer.register_forward_pre_hook(self._adder(name)) for name, layer in layers.items()]
+
+    def _adder(self, name: str) -> Callable[..., None]:
+        def add(layer: nn.Linear, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            known = next((hessian for tensor, hessian in self.seen if tensor is x), None)
+            hessian = self.hessians.setdefault(name, known or Hessian(layer.in_features, x.device))
+            if hessian is not known:
+                hessian.add(x)
+                self.seen.append((x, hessian))
+
+        return add
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients and without a key-value cache; afterwards all as it was."""
+    training = {name: module.training for name, module in model.named_modules()}
+    config = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
+    model.eval()
+    if cache:
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for name, module in model.named_modules():  # layers that were swapped take over from those they replace
+            module.training = training.get(name, False)
+        if cache:
+            config.use_cache = cache  # type: ignore[union-attr]
+
+
+class _Folder:
+    """Finished blocks on disk: block-000.safetensors, ..., and run.json, which says what they are of.
+
+    A block counts as finished once run.json names it, with the errors of its layers and the digest of what it was made
+    from.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], calls: _Calls) -> None:
+        self.path, self.file = Path(path), Path(path) / "run.json"
+        self.path.mkdir(parents=True, exist_ok=True)
+        tensors = {str(number): t.cpu().contiguous() for number, t in enumerate(calls.hidden)}
+        self.run: dict[str, Any] = {"settings": dict(settings), "text": digest({}, tensors), "blocks": []}
+        if self.file.exists():
+            run = json.loads(self.file.read_text())
+            for key in ("settings", "text"):
+                if run.get(key) != self.run[key]:
+                    raise ValueError(
+                        f"quantize_: folder must hold a run with the same {key}, {self.path} holds another one; take"
+                        " another folder"
+                    )
+            self.run = run
+
+    def resume(self, index: int, block: nn.Module) -> dict[str, float] | None:
+        """Load a finished block into the model's and return its layers' errors; None if there is none."""
+        if index >= len(self.run["blocks"]):
+            return None
+        finished = self.run["blocks"][index]
+        if finished["original"] != self.digest_of(block):
+            raise ValueError(
+                f"quantize_: folder must hold a run of the same model, {self.path} has another block {index}; take"
+                " another folder"
+            )
+        load(block, self.path / f"block-{index:03}.safetensors")
+        return finished["errors"]
+
+    def keep(self, block: nn.Module, original: str, errors: dict[str, float]) -> None:
+        save(block, self.path / f"block-{len(self.run['blocks']):03}.safetensors")
+        self.run["blocks"].append({"original": original, "errors": errors})
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.run))
+        os.replace(temporary, self.file)
+
+    @staticmethod
+    def digest_of(block: nn.Module) -> str:
+        return digest({}, {name: t.cpu().contiguous() for name, t in block.state_dict().items()})
+
+
+def quantize_blocks_(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    quantise: QuantiseLinear,
+    settings: Mapping[str, Any],
+    blocks: str | None = None,
+    filter_fn: Filter | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Swap the nn.Linear layers of the decoder blocks for what `quantise` makes of them, block by block, in place.
+
+    Args:
+        settings: plain data that says what `quantise` does; a folder belongs to one of them.
+        model, batches, blocks, filter_fn, folder, progress: as `pb_llm.quantize_` has them.
+    Returns:
+        The error of every layer that was swapped, by its name.
+    Raises:
+        ValueError: as `pb_llm.quantize_`.
+    """
+    prefix, found = decoder_blocks(model, blocks)
+    layers = [_layers_of(block, f"{prefix}.{index}", filter_fn) for index, block in enumerate(found)]
+    if not any(layers):
+        raise ValueError("quantize_: the decoder blocks must contain nn.Linear that the filter accepts, got none")
+    errors: dict[str, float] = {}
+    with _evaluating(model):
+        calls = _Calls(model, found, batches)
+        names = [name for named in layers for name in named]
+        kept = None if folder is None else _Folder(folder, {**settings, "layers": names}, calls)
+        with tqdm(total=len(names), unit="layer", disable=None if progress else True) as bar:
+            for index, block in enumerate(found):
+                done = None if kept is None else kept.resume(index, block)
+                if done is None:
+                    original = "" if kept is None else kept.digest_of(block)
+                    done = _quantize_block_(block, layers[index], calls, index, quantise, bar)
+                    if kept is not None:
+                        kept.keep(block, original, done)
+                else:
+                    bar.update(len(done))
+                errors.update(done)
+                if index < len(found) - 1:
+                    calls.advance(index, block)
+    return errors
+
+
+def _layers_of(block: nn.Module, prefix: str, filter_fn: Filter | None) -> dict[str, nn.Linear]:
+    layers: dict[str, nn.Linear] = {}
+    for path, module in block.named_modules():
+        name = f"{prefix}.{path}"
+        if type(module) is nn.Linear and (filter_fn is None or filter_fn(module, name)):
+            try:
+                require_bare(module)
+            except ValueError as error:
+                raise ValueError(f"quantize_: {name}: {error}") from None
+            layers[name] = module
+    return layers
+
+
+def _quantize_block_(
+    block: nn.Module, layers: dict[str, nn.Linear], calls: _Calls, index: int, quantise: QuantiseLinear, bar: Any
+) -> dict[str, float]:
+    if not layers:
+        return {}
+    measured = _Measured(layers)
+    try:
+        for _ in calls.run(index, block):
+            measured.seen.clear()
+    finally:
+        measured.remove()
+    errors: dict[str, float] = {}
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, layer in layers.items():
+        if name not in measured.hessians:
+            raise ValueError(f"quantize_: {name}: the calibration text must reach every layer, it never calls this one")
+        try:
+            replacements[layer], errors[name] = quantise(layer, measured.hessians[name])
+        except ValueError as error:
+            raise ValueError(f"quantize_: {name}: {error}") from None
+        bar.update()
+        bar.set_postfix(layer=name, error=f"{errors[name]:.4f}")
+    replace_modules(block, replacements)
+    return errors
