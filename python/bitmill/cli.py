@@ -35,13 +35,27 @@ def main(arguments: list[str] | None = None) -> int:
     )
     demo.set_defaults(run=_demo)
 
-    bench = commands.add_parser("bench", help="will a packed layer be faster than nn.Linear on this machine?")
-    bench.add_argument("--layer", choices=LAYER_KINDS, help="time this one (default: all)")
-    bench.add_argument("--shape", metavar="M,N,K", type=parse_shape, help="M rows, weight N x K (128,768,768)")
-    bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations")
+    bench = commands.add_parser("bench", help="will a packed layer or model be faster than the float one, here?")
     bench.add_argument("--threads", metavar="N", type=parse_threads, help="threads (default: as torch chooses)")
     bench.add_argument("--json", action="store_true", help="print JSON")
-    bench.set_defaults(run=_bench)
+    layer = bench.add_argument_group("layers", "packed layers against nn.Linear (default)")
+    layer.add_argument("--layer", choices=LAYER_KINDS, help="time this one (default: all)")
+    layer.add_argument("--shape", metavar="M,N,K", type=parse_shape, help="M rows, weight N x K (128,768,768)")
+    layer.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the activations (float32)")
+    model = bench.add_argument_group(
+        "models", "a whole binary model, chained and layer by layer, against torch's float32, bfloat16 and int8 models"
+    )
+    model.add_argument("--model", choices=MODELS, help="an architecture of transformers, with random weights")
+    model.add_argument("--method", choices=MODEL_METHODS, help="(bibert for texts, bivit for images)")
+    model.add_argument("--tokens", metavar="N", type=parse_count, help="of each text (128)")
+    model.add_argument("--batch", metavar="B", type=parse_count, help="texts or images (1; with --lengths 16)")
+    model.add_argument(
+        "--lengths", metavar="MIN..MAX", type=parse_lengths, help="texts of mixed lengths, and what their padding costs"
+    )
+    model.add_argument("--profile", action="store_true", help="where the time of the chained model goes")
+    model.add_argument("--memory", action="store_true", help="peak memory of the packed model, in another process")
+    model.add_argument("--peers", action="store_true", help="int8 of OpenVINO (with nncf) and ONNX Runtime (with onnx)")
+    bench.set_defaults(run=_bench, error=bench.error)
 
     options = parser.parse_args(arguments)
     try:
@@ -138,6 +152,10 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 LAYER_KINDS = ("binary", "binary-weight", "salient", "fp4", "mxfp4")
+MODELS = ("bert-base", "minilm", "deit-t", "deit-s", "deit-b")
+MODEL_METHODS = ("bibert", "bit", "bivit")
+LAYER_OPTIONS = ("layer", "shape", "dtype")
+MODEL_OPTIONS = ("method", "tokens", "batch", "lengths", "profile", "memory", "peers")
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -154,26 +172,54 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def parse_threads(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= 1024:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1024, got {text!r}")
+    return parse_count(text, 1024)
+
+
+def parse_count(text: str, most: int = 1 << 16) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= most:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}, got {text!r}")
     return int(text)
 
 
+def parse_lengths(text: str) -> tuple[int, int]:
+    shortest, _, longest = text.partition("..")
+    try:
+        return int(shortest), int(longest)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected two whole numbers like 5..128, got {text!r}") from None
+
+
 def _bench(options: argparse.Namespace) -> None:
+    given = [f"--{name}" for name in (LAYER_OPTIONS if options.model else MODEL_OPTIONS) if getattr(options, name)]
+    if given:
+        options.error(f"{given[0]} does not go with --model" if options.model else f"{given[0]} needs --model")
     if importlib.util.find_spec("torch") is None:
         raise ImportError("it needs torch, which is not installed: pip install torch")
     import torch
 
-    from . import bench
-
     if options.threads:
         torch.set_num_threads(options.threads)
-    kinds = (options.layer,) if options.layer else LAYER_KINDS
-    result = bench.run(
-        kinds, options.shape or bench.DEFAULT_SHAPE, getattr(torch, options.dtype), progress=not options.json
-    )
+    result, text = _bench_model(options) if options.model else _bench_layers(options)
     result = {"cpu": cpu_name(), **result}
-    print(json.dumps(result, indent=2) if options.json else f"{result['cpu']}\n{bench.render(result)}")
+    print(json.dumps(result, indent=2) if options.json else f"{result['cpu']}\n{text}")
+
+
+def _bench_layers(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    import torch
+
+    from . import bench
+
+    kinds, dtype = (options.layer,) if options.layer else LAYER_KINDS, getattr(torch, options.dtype or "float32")
+    result = bench.run(kinds, options.shape or bench.DEFAULT_SHAPE, dtype, progress=not options.json)
+    return result, bench.render(result)
+
+
+def _bench_model(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from . import bench_model
+
+    chosen = {name: getattr(options, name) for name in MODEL_OPTIONS}
+    result = bench_model.run(options.model, **chosen, progress=not options.json)
+    return result, bench_model.render(result)
 
 
 if __name__ == "__main__":

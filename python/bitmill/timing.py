@@ -87,6 +87,8 @@ def stopwatch(call: Callable[[], object]) -> Sample:
         start = time.perf_counter()
         call()
         once = min(once, time.perf_counter() - start)
+        if once > 10 * SHORTEST:  # it will not be repeated
+            break
     repeat = max(1, math.ceil(SHORTEST / max(once, 1e-7)))
 
     def sample() -> float:

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory of a packed model's inference, measured in a process that does nothing else.
+
+Run as a program it is that process: it imports torch, transformers and bitmill, loads the file into a model without
+values, runs it a few times, and prints its resident bytes after the imports and at the peak since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+RUNS = 3
+STATUS = Path("/proc/self/status")  # its peak is the process's own: ru_maxrss starts with the parent's
+CLEAR = Path("/proc/self/clear_refs")
+
+
+def measure(model: nn.Module, name: str, method: str, lengths: list[int]) -> dict[str, int]:
+    """Bytes: "imports" before the model, "peak" on top of them.
+
+    Raises:
+        RuntimeError: where there is no /proc, or if the process fails.
+    """
+    from .checkpoint import save
+
+    if not STATUS.exists():
+        raise RuntimeError("peak memory is read from /proc/self/status, which only Linux has; leave --memory out")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save(model, path)
+        task = {"path": str(path), "name": name, "method": method, "lengths": lengths}
+        command = [sys.executable, "-m", __name__, json.dumps({**task, "threads": torch.get_num_threads()})]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(
+            f"the process that measures memory failed: {(result.stderr.splitlines() or ['it said nothing'])[-1]}"
+        )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def render(memory: dict[str, int]) -> str:
+    peak, imports = (memory[key] / 2**20 for key in ("peak", "imports"))
+    return (
+        f"peak memory {peak:.1f} MiB, loading included, on top of {imports:.0f} MiB of Python, torch and transformers"
+    )
+
+
+def resident(field: str) -> int:
+    """VmRSS, the resident bytes, or VmHWM, their peak."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])
+
+
+def main(task: dict[str, Any]) -> None:
+    from .bench_model import METHODS
+    from .checkpoint import load
+    from .integrations._bench_models import empty_model, random_inputs
+
+    torch.set_num_threads(task["threads"])
+    imports = resident("VmRSS")
+    with contextlib.suppress(OSError):  # where it is not allowed, a peak of the imports counts too
+        CLEAR.write_text("5")
+    model = empty_model(task["name"])
+    METHODS[task["method"]](model)
+    load(model, task["path"])
+    inputs = random_inputs(task["name"], task["lengths"])
+    with torch.inference_mode():
+        for _ in range(RUNS):
+            model(**inputs)
+    print(json.dumps({"imports": imports, "peak": resident("VmHWM") - imports}))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
