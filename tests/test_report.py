@@ -277,6 +277,7 @@ def test_a_summary_is_data() -> None:
     assert set(values) == {
         "layers",
         "bits_per_weight",
+        "chains",
         "complexity",
         "float_bytes",
         "paper_bytes",
