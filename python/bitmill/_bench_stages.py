@@ -6,12 +6,15 @@ from __future__ import annotations
 import gc
 import os
 import statistics
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from .timing import preemptions, stopwatch
+
+Result = TypeVar("Result")
 
 ROUNDS = 9
 MATMUL, ATTENTION, EMBEDDING, REST = "binary matmul", "binary attention", "embedding", "Python and dispatch"
@@ -62,11 +65,20 @@ def measure(model: Any, call: Callable[[], object], rounds: int = ROUNDS) -> dic
 
 
 def _once(call: Callable[[], object]) -> dict[str, float]:
-    """One call timed and one profiled, each after another that warms up."""
-    call()
-    start = time.perf_counter()
-    call()
-    whole = 1e3 * (time.perf_counter() - start)
+    """One call timed and one profiled."""
+    return {"whole": 1e3 * _undisturbed(stopwatch(call)), **_undisturbed(lambda: _profiled(call))}
+
+
+def _undisturbed(sample: Callable[[], Result]) -> Result:
+    """Of up to three, the first during which no other process took the CPU, or the last."""
+    for _ in range(3):
+        before, result = preemptions(), sample()
+        if preemptions() == before:
+            break
+    return result
+
+
+def _profiled(call: Callable[[], object]) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         call()
         with record_function(CALL):
@@ -77,7 +89,7 @@ def _once(call: Callable[[], object]) -> dict[str, float]:
         if CALL in scopes and event.name != EMBEDDING:
             stage = EMBEDDING if EMBEDDING in scopes else STAGE_OF.get(event.name, OTHER)
             stages[stage] += event.self_cpu_time_total / 1e3
-    return {"whole": whole, **stages}
+    return stages
 
 
 def _scopes(event: Any) -> set[str]:

@@ -98,12 +98,16 @@ def load(model: nn.Module, path: str | os.PathLike[str], chain: bool = True) -> 
     """
     metadata, tensors = read(Path(path))
     try:
-        return _load(model, metadata, tensors, chain)
+        _load(model, metadata, tensors)
     except ValueError as error:
         raise load_error(path, str(error)) from None
+    del tensors  # and with it the mapped file, before chains take memory
+    if chain:
+        chain_(model)
+    return list(metadata["modules"])
 
 
-def _load(model: nn.Module, metadata: dict[str, Any], tensors: dict[str, Tensor], chain: bool) -> list[str]:
+def _load(model: nn.Module, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Prepare everything, then change the model."""
     layers = _build_layers(model, metadata)
     built = {id(layer): module for module, layer in layers.items()}
@@ -145,9 +149,6 @@ def _load(model: nn.Module, metadata: dict[str, Any], tensors: dict[str, Tensor]
             elif id(slot.owner) not in built:
                 setattr(slot.owner, slot.key, value)
     replace_modules(model, layers)
-    if chain:
-        chain_(model)
-    return list(metadata["modules"])
 
 
 def file_size(model: nn.Module) -> int:
