@@ -287,8 +287,12 @@ void attention_rows_generic(const AttentionTask& t, int64_t batch, int64_t first
   scores.k = p.d;
   scores.dot = dot.data();
   binary_matmul(scores);
+  ValueAddend value_addend(p, batch);
+  std::vector<float> addend(rows);
   for (int64_t i = 0; i < rows; ++i) {
-    decide(t, batch, first + i, dot.data() + i * p.m, reinterpret_cast<uint32_t*>(map.data() + i * t.map_words));
+    uint32_t* bits = reinterpret_cast<uint32_t*>(map.data() + i * t.map_words);
+    decide(t, batch, first + i, dot.data() + i * p.m, bits);
+    addend[i] = value_addend.of(bits);
   }
   BinaryMatmulParams product;
   product.a = map.data();
@@ -313,7 +317,7 @@ void attention_rows_generic(const AttentionTask& t, int64_t batch, int64_t first
   with_dtype(p.dtype, p.out, [&](auto* out) {
     for (int64_t i = 0; i < rows; ++i) {
       auto* to = out + p.out_offset[batch] + (first + i) * p.out_row_stride;
-      for (int64_t c = 0; c < p.e; ++c) store(p.step * static_cast<float>(context[i * p.e + c]), to + c);
+      for (int64_t c = 0; c < p.e; ++c) store(p.step * static_cast<float>(context[i * p.e + c]) + addend[i], to + c);
     }
   });
 }

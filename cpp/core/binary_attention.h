@@ -69,6 +69,9 @@ struct BinaryAttentionParams {
   double threshold = 0;  // of elastic
   float step = 1.0f;     // of the context
 
+  Matrices value_addend;     // float32 [m] a matrix of the batch (rows of one column), or null: see below
+  float addend_step = 1.0f;  // the context gains fl(addend_step * (A value_addend)), the same for every channel
+
   void* out = nullptr;  // [n, e] each, of `dtype`
   const int64_t* out_offset = nullptr;
   int64_t out_row_stride = 0;
