@@ -236,8 +236,16 @@ struct PackedHeads {
   std::optional<Tensor> nonzero;
   int64_t words = 0;  // of a row
 
-  AttentionRows rows() const { return {data<int32_t>(sign), data_or_null<int32_t>(nonzero)}; }
+  AttentionRows rows() const {
+    return {sign.stride(sign.dim() - 2), data<int32_t>(sign), data_or_null<int32_t>(nonzero)};
+  }
 };
+
+// Whether the rows of t lie at even distances, whole and one sequence after another; such as a third of wider ones.
+bool evenly_spaced(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.stride(last) == 1 && (last == 1 || t.stride(0) == t.size(1) * t.stride(1));
+}
 
 PackedHeads packed_heads(const char* op, const char* name, const Tensor& sign, const std::string& nonzero_name,
                          const std::optional<Tensor>& nonzero, int64_t dims, int64_t heads) {
@@ -248,8 +256,13 @@ PackedHeads packed_heads(const char* op, const char* name, const Tensor& sign, c
   if (sizes.back() == 0 || sizes.back() % heads != 0) {
     fail(op, ": ", name, " must have a positive multiple of heads = ", heads, " words a row, got ", sizes.back());
   }
-  return {checked(op, name, sign, ScalarType::Int, sizes),
-          checked(op, nonzero_name.c_str(), nonzero, ScalarType::Int, sizes), sizes.back()};
+  check(op, name, sign, ScalarType::Int, sizes);
+  if (nonzero) check(op, nonzero_name.c_str(), *nonzero, ScalarType::Int, sizes);
+  const int64_t row = dims - 2;
+  if (evenly_spaced(sign) && (!nonzero || (evenly_spaced(*nonzero) && nonzero->stride(row) == sign.stride(row)))) {
+    return {sign, nonzero, sizes.back()};
+  }
+  return {as_contiguous(sign), nonzero ? std::optional(as_contiguous(*nonzero)) : std::nullopt, sizes.back()};
 }
 
 // Where each sequence's rows begin: of `sequences` of n rows, or of these lengths.

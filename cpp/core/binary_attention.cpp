@@ -87,9 +87,9 @@ struct HeadRows {
 
 HeadRows head_of(const AttentionTask& t, const AttentionRows& rows, const int64_t* first, int64_t batch,
                  int64_t columns) {
-  const int64_t words = columns / 32, stride = t.p.bits.heads * words;
-  const int64_t at = first[t.sequence(batch)] * stride + batch % t.p.bits.heads * words;
-  return {rows.sign + at, rows.nonzero ? rows.nonzero + at : nullptr, stride, words};
+  const int64_t words = columns / 32;
+  const int64_t at = first[t.sequence(batch)] * rows.stride + batch % t.p.bits.heads * words;
+  return {rows.sign + at, rows.nonzero ? rows.nonzero + at : nullptr, rows.stride, words};
 }
 
 bool has_zeros(const HeadRows& head, int64_t rows) {

@@ -41,6 +41,7 @@ struct AttentionMask {
 
 // Packed rows, the heads side by side.
 struct AttentionRows {
+  int64_t stride = 0;                // from one row to the next
   const int32_t* sign = nullptr;     // [rows, heads * d / 32], of values [rows, heads * e / 32]
   const int32_t* nonzero = nullptr;  // the same, or null: nothing is 0
 };
