@@ -212,6 +212,14 @@ def test_low_rank_estimators() -> None:
         bits = torch.softmax(score / 4, 0) > steps["alpha_a"] / 2
         values = steps["alpha_v"] * v[b, h].sign() + value_plus[b, 0]
         torch.testing.assert_close(y[b, h, i], steps["alpha_a"] * values[bits].sum(0))
+    with torch.no_grad():
+        packed = elastic_attention(q, k, v, **STEPS, addend=addend, value_addend=value_plus)
+    torch.testing.assert_close(packed, y)
+    for mask in (torch.rand(2, 1, 6, 6) < 0.6, torch.where(torch.rand(6, 6) < 0.6, torch.randn(6, 6), -torch.inf)):
+        trained = elastic_attention(q, k, v, **STEPS, mask=mask, addend=addend, value_addend=value_plus)
+        with torch.no_grad():
+            packed = elastic_attention(q, k, v, **STEPS, mask=mask, addend=addend, value_addend=value_plus)
+        torch.testing.assert_close(packed, trained)
     y.square().sum().backward()
     for t in (query_plus, query_minus, key_plus, key_minus, value_plus):
         assert t.grad is not None and bool(t.grad.isfinite().all())

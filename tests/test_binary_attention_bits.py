@@ -96,6 +96,23 @@ def test_bits_equal_default_and_the_floats_of_the_other_op(rule: str, shape: tup
         assert nonzero.shape == ((0,) if one_plane else sign.shape)
 
 
+def test_rows_that_are_parts_of_wider_ones() -> None:
+    """As a fused projection answers them; and rows that lie in an order of their own."""
+    heads, n, d, lengths = 2, 40, 64, torch.tensor([30, 60, 30])
+    positive, negative = ranges(heads * d, 60)
+    rest = (heads, positive, negative, "bool", None, 0.4, None, None, None)
+    for zeros in ("", "qkv"):
+        packed, _ = problem(3, heads, n, n, d, d, zeros)
+        signs = list(torch.cat(packed[:3], -1).chunk(3, -1))
+        nonzeros = list(torch.cat(packed[3:], -1).chunk(3, -1)) if zeros else packed[3:]
+        turned = [None if t is None else t.transpose(0, 1).contiguous().transpose(0, 1) for t in packed]
+        for layout in ([*signs, *nonzeros], [*signs, *packed[3:]], turned):
+            assert_alike((*layout, None, None, *rest), zeros)
+            flat = [None if t is None else t.flatten(0, 1) for t in layout]
+            assert_alike((*flat, None, lengths, *rest), zeros)
+        assert signs[1].flatten(0, 1).data_ptr() == signs[1].data_ptr()
+
+
 @every_rule
 def test_sequences_of_any_length_are_those_computed_alone(rule: str) -> None:
     heads, d, e = 2, 64, 32

@@ -135,6 +135,20 @@ def test_elastic_ties_under_a_bias() -> None:
                 assert_alike(q, k, v, mask, "elastic", None, 0.25, "torch", *steps, what=(m, alpha))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_value_addend_equals_default(shape: tuple[int, int, int, int]) -> None:
+    """Every broadcast of it, every mask, and floats that lose bits in a sum."""
+    n, m, d, e = shape
+    whole = torch.randn(2, 3, m, 1) * 10.0 ** torch.randint(-6, 6, (2, 3, m, 1))
+    strided = torch.randn(m, 3, 2).permute(2, 1, 0).unsqueeze(-1)
+    addends = (whole, whole[:, :1], whole[0], whole[0, 0], whole[:, :, :1], strided)
+    for (name, mask), addend in itertools.product(masks(2, 3, n=n, m=m).items(), addends):
+        for zeros, dtype in (("", torch.float32), ("qkv", torch.bfloat16)):
+            q, k, v = operands(2, 3, n=n, m=m, d=d, e=e, zeros=zeros, dtype=dtype)
+            arguments = (q, k, v, mask, "elastic", None, 0.25, "torch", *STEPS, addend)
+            assert_alike(*arguments, what=(shape, name, addend.shape, zeros))
+
+
 @every_rule
 def test_binary_attention_of_every_layout(rule: str) -> None:
     q, k, v = operands(n=37, m=45, d=33, e=20)
@@ -187,6 +201,9 @@ def test_opcheck(rule: str) -> None:
     for mask in (None, torch.rand(2, 1, 1, 7) < 0.8, torch.randn(5, 7)):
         arguments = (q, k, v, mask, rule, 0.2, 0.3, "plus", *steps_of(rule))
         torch.library.opcheck(torch.ops.bitmill.binary_attention.default, arguments)
+        if rule == "elastic":
+            arguments = (*arguments, torch.randn(2, 1, 7, 1))
+            torch.library.opcheck(torch.ops.bitmill.binary_attention.default, arguments)
 
 
 @every_rule
@@ -205,6 +222,7 @@ def test_compiles_without_a_graph_break(rule: str) -> None:
 def test_errors() -> None:
     q, k, v = operands(2, 3, n=5, m=7, d=16, e=9)
     one = torch.tensor(1.0)
+    elastic = {"rule": "elastic", "alpha_q": one, "alpha_k": one, "alpha_v": one, "alpha_a": one}
     wrong: tuple[tuple[dict[str, object], str], ...] = (
         ({"q": q[0, 0, 0]}, r"expected q \[..., n, d\], k \[..., m, d\] and v"),
         ({"q": q[..., :8]}, r"got \[2, 3, 5, 8\], \[2, 3, 7, 16\] and \[2, 3, 7, 9\]"),
@@ -222,6 +240,9 @@ def test_errors() -> None:
         ({"scaling": float("nan")}, "scaling must be a positive, finite float32, got nan"),
         ({"scaling": 1e39}, "scaling must be a positive, finite float32, got 1e"),
         ({"beta": 1.5}, r"beta must lie in \(0, 1\], got 1.5"),
+        ({"value_addend": torch.ones(7, 1)}, 'value_addend goes with rule "elastic", got "bool"'),
+        ({**elastic, "value_addend": torch.ones(7, 9)}, r"broadcastable to \[2, 3, 7, 1\], got shape \[7, 9\]"),
+        ({**elastic, "value_addend": torch.ones(7, 1).double()}, "value_addend must be float32, got float64"),
         ({"alpha_q": one}, 'alpha_q goes with rule "elastic" only, and is needed there; got rule "bool"'),
         ({"rule": "elastic", "alpha_q": one, "alpha_k": one, "alpha_v": one}, "alpha_a goes with rule"),
         ({"rule": "elastic", "alpha_q": torch.ones(1)}, r"alpha_q must have shape \[\], got \[1\]"),
@@ -230,7 +251,8 @@ def test_errors() -> None:
         arguments = {"q": q, "k": k, "v": v, **changes}
         with pytest.raises(ValueError, match=message):
             ops.binary_attention(**arguments)
-        names = ("q", "k", "v", "mask", "rule", "scaling", "beta", "zero", "alpha_q", "alpha_k", "alpha_v", "alpha_a")
+        names = ("q", "k", "v", "mask", "rule", "scaling", "beta", "zero")
+        names += ("alpha_q", "alpha_k", "alpha_v", "alpha_a", "value_addend")
         defaults = {"mask": None, "rule": "bool", "scaling": None, "beta": 0.25, "zero": "torch"}
         with pytest.raises(ValueError, match=message):
             _binary_attention_reference(*({**defaults, **arguments}.get(name) for name in names))

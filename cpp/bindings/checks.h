@@ -81,9 +81,9 @@ inline bool same_sizes(const Tensor& t, const Sizes& sizes) {
   return std::equal(got.begin(), got.end(), sizes.begin(), sizes.end());
 }
 
-// A CPU tensor of this dtype and these sizes, made contiguous.
-inline Tensor checked(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes,
-                      const char* remedy = "") {
+// t is a CPU tensor of this dtype and these sizes.
+inline void check(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes,
+                  const char* remedy = "") {
   if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU like x, got another device");
   if (t.scalar_type() != dtype) {
     fail(op, ": ", name, " must be ", dtype_name(dtype), ", got ", dtype_name(t.scalar_type()));
@@ -91,6 +91,12 @@ inline Tensor checked(const char* op, const char* name, const Tensor& t, ScalarT
   if (!same_sizes(t, sizes)) {
     fail(op, ": ", name, " must have shape ", to_string(sizes), ", got ", to_string(sizes_of(t)), remedy);
   }
+}
+
+// A CPU tensor of this dtype and these sizes, made contiguous.
+inline Tensor checked(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes,
+                      const char* remedy = "") {
+  check(op, name, t, dtype, sizes, remedy);
   return as_contiguous(t);
 }
 

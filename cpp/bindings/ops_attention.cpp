@@ -88,8 +88,8 @@ struct MaskView {
   AttentionMask mask;
 };
 
-MaskView mask_view(const char* op, const Tensor& t, const Sizes& scores) {
-  if (!t.is_cpu()) fail(op, ": mask must be on the CPU like q, got another device");
+MaskView broadcast_view(const char* op, const char* name, const Tensor& t, const Sizes& scores) {
+  if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU like q, got another device");
   MaskView view;
   const Sizes sizes = sizes_of(t), strides = strides_of(t);
   const size_t missing = scores.size() - std::min(scores.size(), sizes.size());
@@ -101,7 +101,7 @@ MaskView mask_view(const char* op, const Tensor& t, const Sizes& scores) {
     view.sizes.push_back(shared ? std::min<int64_t>(size, 1) : size);
     view.strides.push_back(shared ? 0 : stride);
   }
-  if (!fits) fail(op, ": mask must be broadcastable to ", to_string(scores), ", got shape ", to_string(sizes));
+  if (!fits) fail(op, ": ", name, " must be broadcastable to ", to_string(scores), ", got shape ", to_string(sizes));
   const Sizes leading = without_last_two(view.sizes), all = without_last_two(scores);
   view.offset = offsets(leading, without_last_two(view.strides));
   Sizes places(leading.size());  // of the matrices among themselves
@@ -113,10 +113,15 @@ MaskView mask_view(const char* op, const Tensor& t, const Sizes& scores) {
   view.of = offsets(all, places);
   view.mask.count = static_cast<int64_t>(view.offset.size());
   view.mask.rows = view.sizes[view.sizes.size() - 2];
-  view.mask.boolean = t.scalar_type() == ScalarType::Bool;
-  if (!view.mask.boolean) view.mask.dtype = float_dtype(op, t, "mask must be bool, float32, bfloat16 or float16");
   view.mask.values = {t.const_data_ptr(), view.offset.data(), view.strides[scores.size() - 2], view.strides.back()};
   view.mask.of = view.of.data();
+  return view;
+}
+
+MaskView mask_view(const char* op, const Tensor& t, const Sizes& scores) {
+  MaskView view = broadcast_view(op, "mask", t, scores);
+  view.mask.boolean = t.scalar_type() == ScalarType::Bool;
+  if (!view.mask.boolean) view.mask.dtype = float_dtype(op, t, "mask must be bool, float32, bfloat16 or float16");
   return view;
 }
 
@@ -166,8 +171,8 @@ void Rule::apply(const std::optional<Tensor>& alpha_q, const std::optional<Tenso
 
 Tensor binary_attention_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, std::string rule,
                             std::optional<double> scaling, double beta, std::string zero, std::optional<Tensor> alpha_q,
-                            std::optional<Tensor> alpha_k, std::optional<Tensor> alpha_v,
-                            std::optional<Tensor> alpha_a) {
+                            std::optional<Tensor> alpha_k, std::optional<Tensor> alpha_v, std::optional<Tensor> alpha_a,
+                            std::optional<Tensor> value_addend) {
   const char* op = "binary_attention";
   BinaryAttentionParams p;
   rule_of(op, rule);
@@ -203,6 +208,19 @@ Tensor binary_attention_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> 
     attended = mask_view(op, *mask, with_last(with_last(leading, p.n), p.m));
     p.mask = attended->mask;
   }
+  std::optional<MaskView> addend;
+  std::vector<int64_t> addend_of;  // of every matrix of the batch
+  if (value_addend) {
+    if (p.rule != AttentionRule::elastic) fail(op, ": value_addend goes with rule \"elastic\", got \"", rule, "\"");
+    if (value_addend->scalar_type() != ScalarType::Float) {
+      fail(op, ": value_addend must be float32, got ", dtype_name(value_addend->scalar_type()));
+    }
+    addend = broadcast_view(op, "value_addend", *value_addend, with_last(with_last(leading, p.m), 1));
+    for (const int64_t matrix : addend->of) addend_of.push_back(addend->offset[static_cast<size_t>(matrix)]);
+    p.value_addend = addend->mask.values;
+    p.value_addend.offset = addend_of.data();
+    p.addend_step = step_of(alpha_a);
+  }
   const Tensor context = new_context(leading, p.n, p.e, q.scalar_type());
   const View out = view_of(context);
   p.out = context.mutable_data_ptr();
@@ -219,8 +237,16 @@ struct PackedHeads {
   std::optional<Tensor> nonzero;
   int64_t words = 0;  // of a row
 
-  AttentionRows rows() const { return {data<int32_t>(sign), data_or_null<int32_t>(nonzero)}; }
+  AttentionRows rows() const {
+    return {sign.stride(sign.dim() - 2), data<int32_t>(sign), data_or_null<int32_t>(nonzero)};
+  }
 };
+
+// Whether the rows of t lie at even distances, whole and one sequence after another; such as a third of wider ones.
+bool evenly_spaced(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.stride(last) == 1 && (last == 1 || t.stride(0) == t.size(1) * t.stride(1));
+}
 
 PackedHeads packed_heads(const char* op, const char* name, const Tensor& sign, const std::string& nonzero_name,
                          const std::optional<Tensor>& nonzero, int64_t dims, int64_t heads) {
@@ -231,8 +257,13 @@ PackedHeads packed_heads(const char* op, const char* name, const Tensor& sign, c
   if (sizes.back() == 0 || sizes.back() % heads != 0) {
     fail(op, ": ", name, " must have a positive multiple of heads = ", heads, " words a row, got ", sizes.back());
   }
-  return {checked(op, name, sign, ScalarType::Int, sizes),
-          checked(op, nonzero_name.c_str(), nonzero, ScalarType::Int, sizes), sizes.back()};
+  check(op, name, sign, ScalarType::Int, sizes);
+  if (nonzero) check(op, nonzero_name.c_str(), *nonzero, ScalarType::Int, sizes);
+  const int64_t row = dims - 2;
+  if (evenly_spaced(sign) && (!nonzero || (evenly_spaced(*nonzero) && nonzero->stride(row) == sign.stride(row)))) {
+    return {sign, nonzero, sizes.back()};
+  }
+  return {as_contiguous(sign), nonzero ? std::optional(as_contiguous(*nonzero)) : std::nullopt, sizes.back()};
 }
 
 // Where each sequence's rows begin: of `sequences` of n rows, or of these lengths.

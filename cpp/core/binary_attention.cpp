@@ -87,9 +87,9 @@ struct HeadRows {
 
 HeadRows head_of(const AttentionTask& t, const AttentionRows& rows, const int64_t* first, int64_t batch,
                  int64_t columns) {
-  const int64_t words = columns / 32, stride = t.p.bits.heads * words;
-  const int64_t at = first[t.sequence(batch)] * stride + batch % t.p.bits.heads * words;
-  return {rows.sign + at, rows.nonzero ? rows.nonzero + at : nullptr, stride, words};
+  const int64_t words = columns / 32;
+  const int64_t at = first[t.sequence(batch)] * rows.stride + batch % t.p.bits.heads * words;
+  return {rows.sign + at, rows.nonzero ? rows.nonzero + at : nullptr, rows.stride, words};
 }
 
 bool has_zeros(const HeadRows& head, int64_t rows) {
@@ -287,8 +287,12 @@ void attention_rows_generic(const AttentionTask& t, int64_t batch, int64_t first
   scores.k = p.d;
   scores.dot = dot.data();
   binary_matmul(scores);
+  ValueAddend value_addend(p, batch);
+  std::vector<float> addend(rows);
   for (int64_t i = 0; i < rows; ++i) {
-    decide(t, batch, first + i, dot.data() + i * p.m, reinterpret_cast<uint32_t*>(map.data() + i * t.map_words));
+    uint32_t* bits = reinterpret_cast<uint32_t*>(map.data() + i * t.map_words);
+    decide(t, batch, first + i, dot.data() + i * p.m, bits);
+    addend[i] = value_addend.of(bits);
   }
   BinaryMatmulParams product;
   product.a = map.data();
@@ -313,7 +317,7 @@ void attention_rows_generic(const AttentionTask& t, int64_t batch, int64_t first
   with_dtype(p.dtype, p.out, [&](auto* out) {
     for (int64_t i = 0; i < rows; ++i) {
       auto* to = out + p.out_offset[batch] + (first + i) * p.out_row_stride;
-      for (int64_t c = 0; c < p.e; ++c) store(p.step * static_cast<float>(context[i * p.e + c]), to + c);
+      for (int64_t c = 0; c < p.e; ++c) store(p.step * static_cast<float>(context[i * p.e + c]) + addend[i], to + c);
     }
   });
 }

@@ -41,6 +41,7 @@ struct AttentionMask {
 
 // Packed rows, the heads side by side.
 struct AttentionRows {
+  int64_t stride = 0;                // from one row to the next
   const int32_t* sign = nullptr;     // [rows, heads * d / 32], of values [rows, heads * e / 32]
   const int32_t* nonzero = nullptr;  // the same, or null: nothing is 0
 };
@@ -68,6 +69,9 @@ struct BinaryAttentionParams {
   double slope = 1.0;    // of elastic: S = slope * dot, in double
   double threshold = 0;  // of elastic
   float step = 1.0f;     // of the context
+
+  Matrices value_addend;     // float32 [m] a matrix of the batch (rows of one column), or null: see below
+  float addend_step = 1.0f;  // the context gains fl(addend_step * (A value_addend)), the same for every channel
 
   void* out = nullptr;  // [n, e] each, of `dtype`
   const int64_t* out_offset = nullptr;

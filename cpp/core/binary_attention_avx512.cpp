@@ -72,6 +72,7 @@ struct Block {
   const uint32_t* keep[kRows];
   uint32_t* bits[kRows];  // of the map
   int32_t* count;         // [4], set bits
+  float* addend;          // [4], of the context
 };
 
 // 32 keys of one row: those at most `limit` away.
@@ -294,7 +295,8 @@ void context(const Block& b, const int32_t* sign, const int32_t* nonzero, int64_
       if (r >= rows) return;
       const auto finish = [&](int tile, __m512i sum) {
         const __m512 value = _mm512_mul_ps(step, _mm512_cvtepi32_ps(to_whole<ternary>(sum, b.count[r])));
-        store16(to + r * t.p.out_row_stride + tile * kTileRows, tile + 1 < tiles ? __mmask16{0xFFFF} : lanes, value);
+        const __m512 added = _mm512_add_ps(value, _mm512_set1_ps(b.addend[r]));
+        store16(to + r * t.p.out_row_stride + tile * kTileRows, tile + 1 < tiles ? __mmask16{0xFFFF} : lanes, added);
       };
       finish(0, c.c0);
       if constexpr (tiles > 1) finish(1, c.c1);
@@ -340,6 +342,7 @@ void attention_rows_avx512(const AttentionTask& t, int64_t batch, int64_t first,
   uint32_t* bits = reinterpret_cast<uint32_t*>(q_nonzero + queries);
   const bool zeros = pack_queries(t, batch, first, last, t.k_zeros[batch], q, q_nonzero) || t.k_zeros[batch];
   const int32_t* k_nonzero = t.k_nonzero ? t.k_nonzero + batch * keys : nullptr;
+  ValueAddend value_addend(t.p, batch);
   std::unique_ptr<int32_t[]> ones;
   if (zeros && !t.k_zeros[batch]) {  // only queries are 0
     ones.reset(new int32_t[static_cast<size_t>(keys)]);
@@ -349,7 +352,8 @@ void attention_rows_avx512(const AttentionTask& t, int64_t batch, int64_t first,
   for (int64_t row = first; row < last; row += kRows) {  // rows past the last are computed, but not written
     const int64_t rows = std::min<int64_t>(kRows, last - row), at = (row - first) * t.words;
     int32_t count[kRows] = {};
-    Block b{t, q + at, q_nonzero + at, t.k_sign + batch * keys, k_nonzero, {}, {}, count};
+    float addend[kRows] = {};
+    Block b{t, q + at, q_nonzero + at, t.k_sign + batch * keys, k_nonzero, {}, {}, count, addend};
     for (int r = 0; r < kRows; ++r) {
       b.keep[r] = t.keep_of(batch, std::min(row + r, last - 1));
       b.bits[r] = bits + r * t.map_words;
@@ -363,6 +367,7 @@ void attention_rows_avx512(const AttentionTask& t, int64_t batch, int64_t first,
     } else {
       make_map<0, false>(b, batch, row, rows, distance, weight.get());
     }
+    for (int r = 0; r < rows; ++r) addend[r] = value_addend.of(b.bits[r]);
     if (t.v_zeros[batch]) {
       make_context<true>(b, batch, row, rows);
     } else {

@@ -29,13 +29,9 @@ struct BiasedRow {
     return _mm512_add_ps(t.p.divide ? _mm512_div_ps(dots, scale) : _mm512_mul_ps(dots, scale), biases(step));
   }
 
-  // The scores of the elastic rule, half of a step.
-  __m512d wide(int64_t step, int half) const {
-    const __m512d dots = _mm512_cvtepi32_pd(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(dot + step * kTileRows + half * kTileRows / 2)));
-    const __m512 all = biases(step);
-    const __m512d some = _mm512_cvtps_pd(half ? _mm512_extractf32x8_ps(all, 1) : _mm512_castps512_ps256(all));
-    return _mm512_add_pd(_mm512_mul_pd(_mm512_set1_pd(t.p.slope), dots), some);
+  // A score of the elastic rule.
+  __m512d wide(__m256i dots, __m256 some) const {
+    return _mm512_add_pd(_mm512_mul_pd(_mm512_set1_pd(t.p.slope), _mm512_cvtepi32_pd(dots)), _mm512_cvtps_pd(some));
   }
 };
 
@@ -96,22 +92,31 @@ __m512d weight_of(__m512d x) {
 // Answers -1 where a decision is too near to be sure of.
 template <class T>
 int32_t decide_elastic(const BiasedRow<T>& row, uint32_t* bits, double* weight) {
-  __m512d top = _mm512_set1_pd(-std::numeric_limits<double>::infinity());
+  __m512d top_low = _mm512_set1_pd(-std::numeric_limits<double>::infinity()), top_high = top_low;
   for (int64_t step = 0; step < row.steps(); ++step) {
     const __mmask16 attended = row.attended(step);
-    top = _mm512_mask_max_pd(top, static_cast<__mmask8>(attended), top, row.wide(step, 0));
-    top = _mm512_mask_max_pd(top, static_cast<__mmask8>(attended >> 8), top, row.wide(step, 1));
+    const __m512i dots = _mm512_loadu_si512(row.dot + step * kTileRows);
+    const __m512 bias = row.biases(step);
+    const __m512d low = row.wide(_mm512_castsi512_si256(dots), _mm512_castps512_ps256(bias));
+    const __m512d high = row.wide(_mm512_extracti64x4_epi64(dots, 1), _mm512_extractf32x8_ps(bias, 1));
+    top_low = _mm512_mask_max_pd(top_low, static_cast<__mmask8>(attended), top_low, low);
+    top_high = _mm512_mask_max_pd(top_high, static_cast<__mmask8>(attended >> 8), top_high, high);
+    _mm512_storeu_pd(weight + step * kTileRows, low);
+    _mm512_storeu_pd(weight + step * kTileRows + kTileRows / 2, high);
   }
-  const __m512d largest = _mm512_set1_pd(_mm512_reduce_max_pd(top));
-  __m512d sum = _mm512_setzero_pd();
+  const __m512d largest = _mm512_set1_pd(_mm512_reduce_max_pd(_mm512_max_pd(top_low, top_high)));
+  __m512d sum_low = _mm512_setzero_pd(), sum_high = sum_low;
   for (int64_t step = 0; step < row.steps(); ++step) {
-    for (int half = 0; half < 2; ++half) {
-      const __m512d w = weight_of(_mm512_sub_pd(row.wide(step, half), largest));
-      sum = _mm512_mask_add_pd(sum, static_cast<__mmask8>(row.attended(step) >> 8 * half), sum, w);
-      _mm512_storeu_pd(weight + step * kTileRows + half * kTileRows / 2, w);
-    }
+    const __mmask16 attended = row.attended(step);
+    double* at = weight + step * kTileRows;
+    const __m512d low = weight_of(_mm512_sub_pd(_mm512_loadu_pd(at), largest));
+    const __m512d high = weight_of(_mm512_sub_pd(_mm512_loadu_pd(at + kTileRows / 2), largest));
+    sum_low = _mm512_mask_add_pd(sum_low, static_cast<__mmask8>(attended), sum_low, low);
+    sum_high = _mm512_mask_add_pd(sum_high, static_cast<__mmask8>(attended >> 8), sum_high, high);
+    _mm512_storeu_pd(at, low);
+    _mm512_storeu_pd(at + kTileRows / 2, high);
   }
-  const double limit = row.t.p.threshold * _mm512_reduce_add_pd(sum);
+  const double limit = row.t.p.threshold * _mm512_reduce_add_pd(_mm512_add_pd(sum_low, sum_high));
   const double unsure = 2.0 + 2.0 * row.t.p.threshold * static_cast<double>(row.t.p.m);
   const __m512d high = _mm512_set1_pd(limit + unsure), low = _mm512_set1_pd(limit - unsure);
   bool sure = true;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 
 #include "binary_attention.h"
 #include "layout.h"
@@ -124,6 +125,39 @@ static inline int32_t decide(const AttentionTask& t, int64_t batch, int64_t row,
   return write_bits(t, keep, bits,
                     [&](int64_t j) { return dot[j] <= top && static_cast<double>(t.weight[top - dot[j]]) > limit; });
 }
+
+// What value_addend adds to the rows of one matrix of the batch; 0 without.
+class ValueAddend {
+ public:
+  ValueAddend(const BinaryAttentionParams& p, int64_t batch) : m_(p.value_addend.data ? p.m : 0), step_(p.addend_step) {
+    if (m_ == 0) return;
+    padded_ = 32;
+    while (padded_ < m_) padded_ *= 2;
+    values_.reset(new float[static_cast<size_t>(2 * padded_)]());
+    const float* from = static_cast<const float*>(p.value_addend.data) + p.value_addend.offset[batch];
+    for (int64_t j = 0; j < m_; ++j) values_[j] = from[j * p.value_addend.row_stride];
+  }
+
+  // Of a row with this map; summed by halves, the upper onto the lower, so that the order is the same everywhere.
+  float of(const uint32_t* bits) {
+    if (m_ == 0) return 0.0f;
+    float* z = values_.get() + padded_;
+    for (int64_t w = 0; w < word_count(m_); ++w) {
+      const float* values = values_.get() + 32 * w;
+      for (int j = 0; j < 32; ++j) z[32 * w + j] = (bits[w] >> j) & 1u ? values[j] : 0.0f;
+    }
+    std::fill(z + 32 * word_count(m_), z + padded_, 0.0f);
+    for (int64_t half = padded_ / 2; half > 0; half /= 2) {
+      for (int64_t j = 0; j < half; ++j) z[j] += z[j + half];
+    }
+    return step_ * z[0];
+  }
+
+ private:
+  int64_t m_, padded_ = 0;
+  float step_;
+  std::unique_ptr<float[]> values_;  // and as much scratch
+};
 
 // Rows [first, last) of one matrix of the batch, at most kRowsTogether.
 inline constexpr int64_t kRowsTogether = 64;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -80,14 +81,17 @@ std::vector<float> expected(const BinaryAttentionParams& p, const Problem& probl
   double sum = 0;
   for (int64_t j = 0; j < p.m; ++j) sum += std::exp(score[j] - top);
   std::vector<float> context(p.e);
+  float added_values = 0;
+  const float* value_addend = static_cast<const float*>(p.value_addend.data);
   for (int64_t j = 0; j < p.m; ++j) {
     if (score[j] == minus_infinity) continue;
     bool active = score[j] > 0;
     if (p.rule == AttentionRule::softmax_aware) active = score[j] >= static_cast<float>(top) - p.gap;
     if (p.rule == AttentionRule::elastic) active = std::exp(score[j] - top) / sum > p.threshold;
     for (int64_t c = 0; active && c < p.e; ++c) context[c] += v.sign(b, j, c, problem.zeros);
+    if (active && value_addend) added_values += value_addend[p.value_addend.offset[b] + j * p.value_addend.row_stride];
   }
-  for (float& value : context) value = p.step * value;
+  for (float& value : context) value = p.step * value + p.addend_step * added_values;
   return context;
 }
 
@@ -102,8 +106,9 @@ void attends(const Problem& problem) {
     keep[i] = !dropped;
     bias[i] = floats[i] = dropped ? -2e4f : mask == 4 ? random_float(false) : 0.0f;
   }
-  std::vector<int64_t> offset(batch), zero_offset(1), of(batch);
+  std::vector<int64_t> offset(batch), zero_offset(1), of(batch), addend_offset(batch);
   for (int64_t b = 0; b < batch; ++b) offset[b] = b * e;  // rows of all matrices side by side
+  std::iota(addend_offset.begin(), addend_offset.end(), int64_t{0});
   BinaryAttentionParams p;
   p.batch = batch;
   p.n = n;
@@ -129,6 +134,12 @@ void attends(const Problem& problem) {
   p.slope = 0.83 / std::sqrt(static_cast<double>(d));
   p.threshold = 0.9 / static_cast<double>(m + 1);
   p.step = rule == AttentionRule::elastic ? 0.37f : 1.0f;
+  std::vector<float> addend(batch * m);  // whole numbers: their sum is exact in every order
+  for (float& value : addend) value = static_cast<float>(random_bits() % 100);
+  if (rule == AttentionRule::elastic && transposed) {
+    p.value_addend = {addend.data(), addend_offset.data(), batch, 1};
+    p.addend_step = 0.7f;
+  }
   p.out = out.data();
   p.out_offset = offset.data();
   p.out_row_stride = batch * e;

@@ -13,12 +13,11 @@ key where it is -10000 or less, and is a bias elsewhere. A row without an attend
 v may be fewer than those of q: every one then serves a group of neighbours.
 
 Without a gradient, dropout or another extra the functions call `bitmill.ops.binary_attention`. Its contexts are equal,
-bit for bit for the first two rules; for the elastic one up to the rounding of this softmax, which decides near ties.
+bit for bit for the first two rules; for the elastic one up to the rounding of this softmax, which decides near ties,
+and of the sum of values that have an addend.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from torch import Tensor
 from ..ops import binary_attention
 from ..ops._checks import FLOATS
 from ..ops._library import without_autocast
-from ..ops.bitpack import binarized
 from .attention_maps import SELECTIONS, masked_scores, row_softmax, scaled, softmax_aware_map
 from .functions import ALPHA_FLOOR, boolean, elastic, sign
 from .products import level_product
@@ -159,25 +157,28 @@ def elastic_attention(
         alpha_q, alpha_k, alpha_v, alpha_a: float32 scalar tensors, the learned steps.
         dropout: of the probabilities, before their threshold, as BiT trains.
         addend: float, broadcast to [..., n, m], added to the products of queries and keys before their scaling:
-            BiPFT's low-rank estimators (`low_rank_addend`).
-        value_addend: float, broadcast to v's shape, added to the elastic values: BiPFT's estimator [..., m, 1].
+            BiPFT's low-rank estimators (`low_rank_addend`). Like a mask it drops a key where it is -10000 or less
+            after scaling, unless a gradient is asked for.
+        value_addend: float, broadcast to [..., m, 1], added to the elastic values: BiPFT's other estimator.
         The others are those of `bool_attention`.
     Gradients are those of `elastic` (with closed windows) and of the softmax.
     """
     q, k, v = _checked("elastic_attention", q, k, v, mask, scaling)
     alphas = (alpha_q, alpha_k, alpha_v, alpha_a)
-    if not dropout and addend is None and value_addend is None and _runs_packed(q, k, v, mask, *alphas):
-        steps = (a.float() for a in alphas)
-        return binary_attention(q, k, v, _kernel_mask(mask), "elastic", scaling, 0.25, zero, *steps)
+    if not dropout and _runs_packed(q, k, v, mask, addend, value_addend, *alphas):
+        step_q, step_k, step_v, step_a = (a.float() for a in alphas)
+        bias = _kernel_mask(mask)
+        if addend is not None:
+            bias = masked_scores(scaled(addend.float(), q.shape[-1], scaling), mask)
+        value_addend = None if value_addend is None else value_addend.float()
+        return binary_attention(
+            q, k, v, bias, "elastic", scaling, 0.25, zero, step_q, step_k, step_v, step_a, value_addend
+        )
     with without_autocast(q):
-        step_q, step_k, step_v, step_a = (a.clamp_min(ALPHA_FLOOR) for a in alphas)
-        if not dropout and _runs_packed(q, k, v, mask, addend, value_addend, *alphas):
-            levels = (binarized(t.float(), None, "sign" if zero == "torch" else "plus", 0.0) for t in (q, k, v))
-            steps = (step_q, step_k, step_v, step_a)
-            return _estimated_context(*levels, *steps, mask, scaling, addend, value_addend).to(q.dtype)
         query, key, value = (
             elastic(t.float(), a, zero=zero) for t, a in zip((q, k, v), (alpha_q, alpha_k, alpha_v), strict=True)
         )
+        step_q, step_k, step_v, step_a = (a.clamp_min(ALPHA_FLOOR) for a in alphas)
         products = level_product(query, key.mT, step_q, step_k)
         if addend is not None:
             products = products + addend.float()
@@ -187,32 +188,6 @@ def elastic_attention(
         if value_addend is not None:
             return (chosen @ (value + value_addend.float())).to(q.dtype)
         return level_product(chosen, value, step_a, step_v).to(q.dtype)
-
-
-def _estimated_context(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    step_q: Tensor,
-    step_k: Tensor,
-    step_v: Tensor,
-    step_a: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    addend: Tensor | None,
-    value_addend: Tensor | None,
-) -> Tensor:
-    """What `elastic_attention` computes of levels -1, 0, +1 without a gradient; in place, because passes over the
-    scores cost more than their products."""
-    scores = (query @ key.mT).mul_(step_q * step_k)
-    if addend is not None:
-        scores.add_(addend.float())
-    scores = scores.div_(math.sqrt(query.shape[-1])) if scaling is None else scores.mul_(scaling)
-    probability = torch.softmax(masked_scores(scores, mask), -1)
-    chosen = probability.gt_(step_a / 2)  # p / step rounds to 1; not where it is NaN, in a row without a key
-    if value_addend is None:
-        return (chosen @ value).mul_(step_a * step_v)
-    return chosen.mul_(step_a) @ (step_v * value).add_(value_addend.float())
 
 
 def low_rank_addend(query_plus: Tensor, query_minus: Tensor, key_plus: Tensor, key_minus: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ dot = sgn(q) . sgn(k), exact; S = fl(dot scaling), or fl(dot / sqrt(d)) without 
     "bool"           [S + bias > 0]
     "softmax_aware"  [S + bias >= max - ln(1 / beta)], the largest of the row
     "elastic"        [w > alpha_a / 2 sum w], w = rint(2^38 exp(alpha_q alpha_k S + bias - max)), S in float64
-and the context A sgn(v), exact; "elastic" multiplies it by fl(alpha_a alpha_v). The sum of the whole numbers w is the
+and the context A sgn(v), exact; "elastic" multiplies it by fl(alpha_a alpha_v), and adds fl(alpha_a (A value_addend)),
+summed by halves, where values have an addend that all channels share. The sum of the whole numbers w is the
 same in every order, so a decision depends on no instruction set. A mask is bool (True: attend) or additive: it drops a
 key where it is -10000 or less and is a bias elsewhere. A row without an attended key is 0.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from . import _library as library
 from ._checks import FLOATS, MAX_COLUMNS, check_one_of, check_tensor, require
-from .bitpack import binarized
+from .bitpack import binarized, sum_by_halves
 
 RULES = ("bool", "softmax_aware", "elastic")
 ZEROS = ("torch", "plus")
@@ -31,7 +32,7 @@ LARGEST_SCALING = torch.finfo(torch.float32).max
 library.define(
     "binary_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, str rule, float? scaling, float beta, str zero, Tensor? alpha_q,"
-    " Tensor? alpha_k, Tensor? alpha_v, Tensor? alpha_a) -> Tensor",
+    " Tensor? alpha_k, Tensor? alpha_v, Tensor? alpha_a, Tensor? value_addend=None) -> Tensor",
 )
 
 
@@ -89,20 +90,24 @@ def _binary_attention_reference(
     alpha_k: Tensor | None,
     alpha_v: Tensor | None,
     alpha_a: Tensor | None,
+    value_addend: Tensor | None = None,
 ) -> Tensor:
-    _check_binary_attention(q, k, v, mask, rule, scaling, beta, zero, alpha_q, alpha_k, alpha_v, alpha_a)
+    _check_binary_attention(q, k, v, mask, rule, scaling, beta, zero, alpha_q, alpha_k, alpha_v, alpha_a, value_addend)
     query, key, value = (binarized(t, None, "sign" if zero == "torch" else "plus", 0.0) for t in (q, k, v))
     step: Tensor | float = 1.0
     if alpha_v is not None and alpha_a is not None:
         step = alpha_a.clamp_min(ALPHA_FLOOR) * alpha_v.clamp_min(ALPHA_FLOOR)
-    context = integer_context(query, key, value, mask, rule, scaling, beta, alpha_q, alpha_k, alpha_a)
-    return _empty_context(q, v).copy_(step * context)
+    chosen = chosen_keys(query, key, mask, rule, scaling, beta, alpha_q, alpha_k, alpha_a)
+    context = step * whole_context(chosen, value)
+    if value_addend is not None and alpha_a is not None:
+        added = torch.where(chosen, value_addend.mT, 0.0)
+        context = context + alpha_a.clamp_min(ALPHA_FLOOR) * sum_by_halves(added).unsqueeze(-1)
+    return _empty_context(q, v).copy_(context)
 
 
-def integer_context(
+def chosen_keys(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     mask: Tensor | None,
     rule: str,
     scaling: float | None,
@@ -111,19 +116,24 @@ def integer_context(
     alpha_k: Tensor | None,
     alpha_a: Tensor | None,
 ) -> Tensor:
-    """A sgn(v), float32, of levels -1, 0, +1."""
+    """The map A, bool [..., n, m], of levels -1, 0, +1."""
     dot, d = query @ key.mT, query.shape[-1]
     if alpha_q is None or alpha_k is None or alpha_a is None:
-        chosen = _map(dot, d, mask, rule, scaling, beta)
-    else:
-        step_q, step_k, step_a = (alpha.clamp_min(ALPHA_FLOOR) for alpha in (alpha_q, alpha_k, alpha_a))
-        product = step_q.item() * step_k.item()
-        slope = product / math.sqrt(d) if scaling is None else product * scaling
-        chosen = _elastic_map(dot, slope, step_a.item() / 2, mask)
+        return _map(dot, d, mask, rule, scaling, beta)
+    step_q, step_k, step_a = (alpha.clamp_min(ALPHA_FLOOR) for alpha in (alpha_q, alpha_k, alpha_a))
+    product = step_q.item() * step_k.item()
+    slope = product / math.sqrt(d) if scaling is None else product * scaling
+    return _elastic_map(dot, slope, step_a.item() / 2, mask)
+
+
+def whole_context(chosen: Tensor, value: Tensor) -> Tensor:
+    """A sgn(v), float32."""
     return chosen.float() @ value + 0.0  # an integer has no -0, but a product of floats may answer it
 
 
-def _check_binary_attention(q, k, v, mask, rule, scaling, beta, zero, alpha_q, alpha_k, alpha_v, alpha_a) -> None:
+def _check_binary_attention(
+    q, k, v, mask, rule, scaling, beta, zero, alpha_q, alpha_k, alpha_v, alpha_a, value_addend
+) -> None:
     op = "binary_attention"
     check_one_of(op, "zero", zero, ZEROS)
     require(q.dtype in FLOATS, f"{op}: q must be float32, bfloat16 or float16, got {str(q.dtype)[6:]}")
@@ -138,6 +148,10 @@ def _check_binary_attention(q, k, v, mask, rule, scaling, beta, zero, alpha_q, a
     check_tensor(op, "v", v, q.dtype, [*q.shape[:-2], m, v.shape[-1]], q)
     check_rule(op, q, rule, scaling, beta, alpha_q=alpha_q, alpha_k=alpha_k, alpha_v=alpha_v, alpha_a=alpha_a)
     check_mask(op, q, mask, [*q.shape[:-2], n, m])
+    if value_addend is not None:
+        require(rule == "elastic", f'{op}: value_addend goes with rule "elastic", got "{rule}"')
+        check_tensor(op, "value_addend", value_addend, torch.float32, value_addend.shape, q)
+        check_broadcast(op, "value_addend", value_addend, [*q.shape[:-2], m, 1])
 
 
 def check_rule(op: str, q: Tensor, rule: str, scaling: float | None, beta: float, **alphas: Tensor | None) -> None:
@@ -163,15 +177,19 @@ def check_mask(op: str, q: Tensor, mask: Tensor | None, scores: list[int]) -> No
         mask.dtype == torch.bool or mask.dtype in FLOATS,
         f"{op}: mask must be bool, float32, bfloat16 or float16, got {str(mask.dtype)[6:]}",
     )
-    fits = mask.dim() <= len(scores) and all(
-        have in (1, want) for have, want in zip(reversed(mask.shape), reversed(scores), strict=False)
+    check_broadcast(op, "mask", mask, scores)
+
+
+def check_broadcast(op: str, name: str, t: Tensor, shape: list[int]) -> None:
+    fits = t.dim() <= len(shape) and all(
+        have in (1, want) for have, want in zip(reversed(t.shape), reversed(shape), strict=False)
     )
-    require(fits, f"{op}: mask must be broadcastable to {scores}, got shape {list(mask.shape)}")
+    require(fits, f"{op}: {name} must be broadcastable to {shape}, got shape {list(t.shape)}")
 
 
 @torch.library.register_fake("bitmill::binary_attention")
-def _(q, k, v, mask, rule, scaling, beta, zero, alpha_q, alpha_k, alpha_v, alpha_a):
-    _check_binary_attention(q, k, v, mask, rule, scaling, beta, zero, alpha_q, alpha_k, alpha_v, alpha_a)
+def _(q, k, v, mask, rule, scaling, beta, zero, alpha_q, alpha_k, alpha_v, alpha_a, value_addend=None):
+    _check_binary_attention(q, k, v, mask, rule, scaling, beta, zero, alpha_q, alpha_k, alpha_v, alpha_a, value_addend)
     return _empty_context(q, v)
 
 
@@ -188,6 +206,7 @@ def binary_attention(
     alpha_k: Tensor | None = None,
     alpha_v: Tensor | None = None,
     alpha_a: Tensor | None = None,
+    value_addend: Tensor | None = None,
 ) -> Tensor:
     """Binary attention, packing included, for inference; `bitmill.binarize` has the forms that train.
 
@@ -199,11 +218,12 @@ def binary_attention(
         beta: of "softmax_aware", in (0, 1].
         zero: "torch": sgn(0) = sgn(NaN) = 0; "plus": +1 where x >= 0, else -1.
         alpha_q, alpha_k, alpha_v, alpha_a: float32 scalar tensors, the steps of "elastic"; bounded below by 1e-5.
+        value_addend: of "elastic": float32, broadcastable to [..., m, 1], added to alpha_v sgn(v), or None.
     Returns:
         [..., n, e] of q's dtype; with two leading dimensions or more, in memory [first, n, ..., e].
     Raises:
         ValueError: for wrong shapes, dtypes, devices or names.
     """
     return torch.ops.bitmill.binary_attention.default(
-        q, k, v, mask, rule, scaling, beta, zero, alpha_q, alpha_k, alpha_v, alpha_a
+        q, k, v, mask, rule, scaling, beta, zero, alpha_q, alpha_k, alpha_v, alpha_a, value_addend
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _library as library
 from ._checks import MAX_COLUMNS, check_tensor, require
-from .binary_attention import check_mask, check_rule, integer_context
+from .binary_attention import check_mask, check_rule, chosen_keys, whole_context
 from .binary_bits import bits_in_ranges
 from .bitpack import _unpack_bits
 
@@ -65,7 +65,10 @@ def _binary_attention_bits_reference(
     pieces = [(query, key, value)]
     if lengths is not None:
         pieces = list(zip(*(t.split(counts, dim=2) for t in (query, key, value)), strict=True))
-    contexts = [integer_context(*piece, mask, rule, scaling, beta, alpha_q, alpha_k, alpha_a) for piece in pieces]
+    contexts = [
+        whole_context(chosen_keys(query, key, mask, rule, scaling, beta, alpha_q, alpha_k, alpha_a), value)
+        for query, key, value in pieces
+    ]
     whole = [context.transpose(1, 2).flatten(2).to(torch.int32) for context in contexts]
     rows = whole[0] if lengths is None else torch.cat([w[0] for w in whole] or [positive.new_empty(0, v.shape[1] * 32)])
     return bits_in_ranges(rows, positive, negative)

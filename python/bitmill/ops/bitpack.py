@@ -53,15 +53,20 @@ def _unpack_bits(words: Tensor, k: int) -> Tensor:
 
 
 def mean_by_halves(magnitudes: Tensor) -> Tensor:
-    """Row means in the order of summation of cpp/core/bitpack.h: the upper half onto the lower, until one is left."""
-    k = magnitudes.shape[-1]
+    """Row means in the order of summation of cpp/core/bitpack.h."""
+    return sum_by_halves(magnitudes) / max(magnitudes.shape[-1], 1)
+
+
+def sum_by_halves(x: Tensor) -> Tensor:
+    """Row sums in an order that is the same everywhere: the upper half onto the lower, until one is left."""
+    k = x.shape[-1]
     if k == 0:
-        return magnitudes.new_zeros(magnitudes.shape[:-1])
-    total = torch.nn.functional.pad(magnitudes, (0, (1 << (k - 1).bit_length()) - k))
+        return x.new_zeros(x.shape[:-1])
+    total = torch.nn.functional.pad(x, (0, (1 << (k - 1).bit_length()) - k))
     while total.shape[-1] > 1:
         half = total.shape[-1] // 2
         total = total[..., :half] + total[..., half:]
-    return total[..., 0] / k
+    return total[..., 0]
 
 
 def binarized(x: Tensor, shift: Tensor | None, levels: str, threshold: float | Tensor) -> Tensor:
