@@ -34,21 +34,6 @@ class _Stop(Exception):
     """Ends a forward pass where all has been seen."""
 
 
-def random_windows(ids: Tensor, count: int, length: int, seed: int = 0) -> list[Tensor]:
-    """`count` batches of one sequence, int64 [1, length], from random places of a text's ids, int64 [tokens].
-
-    Raises:
-        ValueError: if the text is shorter than one window.
-    """
-    if ids.dim() != 1 or not 0 < length <= ids.numel():
-        raise ValueError(
-            f"random_windows: ids must be one-dimensional with at least {length} tokens, got {list(ids.shape)}; take"
-            " more text or shorter windows"
-        )
-    starts = torch.randint(ids.numel() - length + 1, (count,), generator=torch.Generator().manual_seed(seed))
-    return [ids[start : start + length].unsqueeze(0) for start in starts.tolist()]
-
-
 def decoder_blocks(model: nn.Module, name: str | None = None) -> tuple[str, nn.ModuleList]:
     """The name and the list of a model's blocks: the one outermost nn.ModuleList whose items have nn.Linear layers.
 
