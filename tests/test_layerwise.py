@@ -235,6 +235,8 @@ def test_lists_of_blocks_and_hooks_that_do_not_fit() -> None:
     model.layers[2].w1.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"layers\.2\.w1: it has hooks"):
         with_packed_layers(model, batches_for("stories"))
+    with pytest.raises(ValueError, match="without a key-value cache"):
+        with_packed_layers(llama(), [{"input_ids": torch.randint(50, (1, 9)), "use_cache": True}])
     done = stories()
     with_packed_layers(done, batches_for("stories"))
     with pytest.raises(ValueError, match=r"quantised has no nn\.Linear left"):

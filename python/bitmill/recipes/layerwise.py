@@ -29,24 +29,11 @@ Batch = Tensor | Mapping[str, Any]
 QuantiseLinear = Callable[[nn.Linear, Hessian], tuple[nn.Module, float]]
 """A layer and the Hessian of its inputs to the layer that replaces it and its relative error."""
 
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what hosts call a block's key-value cache
+
 
 class _Stop(Exception):
     """Ends a forward pass where all has been seen."""
-
-
-def random_windows(ids: Tensor, count: int, length: int, seed: int = 0) -> list[Tensor]:
-    """`count` batches of one sequence, int64 [1, length], from random places of a text's ids, int64 [tokens].
-
-    Raises:
-        ValueError: if the text is shorter than one window.
-    """
-    if ids.dim() != 1 or not 0 < length <= ids.numel():
-        raise ValueError(
-            f"random_windows: ids must be one-dimensional with at least {length} tokens, got {list(ids.shape)}; take"
-            " more text or shorter windows"
-        )
-    starts = torch.randint(ids.numel() - length + 1, (count,), generator=torch.Generator().manual_seed(seed))
-    return [ids[start : start + length].unsqueeze(0) for start in starts.tolist()]
 
 
 def decoder_blocks(model: nn.Module, name: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -107,6 +94,11 @@ class _Calls:
                 raise ValueError(
                     f"quantize_: a block must take the activations as its first argument, {type(block).__name__} got"
                     f" {', '.join(kwargs) or 'none'}"
+                )
+            if any(kwargs.get(name) is not None for name in CACHES):
+                raise ValueError(
+                    "quantize_: a block must be called without a key-value cache, which a second call would extend, got"
+                    f" one in {type(block).__name__}; add use_cache=False to the batches"
                 )
             if index == 0:
                 self.hidden.append(args[0])
@@ -196,8 +188,8 @@ class _Folder:
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], calls: _Calls) -> None:
         self.path, self.file = Path(path), Path(path) / "run.json"
         self.path.mkdir(parents=True, exist_ok=True)
-        tensors = {str(number): t.cpu().contiguous() for number, t in enumerate(calls.hidden)}
-        self.run: dict[str, Any] = {"settings": dict(settings), "text": digest({}, tensors), "blocks": []}
+        text = digest({"batches": [_digest_of(hidden=t) for t in calls.hidden]}, {})
+        self.run: dict[str, Any] = {"settings": dict(settings), "text": text, "blocks": []}
         if self.file.exists():
             run = json.loads(self.file.read_text())
             for key in ("settings", "text"):
@@ -213,7 +205,7 @@ class _Folder:
         if index >= len(self.run["blocks"]):
             return None
         finished = self.run["blocks"][index]
-        if finished["original"] != self.digest_of(block):
+        if finished["original"] != _digest_of(**block.state_dict()):
             raise ValueError(
                 f"quantize_: folder must hold a run of the same model, {self.path} has another block {index}; take"
                 " another folder"
@@ -228,9 +220,9 @@ class _Folder:
         temporary.write_text(json.dumps(self.run))
         os.replace(temporary, self.file)
 
-    @staticmethod
-    def digest_of(block: nn.Module) -> str:
-        return digest({}, {name: t.cpu().contiguous() for name, t in block.state_dict().items()})
+
+def _digest_of(**tensors: Tensor) -> str:
+    return digest({}, {name: t.cpu().contiguous() for name, t in tensors.items()})
 
 
 def quantize_blocks_(
@@ -266,7 +258,7 @@ def quantize_blocks_(
             for index, block in enumerate(found):
                 done = None if kept is None else kept.resume(index, block)
                 if done is None:
-                    original = "" if kept is None else kept.digest_of(block)
+                    original = "" if kept is None else _digest_of(**block.state_dict())
                     done = _quantize_block_(block, layers[index], calls, index, quantise, bar)
                     if kept is not None:
                         kept.keep(block, original, done)

@@ -156,7 +156,7 @@ def quantize_(
 
     Args:
         model: a transformers causal language model, or any module that keeps its blocks in one nn.ModuleList.
-        batches: calibration text: ids int64 [sequences, tokens] (`layerwise.random_windows`), or dicts of the model's
+        batches: calibration text: ids int64 [sequences, tokens] (`language.random_windows`), or dicts of the model's
             keyword arguments. The method's own number is 128 sequences of 2048 tokens.
         config, rounding, damping, block: of `quantize_weight`.
         blocks: the name of the nn.ModuleList, "model.layers"; None finds it.
