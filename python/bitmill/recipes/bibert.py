@@ -26,7 +26,7 @@ from .distillation import (
 )
 
 
-def binarize_(model: nn.Module, attention: str = "bool") -> list[str]:
+def binarize_(model: nn.Module, attention: str = "bool", method: str = "bibert") -> list[str]:
     """Turn a transformers BERT into a BiBERT, in place.
 
     Binary are the word embedding, all linear layers of the body, the pooler's included, and the attention. Positions,
@@ -35,6 +35,7 @@ def binarize_(model: nn.Module, attention: str = "bool") -> list[str]:
     Args:
         model: a BERT of transformers, with or without a head.
         attention: the kind that `set_attention_` takes; "sign_softmax" for the baseline of the paper.
+        method: of the binarizers of weights and activations.
     Returns:
         The names of the layers that became binary.
     Raises:
@@ -43,7 +44,7 @@ def binarize_(model: nn.Module, attention: str = "bool") -> list[str]:
     if attention == "sign_softmax":
         register_attention(attention, sign_softmax_attention)
     set_attention_(model, attention)
-    return quantize_body_(model, BinaryConfig("bibert", embeddings=True))
+    return quantize_body_(model, BinaryConfig(method, embeddings=True))
 
 
 class Outputs(NamedTuple):
@@ -76,6 +77,13 @@ def prediction_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     if student.shape[-1] == 1:
         return nn.functional.mse_loss(student, teacher)
     return soft_cross_entropy(student, teacher) + 0.5 * nn.functional.cross_entropy(student, labels)
+
+
+def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of the task alone: cross-entropy, or the mean squared error of one output."""
+    if logits.shape[-1] == 1:
+        return nn.functional.mse_loss(logits.squeeze(-1), labels)
+    return nn.functional.cross_entropy(logits, labels)
 
 
 def direction_matching_loss(student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:

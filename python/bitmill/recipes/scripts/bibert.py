@@ -4,7 +4,8 @@
     python -m bitmill.recipes.scripts.bibert --data SST-2 --teacher teacher --out bibert
 
 Variants: "bibert"; "no-dmd" with mean squared errors of hidden states instead of direction matching; "baseline" with
-the sign of the softmax besides, the fully binarized baseline of the paper.
+the sign of the softmax besides, the fully binarized baseline of the paper; "naive" with signs that are not centred
+besides, trained on the labels alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from ...integrations.transformers import Projections
 from .. import bibert
 from .common import Batch, export, load_model, parser, read_splits, start, train
 
-VARIANTS = {"bibert": ("bool", True), "no-dmd": ("bool", False), "baseline": ("sign_softmax", False)}
+VARIANTS = {  # attention, method, what is distilled
+    "bibert": ("bool", "bibert", "directions"),
+    "no-dmd": ("bool", "bibert", "hidden"),
+    "baseline": ("sign_softmax", "bibert", "hidden"),
+    "naive": ("sign_softmax", "sign", "nothing"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,15 +33,18 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--variant", default="bibert", choices=tuple(VARIANTS), help="what is left out")
     args = p.parse_args(argv)
     task = start(args)
-    attention, matching = VARIANTS[args.variant]
+    attention, method, distilled = VARIANTS[args.variant]
+    matching = distilled == "directions"
     (teacher, tokenizer), (student, _) = load_model(args.teacher, task), load_model(args.teacher, task)
     examples = read_splits(args, task, tokenizer)
-    bibert.binarize_(student, attention)
+    bibert.binarize_(student, attention, method)
     teacher.to(args.device).eval()
     inner = [Projections(model) if matching else None for model in (student, teacher)]
 
     def loss(batch: Batch) -> Tensor:
         labels = batch.pop("labels")
+        if distilled == "nothing":
+            return bibert.task_loss(student(**batch).logits, labels)
         ours = bibert.outputs_of(student, batch, inner[0])
         with torch.no_grad():
             theirs = bibert.outputs_of(teacher, batch, inner[1])
