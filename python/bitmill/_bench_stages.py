@@ -3,18 +3,13 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import statistics
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
-
-from .timing import preemptions, stopwatch
-
-Result = TypeVar("Result")
 
 ROUNDS = 9
 MATMUL, ATTENTION, EMBEDDING, REST = "binary matmul", "binary attention", "embedding", "Python and dispatch"
@@ -33,10 +28,11 @@ STAGES = {
 STAGE_OF = {op: stage for stage, ops in STAGES.items() for op in ops}
 
 
-def measure(model: Any, call: Callable[[], object], rounds: int = ROUNDS) -> dict[str, Any]:
-    """Milliseconds of each stage, and of the whole call without the profiler: medians of `rounds`.
+def measure(model: Any, call: Callable[[], object], seconds: float, rounds: int = ROUNDS) -> dict[str, float]:
+    """Milliseconds of each stage of a call that takes `seconds` without the profiler.
 
-    What is left of the whole is the time outside of ops: Python and torch's dispatch.
+    Of each op the median over `rounds` calls counts, since another process interrupts now one, now another. What is
+    left of the whole is the time outside of ops: Python and torch's dispatch.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells stderr when it starts and stops
     embeddings: nn.Module = model.base_model.embeddings
@@ -50,46 +46,31 @@ def measure(model: Any, call: Callable[[], object], rounds: int = ROUNDS) -> dic
         embeddings.register_forward_pre_hook(enter),
         embeddings.register_forward_hook(lambda *_: scopes.pop().__exit__(None, None, None)),
     ]
-    collecting = gc.isenabled()
-    gc.disable()  # the profiler's events are many
     try:
-        taken = [_once(call) for _ in range(rounds + 1)][1:]  # the first starts the profiler
+        taken = [_once(call) for _ in range(rounds)]
     finally:
-        if collecting:
-            gc.enable()
         for handle in handles:
             handle.remove()
-    stages = {stage: statistics.median(one[stage] for one in taken) for stage in (*STAGES, OTHER)}
-    whole = statistics.median(one["whole"] for one in taken)
+    stages = dict.fromkeys((*STAGES, OTHER), 0.0)
+    for same in zip(*taken, strict=True):  # a call runs the same ops in the same order
+        stages[same[0][0]] += statistics.median(ms for _, ms in same)
+    whole = 1e3 * seconds
     return {"whole": whole, **stages, REST: max(0.0, whole - sum(stages.values()))}
 
 
-def _once(call: Callable[[], object]) -> dict[str, float]:
-    """One call timed and one profiled."""
-    return {"whole": 1e3 * _undisturbed(stopwatch(call)), **_undisturbed(lambda: _profiled(call))}
-
-
-def _undisturbed(sample: Callable[[], Result]) -> Result:
-    """Of up to three, the first during which no other process took the CPU, or the last."""
-    for _ in range(3):
-        before, result = preemptions(), sample()
-        if preemptions() == before:
-            break
-    return result
-
-
-def _profiled(call: Callable[[], object]) -> dict[str, float]:
+def _once(call: Callable[[], object]) -> list[tuple[str, float]]:
+    """Stage and milliseconds of every op of a call, in order, after another call that warms up."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         call()
         with record_function(CALL):
             call()
-    stages = dict.fromkeys((*STAGES, OTHER), 0.0)
-    for event in profiler.events():
+    ops = []
+    for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
         scopes = _scopes(event)
         if CALL in scopes and event.name != EMBEDDING:
             stage = EMBEDDING if EMBEDDING in scopes else STAGE_OF.get(event.name, OTHER)
-            stages[stage] += event.self_cpu_time_total / 1e3
-    return stages
+            ops.append((stage, event.self_cpu_time_total / 1e3))
+    return ops
 
 
 def _scopes(event: Any) -> set[str]:

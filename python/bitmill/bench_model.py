@@ -124,7 +124,7 @@ def run(
         with tqdm(desc="timing", unit=" rounds", leave=False, disable=None if progress else True) as bar:
             samples = {key: stopwatch(call) for key, call in calls.items()}
             times = interleave(samples, seconds, bar.update)
-        stages = _bench_stages.measure(chained, calls[CHAINED]) if profile else None
+        stages = _bench_stages.measure(chained, calls[CHAINED], times[CHAINED].median) if profile else None
 
     rows = [
         _row(variant, failures.get(variant), errors.get(variant), times, real / sum(whole) if whole else None)
