@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from bitmill import BinaryConfig
-from bitmill.bench import buffer_bytes
+from bitmill.bench.layers import buffer_bytes
 from bitmill.nn import BinaryConv2d
 
 from .runner import Case, Prepared, Unfit, Variant, layer_copies

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bitmill import _C, BinaryConfig, FP4Config, SalientConfig, arrays, ops
-from bitmill.bench import buffer_bytes
+from bitmill.bench.layers import buffer_bytes
 from bitmill.config import Config
 from bitmill.convert import LAYERS
 

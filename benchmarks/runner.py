@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmill.bench import relative_error
+from bitmill.bench.layers import relative_error
 from bitmill.timing import COLD_ROWS, Sample, Spread, copies_for, interleave, rotated, stopwatch
 
 from .peaks import Peaks

@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 
-from bitmill import bench, cli, timing
+from bitmill import cli, timing
+from bitmill.bench import layers as bench
 from bitmill.nn import PackedFP4Linear
 
 

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from bitmill import _bench_memory, _bench_peers, _bench_stages, cli, timing
+from bitmill import cli, timing
 from bitmill.chain import AttentionChain
 from bitmill.nn import PackedBinaryLinear
 
 pytest.importorskip("transformers")
 
-from bitmill import bench_model
-from bitmill.integrations import _bench_models
-from bitmill.integrations._bench_models import ARCHITECTURES, empty_model, random_model
+from bitmill.bench import architectures, models
+from bitmill.bench import memory as memory_of
+from bitmill.bench import peers as peers_of
+from bitmill.bench import stages as stages_of
+from bitmill.bench.architectures import ARCHITECTURES, empty_model, random_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,7 +35,7 @@ OURS = ["bitmill, layer by layer", "bitmill, chained"]
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same table of models, all of them small."""
     monkeypatch.setattr(timing, "preemptions", lambda: 0)
-    monkeypatch.setattr(bench_model, "interleave", lambda samples, *_: timing.interleave(samples, 0.01))
+    monkeypatch.setattr(models, "interleave", lambda samples, *_: timing.interleave(samples, 0.01))
     for name, architecture in ARCHITECTURES.items():
         options = TEXTS if architecture.config == "BertConfig" else IMAGES
         monkeypatch.setitem(ARCHITECTURES, name, architecture._replace(options=options))
@@ -42,7 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("name", "method"), [("minilm", "bibert"), ("minilm", "bit"), ("deit-t", "bivit")])
 def test_every_variant_is_measured(name: str, method: str) -> None:
-    result = bench_model.run(name, method, batch=2, tokens=None if name == "deit-t" else 17)
+    result = models.run(name, method, batch=2, tokens=None if name == "deit-t" else 17)
     assert (result["model"], result["method"], result["batch"], result["tokens"]) == (name, method, 2, 17)
     assert result["lengths"] is None and result["real_tokens"] == 34 and result["threads"] == 1
     rows = {row["name"]: row for row in result["variants"]}
@@ -56,7 +58,7 @@ def test_every_variant_is_measured(name: str, method: str) -> None:
     assert 0 < rows["torch bfloat16"]["error"] < 0.1 and 0 < rows["torch dynamic int8"]["error"] < 0.3
     assert result["training_form"] == "equal"
     assert result["stages"] is None and result["memory"] is None
-    text = bench_model.render(result)
+    text = models.render(result)
     assert f"{name}, {method}, 2 x 17 tokens" in text and "against the training form: equal" in text
     assert sum(line.startswith(variant) for line in text.splitlines() for variant in rows) == 5
 
@@ -65,9 +67,9 @@ def test_every_variant_is_measured(name: str, method: str) -> None:
 def test_padding_is_the_time_of_a_real_token_against_one_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """4 texts of 4, 8, 12 and 16 tokens are 40 real ones; 2 whole texts of 16 are 32."""
     shapes: list[tuple[int, ...]] = []
-    draw = bench_model.random_inputs
+    draw = models.random_inputs
 
-    def seen(name: str, lengths: list[int]) -> _bench_models.Inputs:
+    def seen(name: str, lengths: list[int]) -> architectures.Inputs:
         inputs = draw(name, lengths)
         shapes.append((*inputs["input_ids"].shape, int(inputs["attention_mask"].sum())))
         return inputs
@@ -75,49 +77,49 @@ def test_padding_is_the_time_of_a_real_token_against_one_without_padding(monkeyp
     def spreads(samples: dict[str, Any], *_: Any) -> dict[str, timing.Spread]:
         return {name: timing.Spread(*[1e-3 if "without" in name else 2e-3] * 3, 9, 0) for name in samples}
 
-    monkeypatch.setattr(bench_model, "random_inputs", seen)
-    monkeypatch.setattr(bench_model, "interleave", spreads)
-    result = bench_model.run("minilm", lengths=(4, 16), batch=4)
+    monkeypatch.setattr(models, "random_inputs", seen)
+    monkeypatch.setattr(models, "interleave", spreads)
+    result = models.run("minilm", lengths=(4, 16), batch=4)
     assert shapes == [(4, 16, 40), (2, 16, 32)]
     assert [row["padding"] for row in result["variants"]] == [pytest.approx(2 * 32 / 40)] * 5
-    text = bench_model.render(result)
+    text = models.render(result)
     assert "4 texts of 4 to 16 tokens, padded (40 real)" in text and "padding: time for a real token" in text
 
 
 @pytest.mark.usefixtures("small")
 def test_stages_add_up() -> None:
-    result = bench_model.run("minilm", tokens=20, profile=True)
+    result = models.run("minilm", tokens=20, profile=True)
     stages = dict(result["stages"])
     whole = stages.pop("whole")
-    assert list(stages) == [*_bench_stages.STAGES, _bench_stages.OTHER, _bench_stages.REST]
-    assert all(stages[name] > 0 for name in _bench_stages.STAGES)
-    assert whole <= sum(stages.values()) * 1.001 and stages[_bench_stages.REST] >= 0
+    assert list(stages) == [*stages_of.STAGES, stages_of.OTHER, stages_of.REST]
+    assert all(stages[name] > 0 for name in stages_of.STAGES)
+    assert whole <= sum(stages.values()) * 1.001 and stages[stages_of.REST] >= 0
     kernels = 100 * (stages["binary matmul"] + stages["binary attention"]) / whole
-    assert f"{kernels:.0f} % inside matmul and attention kernels" in bench_model.render(result)
+    assert f"{kernels:.0f} % inside matmul and attention kernels" in models.render(result)
 
 
 def test_memory_of_a_real_model_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model("deit-t")
-    *_, chained, _ = bench_model.packed_models(model, "bivit", _bench_models.random_inputs("deit-t", [197]))
-    memory = _bench_memory.measure(chained, "deit-t", "bivit", [197])
+    *_, chained, _ = models.packed_models(model, "bivit", architectures.random_inputs("deit-t", [197]))
+    memory = memory_of.measure(chained, "deit-t", "bivit", [197])
     assert memory["imports"] > 100 << 20
     assert 1 << 20 < memory["peak"] < 60 << 20
-    monkeypatch.setattr(_bench_memory.sys, "executable", "false")
+    monkeypatch.setattr(memory_of.sys, "executable", "false")
     with pytest.raises(RuntimeError, match="the process that measures memory failed: it said nothing"):
-        _bench_memory.measure(chained, "deit-t", "bivit", [197])
+        memory_of.measure(chained, "deit-t", "bivit", [197])
 
 
 @pytest.mark.usefixtures("small")
 def test_an_empty_model_takes_the_values_of_a_file(tmp_path: Any) -> None:
     import bitmill
 
-    *_, chained, _ = bench_model.packed_models(
-        random_model("minilm"), "bibert", inputs := _bench_models.random_inputs("minilm", [9, 20])
+    *_, chained, _ = models.packed_models(
+        random_model("minilm"), "bibert", inputs := architectures.random_inputs("minilm", [9, 20])
     )
     bitmill.save(chained, tmp_path / "file")
     empty: Any = empty_model("minilm")
     assert all(p.is_meta for p in empty.parameters())
-    bench_model.METHODS["bibert"](empty)
+    models.METHODS["bibert"](empty)
     bitmill.load(empty, tmp_path / "file")
     with torch.no_grad():
         assert torch.equal(empty(**inputs).logits, chained(**inputs).logits)
@@ -135,7 +137,7 @@ def test_a_wrong_packed_model_is_not_timed(monkeypatch: pytest.MonkeyPatch, caps
     assert cli.main(["bench", "--model", "minilm", "--tokens", "9"]) == 1
     assert "the chained model differs from its layers one by one in " in capsys.readouterr().err
     monkeypatch.setattr(AttentionChain, "forward", chained)
-    monkeypatch.setattr(bench_model, "chain_", lambda model: {})
+    monkeypatch.setattr(models, "chain_", lambda model: {})
     monkeypatch.setattr(PackedBinaryLinear, "forward", lambda self, x: layer(self, x) * 1.001)
     assert cli.main(["bench", "--model", "minilm", "--tokens", "9"]) == 1
     assert "the packed model differs from its training form in " in capsys.readouterr().err
@@ -152,22 +154,22 @@ def test_what_fails_or_is_wrong_has_a_reason_instead_of_numbers(monkeypatch: pyt
     def wrong(model: Any, draw: Callable[[], Any]) -> Any:
         return lambda inputs: lambda: -model(**inputs).logits
 
-    monkeypatch.setattr(_bench_peers, "PEERS", {"A": failing, "B": missing, "C": wrong})
-    result = bench_model.run("minilm", peers=True, tokens=9)
+    monkeypatch.setattr(peers_of, "PEERS", {"A": failing, "B": missing, "C": wrong})
+    result = models.run("minilm", peers=True, tokens=9)
     statuses = {row["name"]: row["status"] for row in result["variants"]}
     assert list(statuses) == [*TORCH, "A", "B", "C", *OURS]
     assert statuses["A"] == "failed: OSError: no library" and statuses["B"] == "not installed: pip install nncf"
     assert statuses["C"] == "wrong: its logits differ by 2, relative"
     assert all(row["milliseconds"] is None for row in result["variants"] if row["name"] in "ABC")
-    assert "failed: OSError: no library" in bench_model.render(result)
+    assert "failed: OSError: no library" in models.render(result)
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("peer", _bench_peers.PEERS)
+@pytest.mark.parametrize("peer", peers_of.PEERS)
 def test_peers_compute_the_float_model(peer: str) -> None:
     for module in {"OpenVINO int8": ("openvino", "nncf"), "ONNX Runtime int8": ("onnx", "onnxruntime")}[peer]:
         pytest.importorskip(module)
-    rows = {row["name"]: row for row in bench_model.run("minilm", peers=True, lengths=(4, 16), batch=3)["variants"]}
+    rows = {row["name"]: row for row in models.run("minilm", peers=True, lengths=(4, 16), batch=3)["variants"]}
     assert rows[peer]["status"] == "ok" and rows[peer]["milliseconds"] > 0 and rows[peer]["padding"] > 0
 
 
@@ -183,7 +185,7 @@ def test_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_command_knows_every_model_and_method() -> None:
     assert tuple(ARCHITECTURES) == cli.MODELS
-    assert tuple(bench_model.METHODS) == cli.MODEL_METHODS
+    assert tuple(models.METHODS) == cli.MODEL_METHODS
 
 
 @pytest.mark.parametrize(
@@ -223,4 +225,4 @@ def test_wrong_usage_is_one_sentence(arguments: list[str], sentence: str, capsys
 )
 def test_errors(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bench_model.run(name, **options)
+        models.run(name, **options)

@@ -207,19 +207,19 @@ def _bench(options: argparse.Namespace) -> None:
 def _bench_layers(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import torch
 
-    from . import bench
+    from .bench import layers
 
     kinds, dtype = (options.layer,) if options.layer else LAYER_KINDS, getattr(torch, options.dtype or "float32")
-    result = bench.run(kinds, options.shape or bench.DEFAULT_SHAPE, dtype, progress=not options.json)
-    return result, bench.render(result)
+    result = layers.run(kinds, options.shape or layers.DEFAULT_SHAPE, dtype, progress=not options.json)
+    return result, layers.render(result)
 
 
 def _bench_model(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from . import bench_model
+    from .bench import models
 
     chosen = {name: getattr(options, name) for name in MODEL_OPTIONS}
-    result = bench_model.run(options.model, **chosen, progress=not options.json)
-    return result, bench_model.render(result)
+    result = models.run(options.model, **chosen, progress=not options.json)
+    return result, models.render(result)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ struct PackedOperand {
         values[(head * count + i / words) * columns + column % columns] = static_cast<float>(value);
       }
     }
-    rows = {sign.data(), zeros ? nonzero.data() : nullptr};
+    rows = {heads * columns / 32, sign.data(), zeros ? nonzero.data() : nullptr};
   }
 };
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import __version__
-from .config import BinaryConfig, Config, FP4Config, SalientConfig
-from .convert import LAYERS
-from .nn._module import PackedModule
-from .ops import _machine
-from .timing import COLD_ROWS, check_shape, copies_for, interleave, rotated, stopwatch
+from .. import __version__
+from ..config import BinaryConfig, Config, FP4Config, SalientConfig
+from ..convert import LAYERS
+from ..nn._module import PackedModule
+from ..ops import _machine
+from ..timing import COLD_ROWS, check_shape, copies_for, interleave, rotated, stopwatch
 
 KINDS: dict[str, tuple[str, Config]] = {
     "binary": ("1-bit weights, 1-bit activations", BinaryConfig("bibert")),

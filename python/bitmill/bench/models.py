@@ -13,12 +13,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import __version__, _bench_memory, _bench_peers, _bench_stages
-from .bench import relative_error
-from .chain import chain_
-from .checkpoint import file_size
-from .convert import pack_
-from .integrations._bench_models import (
+from .. import __version__
+from ..chain import chain_
+from ..checkpoint import file_size
+from ..convert import pack_
+from ..integrations.transformers import transformers
+from ..recipes import bibert, bit, bivit
+from ..timing import Spread, interleave, stopwatch
+from . import memory as memory_of
+from . import peers as other_engines
+from . import stages as stages_of
+from .architectures import (
     ARCHITECTURES,
     Inputs,
     image_tokens,
@@ -26,9 +31,7 @@ from .integrations._bench_models import (
     random_inputs,
     random_model,
 )
-from .integrations.transformers import transformers
-from .recipes import bibert, bit, bivit
-from .timing import Spread, interleave, stopwatch
+from .layers import relative_error
 
 Bind = Callable[[Inputs], Callable[[], Tensor]]
 """A variant of a model: takes inputs as they come, and answers the call that is timed, whose result are logits."""
@@ -95,7 +98,7 @@ def run(
         FLOAT32: torch_model,
         BFLOAT16: torch_bfloat16,
         "torch dynamic int8": torch_int8,
-        **(_bench_peers.PEERS if peers else {}),
+        **(other_engines.PEERS if peers else {}),
     }
     with torch.inference_mode():
         reference = torch_model(model, draw)(inputs)()
@@ -124,7 +127,7 @@ def run(
         with tqdm(desc="timing", unit=" rounds", leave=False, disable=None if progress else True) as bar:
             samples = {key: stopwatch(call) for key, call in calls.items()}
             times = interleave(samples, seconds, bar.update)
-        stages = _bench_stages.measure(chained, calls[CHAINED], times[CHAINED].median) if profile else None
+        stages = stages_of.measure(chained, calls[CHAINED], times[CHAINED].median) if profile else None
 
     rows = [
         _row(variant, failures.get(variant), errors.get(variant), times, real / sum(whole) if whole else None)
@@ -147,7 +150,7 @@ def run(
         "disturbed": sum(time.disturbed for time in times.values()) / sum(sum(time[3:]) for time in times.values()),
         "variants": rows,
         "stages": stages,
-        "memory": _bench_memory.measure(chained, name, method, sizes) if memory else None,
+        "memory": memory_of.measure(chained, name, method, sizes) if memory else None,
     }
 
 
@@ -297,11 +300,11 @@ def render(result: dict[str, Any]) -> str:
     if result["lengths"]:
         lines.append("padding: time for a real token, padded batch / batch of about as many tokens without padding")
     if result["stages"]:
-        lines += ["", *_bench_stages.render(result["stages"])]
+        lines += ["", *stages_of.render(result["stages"])]
     mib = {key: result[f"{key}_bytes"] / 2**20 for key in ("file", "float32")}
     lines += ["", f"file {mib['file']:.1f} MiB, everything included; float32 {mib['float32']:.0f} MiB"]
     if result["memory"]:
-        lines.append(_bench_memory.render(result["memory"]))
+        lines.append(memory_of.render(result["memory"]))
     if result["disturbed"] > 0.2:
         share = f"{100 * result['disturbed']:.0f} %"
         lines.append(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .transformers import transformers
+from ..integrations.transformers import transformers
 
 Inputs = dict[str, Tensor]
 

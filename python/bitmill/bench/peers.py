@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .integrations._bench_models import Inputs
+from .architectures import Inputs
 
 CALIBRATION = 8  # random batches that OpenVINO's activation ranges are taken from
 

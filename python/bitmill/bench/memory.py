@@ -29,7 +29,7 @@ def measure(model: nn.Module, name: str, method: str, lengths: list[int]) -> dic
     Raises:
         RuntimeError: where there is no /proc, or if the process fails.
     """
-    from .checkpoint import save
+    from ..checkpoint import save
 
     if not STATUS.exists():
         raise RuntimeError("peak memory is read from /proc/self/status, which only Linux has; leave --memory out")
@@ -60,9 +60,9 @@ def resident(field: str) -> int:
 
 
 def main(task: dict[str, Any]) -> None:
-    from .bench_model import METHODS
-    from .checkpoint import load
-    from .integrations._bench_models import empty_model, random_inputs
+    from ..checkpoint import load
+    from .architectures import empty_model, random_inputs
+    from .models import METHODS
 
     torch.set_num_threads(task["threads"])
     imports = resident("VmRSS")
