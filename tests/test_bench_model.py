@@ -92,7 +92,8 @@ def test_stages_add_up() -> None:
     stages = dict(result["stages"])
     whole = stages.pop("whole")
     assert list(stages) == [*stages_of.STAGES, stages_of.OTHER, stages_of.REST]
-    assert all(stages[name] > 0 for name in stages_of.STAGES)
+    inside = "residual adds"  # of BERT, in the product before it
+    assert all(stages[name] > 0 or name == inside for name in stages_of.STAGES)
     assert whole <= sum(stages.values()) * 1.001 and stages[stages_of.REST] >= 0
     kernels = 100 * (stages["binary matmul"] + stages["binary attention"]) / whole
     assert f"{kernels:.0f} % inside matmul and attention kernels" in models.render(result)

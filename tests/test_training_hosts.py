@@ -81,6 +81,8 @@ def train_one_rank(rank: int, folder: str, method: str) -> None:
     parallel(x[2 * rank : 2 * rank + 2]).square().sum().backward()
     if rank == 0:
         torch.save(gradients(model), f"{folder}/gradients.pt")
+    del parallel  # with its threads, while both processes are there
+    dist.barrier()
     dist.destroy_process_group()
 
 
