@@ -13,6 +13,7 @@ layer.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -301,7 +302,7 @@ class Chained:
         Raises:
             NotChained: if it has none.
         """
-        raise NotImplementedError
+        raise TypeError(f"{cls.__name__} does not say what its chain is")
 
     @classmethod
     def passed(cls, module: Any) -> tuple[nn.Module, ...]:
@@ -363,7 +364,8 @@ def chain_(model: nn.Module) -> dict[str, str]:
 
 def _chained(host: type[nn.Module]) -> type[Chained] | None:
     if host.__module__ in _REGISTERED_IN:
-        importlib.import_module(_REGISTERED_IN[host.__module__])
+        with contextlib.suppress(ImportError):  # of a host in another version
+            importlib.import_module(_REGISTERED_IN[host.__module__])
     return _CHAINED.get(host)
 
 
