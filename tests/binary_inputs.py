@@ -81,7 +81,10 @@ def changed(arguments: tuple[Any, ...], **changes: Any) -> tuple[Any, ...]:
 
 
 def on_meta(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.to("meta") if isinstance(a, Tensor) else a for a in arguments)
+    def moved(a: Any) -> Any:
+        return a.to("meta") if isinstance(a, Tensor) else [moved(each) for each in a] if isinstance(a, list) else a
+
+    return tuple(moved(a) for a in arguments)
 
 
 def with_gradients(arguments: tuple[Any, ...], places: tuple[int, ...]) -> tuple[Any, ...]:

@@ -145,7 +145,7 @@ def test_zero_biases_make_zeros_between_layers() -> None:
                 p.zero_()
     plain, chained = both(model)
     attention = chained.bert.encoder.layer[0].attention
-    assert attention.chain.projections[0].ranges.negative is not None
+    assert attention.chain.projected.negative is not None
     with torch.no_grad():
         assert torch.equal(chained(**(inputs := texts())).logits, plain(**inputs).logits)
 
@@ -155,7 +155,7 @@ def test_gelu_that_underflows_is_zero_in_the_chain_too() -> None:
     with torch.no_grad():
         model.bert.encoder.layer[0].intermediate.dense.bias.sub_(6.0)
     plain, chained = both(model)
-    assert chained.bert.encoder.layer[0].chain.up.ranges.negative is not None
+    assert chained.bert.encoder.layer[0].chain.inner.negative is not None
     with torch.no_grad():
         assert torch.equal(chained(**(inputs := texts())).logits, plain(**inputs).logits)
 
@@ -293,7 +293,7 @@ def test_compile_and_export() -> None:
     x = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
         exported = torch.export.export(images, (x,), strict=False)
-        assert any("binary_attention_bits" in str(node.target) for node in exported.graph.nodes)
+        assert any("binary_self_attention" in str(node.target) for node in exported.graph.nodes)
         assert torch.equal(exported.module()(x).logits, images(x).logits)
 
 
@@ -319,6 +319,40 @@ def test_what_a_chain_cannot_do_is_computed_layer_by_layer() -> None:
     assert chained.bert.embeddings.position_embeddings.weight.grad.abs().sum() > 0
     chained.train()
     assert chained(**inputs).logits.requires_grad
+
+
+@torch.no_grad()
+def test_whatever_is_watched_or_replaced_in_an_encoder_is_called() -> None:
+    plain, chained = both(bert())
+    inputs, seen = texts(40, 30), []
+    layer = chained.bert.encoder.layer[1]
+    want = plain(**inputs).logits
+    for module in (layer, layer.attention, layer.output.LayerNorm, layer.output.dense, layer.attention.self):
+        handle = module.register_forward_hook(lambda module, *_: seen.append(type(module)))
+        assert torch.equal(chained(**inputs).logits, want)
+        assert seen.pop() is type(module) and not seen
+        handle.remove()
+    forward = layer.attention.output.forward
+    layer.attention.output.forward = lambda *args: seen.append("called") or forward(*args)
+    assert torch.equal(chained(**inputs).logits, want)
+    assert seen == ["called"]
+    del layer.attention.output.forward
+    layer.output.LayerNorm = nn.Identity()
+    plain.bert.encoder.layer[1].output.LayerNorm = nn.Identity()
+    assert torch.equal(chained(**inputs).logits, plain(**inputs).logits)
+
+
+@torch.no_grad()
+def test_weights_that_cannot_be_chained_loaded_into_one_layer() -> None:
+    plain, chained = both(bert())
+    inputs = texts(40, 30)
+    for model in (plain, chained):
+        layer = model.bert.encoder.layer[0]
+        state = layer.state_dict()
+        state["output.dense.scale"] = -state["output.dense.scale"]
+        state["intermediate.dense.scale"] = torch.full_like(state["intermediate.dense.scale"], torch.nan)
+        layer.load_state_dict(state)
+    assert torch.equal(chained(**inputs).logits, plain(**inputs).logits)
 
 
 class Sine(nn.Module):

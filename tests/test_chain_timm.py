@@ -136,7 +136,7 @@ def test_zero_biases_make_zeros_in_the_fused_projection() -> None:
         for block in model.blocks:
             block.attn.qkv.bias.zero_()
     plain, chained = both(model)
-    assert chained.blocks[0].attn.chain.projections[0].ranges.negative is not None
+    assert chained.blocks[0].attn.chain.projected.negative is not None
     images = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
         assert torch.equal(chained(images), plain(images))
@@ -232,7 +232,7 @@ def test_copies_and_pickles(name: str) -> None:
         for other in (copy.deepcopy(chained), pickle.loads(pickle.dumps(chained))):
             block = other.blocks[0] if name == "vit" else other.layers[0].blocks[1]
             assert block.attn.chain.out[0] is block.attn.proj
-            assert block.attn.chain.projections[0].layer[0] is block.attn.qkv
+            assert block.attn.chain.layers[0] is block.attn.qkv
             assert block.mlp.chain.down[0] is block.mlp.fc2
             assert torch.equal(other(images), want)
 
@@ -251,7 +251,7 @@ def test_export() -> None:
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         exported = torch.export.export(chained, (x,), strict=False)
-        assert any("binary_attention_bits" in str(node.target) for node in exported.graph.nodes)
+        assert any("binary_self_attention" in str(node.target) for node in exported.graph.nodes)
         assert torch.equal(exported.module()(x), chained(x))
 
 

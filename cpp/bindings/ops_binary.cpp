@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU ops of the bitpack and binary_matmul families: check, allocate, call. Schemas: python/bitmill/ops.
+#include "binary_embedding.h"
 #include "binary_int8_matmul.h"
 #include "binary_matmul.h"
 #include "bit_checks.h"
@@ -10,21 +11,6 @@
 
 namespace bitmill {
 namespace {
-
-// What packing rows asks for; the planes go where the caller says.
-BitpackParams pack_rows(const char* op, const Rows& rows, const std::optional<Tensor>& shift_row, Levels levels,
-                        double threshold) {
-  BitpackParams p;
-  p.x = rows.x.const_data_ptr();
-  p.dtype = float_dtype(op, rows.x);
-  p.m = rows.m;
-  p.k = p.row_stride = rows.k;
-  p.shift = data_or_null<float>(shift_row);
-  p.threshold = static_cast<float>(threshold);
-  p.levels = levels;
-  p.parallel_for = torch_parallel_for;
-  return p;
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bitpack_cpu(Tensor x, std::optional<Tensor> shift, std::string levels,
                                                        double threshold, bool mean) {
@@ -86,8 +72,8 @@ Tensor tile_unpack_cpu(Tensor tiles, int64_t n, int64_t k, int64_t bits) {
 // The operands of an integer product, checked; `params` points into them.
 struct Operands {
   Rows rows;
-  Tensor tiles;
-  std::optional<Tensor> nonzero, tiles_nonzero;
+  std::optional<Tensor> nonzero;
+  BinaryWeight weight;
   BinaryMatmulParams params;
 };
 
@@ -98,24 +84,16 @@ Operands operands(const char* op, const Tensor& a, const Tensor& weight, int64_t
   if (n < 0 || k < 0 || k > kMaxColumns)
     fail(op, ": n must be at least 0 and k between 0 and 16777216, got n = ", n, ", k = ", k);
   if (a_nonzero && kind != Levels::sign) fail(op, ": a_nonzero goes with levels=\"sign\" only, got \"", levels, "\"");
-  Operands o{rows_of(op, a), weight, std::nullopt, std::nullopt, {}};
-  checked(op, "a", a, ScalarType::Int, with_last(o.rows.leading, word_count(k)));
-  o.nonzero = checked(op, "a_nonzero", a_nonzero, ScalarType::Int, sizes_of(a));
-  o.tiles = checked(op, "weight", weight, ScalarType::Int, tile_sizes(n, k), kPackRemedy);
-  o.tiles_nonzero = checked(op, "weight_nonzero", weight_nonzero, ScalarType::Int, tile_sizes(n, k));
-  check_tile_padding(op, "weight", o.tiles, n, k);
+  const Rows rows = rows_of(op, a);
+  checked(op, "a", a, ScalarType::Int, with_last(rows.leading, word_count(k)));
+  const auto nonzero = checked(op, "a_nonzero", a_nonzero, ScalarType::Int, sizes_of(a));
+  Operands o{rows, nonzero, binary_weight(op, weight, weight_nonzero, n, k), {}};
   if (k > 0) check_row_padding(op, "a", o.rows.x, o.rows.m, k);
   if (k > 0 && o.nonzero) check_row_padding(op, "a_nonzero", *o.nonzero, o.rows.m, k);
-  BinaryMatmulParams& p = o.params;
-  p.a = data<int32_t>(o.rows.x);
-  p.a_nonzero = data_or_null<int32_t>(o.nonzero);
-  p.operand = kind == Levels::bool_ ? Operand::bool_ : o.nonzero ? Operand::ternary : Operand::sign;
-  p.weight = data<int32_t>(o.tiles);
-  p.weight_nonzero = data_or_null<int32_t>(o.tiles_nonzero);
-  p.m = o.rows.m;
-  p.n = n;
-  p.k = k;
-  p.parallel_for = torch_parallel_for;
+  o.params = o.weight.product(o.rows.m);
+  o.params.a = data<int32_t>(o.rows.x);
+  o.params.a_nonzero = data_or_null<int32_t>(o.nonzero);
+  o.params.operand = kind == Levels::bool_ ? Operand::bool_ : o.nonzero ? Operand::ternary : Operand::sign;
   return o;
 }
 
@@ -134,19 +112,11 @@ std::tuple<Tensor, Tensor> binary_matmul_bits_cpu(Tensor a, Tensor weight, Tenso
                                                   std::optional<Tensor> weight_nonzero, std::string levels) {
   const char* op = "binary_matmul_bits";
   Operands o = operands(op, a, weight, n, k, a_nonzero, weight_nonzero, levels);
-  const Tensor above = checked(op, "positive", positive, ScalarType::Int, {2, n});
-  const auto below = checked(op, "negative", negative, ScalarType::Int, {2, n});
-  if (single && (!negative || single->dim() != 2)) {
-    fail(op, ": single must have shape [n, count] and goes with negative, got ", to_string(sizes_of(*single)),
-         negative ? "" : " without negative");
-  }
-  const auto alone = checked(op, "single", single, ScalarType::Int, {n, single ? single->size(1) : 0});
+  const OutputRanges ranges = output_ranges(op, positive, negative, single, {}, n);
   const Sizes plane = with_last(o.rows.leading, word_count(n));
   const Tensor sign = new_tensor(plane, ScalarType::Int);
-  const Tensor nonzero = new_tensor(below ? plane : Sizes{0}, ScalarType::Int);
-  o.params.bits = {mutable_data<int32_t>(sign),  below ? mutable_data<int32_t>(nonzero) : nullptr,
-                   data<int32_t>(above),         data_or_null<int32_t>(below),
-                   data_or_null<int32_t>(alone), alone ? alone->size(1) : 0};
+  const Tensor nonzero = new_tensor(negative ? plane : Sizes{0}, ScalarType::Int);
+  o.params.bits = ranges.output(mutable_data<int32_t>(sign), mutable_data<int32_t>(nonzero));
   if (o.rows.m > 0 && n > 0) require(op, binary_matmul(o.params));
   return {sign, nonzero};
 }
@@ -179,9 +149,7 @@ Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Te
   const int64_t k = rows.k, n = scale.dim() > 0 ? scale.size(0) : 0;
   const Sizes scales = {n, group_count(op, k, group_size)};
   const Tensor scale_rows = checked(op, "scale", scale, ScalarType::Float, scales);
-  const Tensor tiles = checked(op, "weight", weight, ScalarType::Int, tile_sizes(n, k), kPackRemedy);
-  const auto tiles_nonzero = checked(op, "weight_nonzero", weight_nonzero, ScalarType::Int, tile_sizes(n, k));
-  check_tile_padding(op, "weight", tiles, n, k);
+  const BinaryWeight tiles = binary_weight(op, weight, weight_nonzero, n, k);
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
   const auto step = checked(op, "alpha", alpha, ScalarType::Float, {});
   const auto shift_row = checked(op, "shift", shift, ScalarType::Float, {k});
@@ -193,23 +161,17 @@ Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Te
   pack.nonzero = kind == Levels::sign ? nonzero.get() : nullptr;
   pack.mean = row_scale ? mean.get() : nullptr;
   const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
-  BinaryMatmulParams p;
+  BinaryMatmulParams p = tiles.product(rows.m);
   p.a = pack.sign;
   p.a_nonzero = pack.nonzero;
-  p.operand = kind == Levels::sign ? Operand::ternary : kind == Levels::plus ? Operand::sign : Operand::bool_;
-  p.weight = data<int32_t>(tiles);
-  p.weight_nonzero = data_or_null<int32_t>(tiles_nonzero);
-  p.m = rows.m;
-  p.n = n;
-  p.k = k;
+  p.operand = operand_of(kind);
   p.out = out.mutable_data_ptr();
   p.out_dtype = float_dtype(op, rows.x);
   p.scale = data<float>(scale_rows);
   p.group_size = group_size;
   p.row_scale = pack.mean;
   p.bias = data_or_null<float>(bias_row);
-  p.parallel_for = torch_parallel_for;
-  require(op, binary_linear(pack, p));
+  require(op, binary_linear(pack, &p, 1));
   return out;
 }
 
@@ -221,9 +183,7 @@ Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::opti
   const int64_t k = rows.k, n = scale.dim() > 0 ? scale.size(0) : 0;
   const Sizes scales = {n, group_count(op, k, group_size)};
   const Tensor scale_rows = checked(op, "scale", scale, ScalarType::Float, scales);
-  const Tensor tiles = checked(op, "weight", weight, ScalarType::Int, tile_sizes(n, k), kPackRemedy);
-  const auto tiles_nonzero = checked(op, "weight_nonzero", weight_nonzero, ScalarType::Int, tile_sizes(n, k));
-  check_tile_padding(op, "weight", tiles, n, k);
+  const BinaryWeight tiles = binary_weight(op, weight, weight_nonzero, n, k);
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
   const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
   if (int8) {
@@ -232,8 +192,8 @@ Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::opti
     BinaryInt8MatmulParams p;
     p.q = q.get();
     p.row_scale = row_scale.get();
-    p.weight = data<int32_t>(tiles);
-    p.weight_nonzero = data_or_null<int32_t>(tiles_nonzero);
+    p.weight = data<int32_t>(tiles.tiles);
+    p.weight_nonzero = data_or_null<int32_t>(tiles.nonzero);
     p.m = rows.m;
     p.n = n;
     p.k = k;
@@ -249,8 +209,8 @@ Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::opti
   BinaryWeightMatmulParams p;
   p.x = rows.x.const_data_ptr();
   p.dtype = float_dtype(op, rows.x);
-  p.weight = data<int32_t>(tiles);
-  p.weight_nonzero = data_or_null<int32_t>(tiles_nonzero);
+  p.weight = data<int32_t>(tiles.tiles);
+  p.weight_nonzero = data_or_null<int32_t>(tiles.nonzero);
   p.m = rows.m;
   p.n = n;
   p.k = k;
@@ -260,6 +220,38 @@ Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::opti
   p.out = out.mutable_data_ptr();
   p.parallel_for = torch_parallel_for;
   require(op, binary_weight_matmul(p));
+  return out;
+}
+
+Tensor binary_embedding_cpu(Tensor ids, Tensor weight, std::optional<Tensor> weight_nonzero, Tensor scale, int64_t k,
+                            int64_t group_size) {
+  const char* op = "binary_embedding";
+  if (k < 0 || k > kMaxColumns) fail(op, ": k must be between 0 and 16777216, got ", k);
+  const int64_t n = scale.dim() > 0 ? scale.size(0) : 0;
+  const auto dtype = float_dtype(op, scale, "scale must be float32, bfloat16 or float16");
+  const Tensor scales = checked(op, "scale", scale, scale.scalar_type(), {n, group_count(op, k, group_size)});
+  const Tensor places = checked(op, "ids", ids, ScalarType::Long, sizes_of(ids));
+  const BinaryWeight table = binary_weight(op, weight, weight_nonzero, n, k);
+  const Tensor out = new_tensor(with_last(sizes_of(ids), k), scale.scalar_type());
+  BinaryEmbeddingParams p;
+  p.ids = data<int64_t>(places);
+  p.count = places.numel();
+  for (int64_t i = 0; i < p.count; ++i) {
+    if (p.ids[i] < 0 || p.ids[i] >= n) {
+      throw std::out_of_range("binary_embedding: ids must lie in [0, " + std::to_string(n) + "), got " +
+                              std::to_string(p.ids[i]));
+    }
+  }
+  p.weight = data<int32_t>(table.tiles);
+  p.weight_nonzero = data_or_null<int32_t>(table.nonzero);
+  p.rows = n;
+  p.k = k;
+  p.scale = scales.const_data_ptr();
+  p.group_size = group_size;
+  p.out = out.mutable_data_ptr();
+  p.dtype = dtype;
+  p.parallel_for = torch_parallel_for;
+  require(op, binary_embedding(p));
   return out;
 }
 
@@ -274,6 +266,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) {
   m.impl("binary_matmul", BITMILL_BOX(bitmill::binary_matmul_cpu));
   m.impl("binary_matmul_bits", BITMILL_BOX(bitmill::binary_matmul_bits_cpu));
   m.impl("binary_matmul_floats", BITMILL_BOX(bitmill::binary_matmul_floats_cpu));
+  m.impl("binary_embedding", BITMILL_BOX(bitmill::binary_embedding_cpu));
   m.impl("binary_linear", BITMILL_BOX(bitmill::binary_linear_cpu));
   m.impl("binary_weight_linear", BITMILL_BOX(bitmill::binary_weight_linear_cpu));
 }

@@ -377,25 +377,37 @@ Status binary_attention(const BinaryAttentionParams& p) {
     for (int64_t i = 0; i <= 2 * p.d + 1; ++i) weight_of_pair[i] = weight[2 * i];
   }
 
-  split(p.parallel_for, p.batch, static_cast<double>(p.m * (p.d + p.e)) * 0.1, [&](int64_t begin, int64_t end) {
-    for (int64_t batch = begin; batch < end; ++batch) {
-      detail::pack_keys(task, batch);
-      detail::pack_values(task, batch);
-    }
-  });
+  const auto pack = [&](int64_t batch) {
+    detail::pack_keys(task, batch);
+    detail::pack_values(task, batch);
+  };
   auto* rows = detail::attention_rows_generic;
   double nanoseconds = 0.02;  // of a product of two bits
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512) rows = detail::attention_rows_avx512, nanoseconds = 0.002;
 #endif
+  const auto attend = [&](int64_t batch, int64_t first) {
+    const int64_t last = std::min(task.query_rows(batch), first + detail::kRowsTogether);
+    if (first < last) rows(task, batch, first, last);
+  };
+  const double packing = static_cast<double>(p.m * (p.d + p.e)) * 0.1;
+  const double block = static_cast<double>(detail::kRowsTogether * p.m * (p.d + p.e)) * nanoseconds;
   const int64_t blocks = ceil_div(p.n, detail::kRowsTogether);
-  const double cost = static_cast<double>(detail::kRowsTogether * p.m * (p.d + p.e)) * nanoseconds;
-  split(p.parallel_for, p.batch * blocks, cost, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % blocks * detail::kRowsTogether;
-      const int64_t last = std::min(task.query_rows(i / blocks), first + detail::kRowsTogether);
-      if (first < last) rows(task, i / blocks, first, last);
-    }
+  const double whole = packing + block * static_cast<double>(blocks);
+  if (whole <= kSmallestPart) {  // no smaller part is worth a thread
+    split(p.parallel_for, p.batch, whole, [&](int64_t begin, int64_t end) {
+      for (int64_t batch = begin; batch < end; ++batch) {
+        pack(batch);
+        for (int64_t i = 0; i < blocks; ++i) attend(batch, i * detail::kRowsTogether);
+      }
+    });
+    return Status::ok;
+  }
+  split(p.parallel_for, p.batch, packing, [&](int64_t begin, int64_t end) {
+    for (int64_t batch = begin; batch < end; ++batch) pack(batch);
+  });
+  split(p.parallel_for, p.batch * blocks, block, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) attend(i / blocks, i % blocks * detail::kRowsTogether);
   });
   return Status::ok;
 }

@@ -164,20 +164,29 @@ Status binary_matmul(const BinaryMatmulParams& p) {
   return Status::ok;
 }
 
-Status binary_linear(const BitpackParams& pack, const BinaryMatmulParams& product) {
-  Status status = check(product);
-  if (status != Status::ok) return status;
-  if (product.m < kManyRows || product.n == 0) {
-    status = bitpack(pack);
-    return status == Status::ok ? binary_matmul(product) : status;
+Status binary_linear(const BitpackParams& pack, const BinaryMatmulParams* products, int64_t count) {
+  const double nanoseconds_per_word = detail::choose_kernel().nanoseconds_per_word;
+  double cost = 0;  // of a row
+  for (int64_t i = 0; i < count; ++i) {
+    const Status status = check(products[i]);
+    if (status != Status::ok) return status;
+    if (products[i].m != pack.m) return Status::bad_size;
+    cost += nanoseconds_per_output(products[i], nanoseconds_per_word) * static_cast<double>(products[i].n);
   }
-  const double cost = nanoseconds_per_output(product, detail::choose_kernel().nanoseconds_per_word);
-  split_rows(product.parallel_for, product.m, cost * static_cast<double>(product.n), [&](int64_t begin, int64_t end) {
+  if (pack.m < kManyRows) {
+    Status status = bitpack(pack);
+    for (int64_t i = 0; i < count && status == Status::ok; ++i) status = binary_matmul(products[i]);
+    return status;
+  }
+  split_rows(pack.parallel_for, pack.m, cost, [&](int64_t begin, int64_t end) {
     BitpackParams rows = rows_of(pack, begin, end);
-    BinaryMatmulParams part = rows_of(product, begin, end);
-    rows.parallel_for = part.parallel_for = serial_for;
-    bitpack(rows);  // checked with the whole
-    binary_matmul(part);
+    rows.parallel_for = serial_for;
+    bitpack(rows);
+    for (int64_t i = 0; i < count; ++i) {
+      BinaryMatmulParams part = rows_of(products[i], begin, end);
+      part.parallel_for = serial_for;
+      binary_matmul(part);  // checked with the whole
+    }
   });
   return Status::ok;
 }

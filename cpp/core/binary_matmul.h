@@ -54,9 +54,9 @@ struct BinaryMatmulParams {
 };
 Status binary_matmul(const BinaryMatmulParams& params);
 
-// The product of rows that are packed first: `product.a`, `a_nonzero` and `row_scale` are what `pack` writes. One
-// parallel region for both, where there are many rows.
-Status binary_linear(const BitpackParams& pack, const BinaryMatmulParams& product);
+// Products of rows that are packed first, one after the other: `a`, `a_nonzero` and `row_scale` of each are what `pack`
+// or a product before it writes. One parallel region for all, where there are many rows.
+Status binary_linear(const BitpackParams& pack, const BinaryMatmulParams* products, int64_t count);
 
 struct BinaryWeightMatmulParams {
   const void* x = nullptr;  // [m, k], contiguous

@@ -15,11 +15,12 @@ static inline void serial_for(int64_t begin, int64_t end, int64_t, ParallelBody 
   if (begin < end) body(context, begin, end);
 }
 
-// Runs body(begin, end) over parts of [0, count). `cost` is the work of one item in nanoseconds, roughly: a
-// part is never smaller than about 20 microseconds, the price of waking a thread.
+// Nanoseconds: no part is smaller, since waking a thread costs about as much.
+inline constexpr double kSmallestPart = 20000.0;
+
+// Runs body(begin, end) over parts of [0, count). `cost` is the work of one item in nanoseconds, roughly.
 template <class Body>
 void split(ParallelFor parallel_for, int64_t count, double cost, const Body& body) {
-  constexpr double kSmallestPart = 20000.0;
   const double items = cost > 0 ? kSmallestPart / cost : static_cast<double>(count);
   const int64_t grain = items >= static_cast<double>(count) ? count : static_cast<int64_t>(items) + 1;
   const auto call = [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); };

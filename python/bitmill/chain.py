@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from .binarize.functions import ALPHA_FLOOR
 from .nn import BinaryAttention, PackedBinaryLinear
-from .ops import BitRanges, binary_attention_bits, binary_matmul_bits, binary_matmul_floats, bit_ranges, bitpack
+from .ops import BitRanges, binary_mlp, binary_self_attention, bit_ranges
+from .ops.binary_bits import NEVER
 from .ops.bitpack import binarized
-
-Rows = tuple[Tensor, Tensor | None]  # packed rows: signs, and nonzero bits or None
 
 MOST_KEYS = 4096  # of a chain whose host does not say how many there can be
 
@@ -43,16 +42,8 @@ class Input:
         if self.levels == "bool":
             self.threshold = 0.5 if layer.alpha is None else float(layer.alpha / 2)
 
-    def is_like(self, other: Input) -> bool:
-        plain = self.layer.shift is None and other.layer.shift is None
-        return plain and (self.levels, self.threshold) == (other.levels, other.threshold)
-
     def level(self, x: Tensor) -> Tensor:
         return binarized(x, self.layer.shift, self.levels, self.threshold)
-
-    def pack(self, x: Tensor) -> Rows:
-        sign, nonzero, _, _ = bitpack(x, self.layer._buffers["shift"], self.levels, self.threshold)
-        return sign, nonzero if self.levels == "sign" else None
 
 
 def chainable(layer: nn.Module, what: str) -> PackedBinaryLinear:
@@ -75,87 +66,69 @@ def chainable(layer: nn.Module, what: str) -> PackedBinaryLinear:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether someone looks at what this module computes."""
+    """Whether someone looks at what this module computes, or has put a forward of its own into it."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
+
+
+def ranges_of(level: Callable[[Tensor], Tensor], n: int, k: int, levels: str, device: torch.device) -> BitRanges:
+    """`ops.bit_ranges`, or NotChained with the reason why there are none."""
+    try:
+        return bit_ranges(level, n, k, levels, device)
+    except ValueError as error:
+        raise NotChained(str(error).removeprefix("bit_ranges: ")) from None
+
+
+def ranges_after(layer: PackedBinaryLinear, levels: str, level: Callable[[Tensor], Tensor]) -> BitRanges:
+    """What a layer's outputs become where they are read.
+
+    Args:
+        levels: of the reader.
+        level: what the results z, float32 [count, n], become there.
+    """
+    scale, bias = layer.scale[:, 0], layer.bias
+
+    def of_dot(dot: Tensor) -> Tensor:
+        z = scale * dot
+        return level(z if bias is None else z + bias)
+
+    return ranges_of(of_dot, layer.out_features, layer.in_features, levels, scale.device)
+
+
+def stacked(ranges: Sequence[BitRanges]) -> BitRanges:
+    """The ranges of several layers in one, [layers, 2, n] and [layers, n, count]."""
+    positive = torch.stack([each.positive for each in ranges])
+    if all(each.negative is None for each in ranges):
+        return BitRanges(positive, None, None)
+    # Where nothing is 0, -1 is all that is not +1: from one past the last to one before the first.
+    rest = torch.tensor([[1], [-1]], dtype=torch.int32, device=positive.device)
+    negative = [p.flip(0) + rest if r.negative is None else r.negative for p, r in zip(positive, ranges, strict=True)]
+    singles = [positive.new_empty(positive.shape[-1], 0) if r.single is None else r.single for r in ranges]
+    most = max(t.shape[1] for t in singles)
+    single = torch.stack([nn.functional.pad(t, (0, most - t.shape[1]), value=NEVER) for t in singles])
+    return BitRanges(positive, torch.stack(negative), single if most else None)
 
 
 class Ranges(nn.Module):
-    """What each output of a product becomes in the next layer."""
+    """Ranges that move with the model."""
 
-    positive: Tensor
-    negative: Tensor | None
-    single: Tensor | None
-
-    def __init__(self, level: Callable[[Tensor], Tensor], n: int, k: int, levels: str, device: torch.device) -> None:
+    def __init__(self, ranges: BitRanges) -> None:
         super().__init__()
-        try:
-            found = bit_ranges(level, n, k, levels, device)
-        except ValueError as error:
-            raise NotChained(str(error).removeprefix("bit_ranges: ")) from None
-        for name, t in found._asdict().items():
+        for name, t in ranges._asdict().items():
             self.register_buffer(name, t, persistent=False)
 
-    def forward(self) -> BitRanges:
-        own: dict[str, Any] = self._buffers
+    def get(self) -> BitRanges:
+        own: dict[str, Any] = self._buffers  # ten times faster than attributes
         return BitRanges(own["positive"], own["negative"], own["single"])
 
 
-class Link(nn.Module):
-    """A layer from bits to the bits that the next one reads.
-
-    Args:
-        layer: the first of the two, from `chainable`.
-        levels: of the second.
-        level: what its results z, float32 [count, n], become there.
-    """
-
-    def __init__(self, layer: PackedBinaryLinear, levels: str, level: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.layer = (layer,)  # in a tuple it stays the host's child alone
-        scale, bias, n, k = layer.scale[:, 0], layer.bias, layer.out_features, layer.in_features
-
-        def of_dot(dot: Tensor) -> Tensor:
-            z = scale * dot
-            return level(z if bias is None else z + bias)
-
-        self.ranges = Ranges(of_dot, n, k, levels, scale.device)
-
-    def forward(self, rows: Rows) -> Rows:
-        layer, ranges = self.layer[0], self.ranges
-        own: dict[str, Any] = layer._buffers  # ten times faster than attributes
-        sign, nonzero = binary_matmul_bits(
-            rows[0],
-            own["weight"],
-            ranges(),
-            layer.out_features,
-            layer.in_features,
-            rows[1],
-            own["weight_nonzero"],
-            layer._levels,
-        )
-        return sign, None if ranges.negative is None else nonzero
-
-
-def to_floats(layer: PackedBinaryLinear, rows: Rows, residual: Tensor | None) -> Tensor:
-    """The layer's results from its packed input, and a residual added to them."""
-    own: dict[str, Any] = layer._buffers
-    return binary_matmul_floats(
-        rows[0],
-        own["weight"],
-        own["scale"],
-        own["bias"],
-        layer.in_features,
-        rows[1],
-        own["weight_nonzero"],
-        layer._levels,
-        residual,
-    )
-
-
 class Attention(NamedTuple):
-    """The rule of a block's attention, as `ops.binary_attention_bits` takes it."""
+    """The rule of a block's attention, as `ops.binary_self_attention` takes it."""
 
     heads: int
     rule: str
@@ -210,30 +183,34 @@ class AttentionChain(nn.Module):
         self.scaling, self.beta = attention.scaling, attention.beta
         names = ("query", "key", "value") if len(projections) == 3 else ("query, key and value",)
         layers = [chainable(layer, name) for layer, name in zip(projections, names, strict=True)]
-        self.out = (chainable(out, "output"),)
+        self.layers, self.out = tuple(layers), (chainable(out, "output"),)  # in tuples they stay the host's alone
         heads = attention.heads * 3 // len(layers)
         for layer in layers:
             if layer.out_features % (32 * heads):
                 raise NotChained(f"heads of {layer.out_features / heads:g} columns are not whole words of 32")
+        inputs, outer = [Input(layer) for layer in layers], Input(self.out[0])
+        if len({(layer.out_features, each.levels) for layer, each in zip(layers, inputs, strict=True)}) > 1:
+            raise NotChained("query, key and value have different widths or levels")
+        self.levels, self.out_levels = inputs[0].levels, outer.levels
+        self.thresholds = [each.threshold for each in inputs]
         levels = "sign" if attention.zero == "torch" else "plus"
-        self.inputs = [Input(layer) for layer in layers]
-        self.one_input = all(self.inputs[0].is_like(other) for other in self.inputs[1:])
-        self.projections = nn.ModuleList(
-            Link(layer, levels, lambda z: binarized(z, None, levels, 0.0)) for layer in layers
+        self.projected = Ranges(
+            stacked([ranges_after(layer, levels, lambda z: binarized(z, None, levels, 0.0)) for layer in layers])
         )
-        outer, n = Input(self.out[0]), self.out[0].in_features
-        self.context = Ranges(
+        n = self.out[0].in_features
+        context = ranges_of(
             lambda dot: outer.level(attention.context(dot)).expand(-1, n),
             n,
             self.most_keys,
             outer.levels,
             self.out[0].scale.device,
         )
+        if context.single is not None:
+            raise NotChained("the levels of the output projection's input are not ranges")
+        self.context = Ranges(context)
         alpha_q, alpha_k, _, alpha_a = attention.steps or (None, None, None, None)
         for name, step in (("alpha_q", alpha_q), ("alpha_k", alpha_k), ("alpha_a", alpha_a)):
             self.register_buffer(name, step, persistent=False)
-        if self.context.single is not None:
-            raise NotChained("the levels of the output projection's input are not ranges")
 
     def forward(
         self,
@@ -246,26 +223,40 @@ class AttentionChain(nn.Module):
 
         x is float32 [sequences, n, d], with a mask or None; or [rows, d] with the lengths of the sequences.
         """
-        (q, q_nonzero), (k, k_nonzero), (v, v_nonzero) = self.project(x)
-        ranges = self.context
-        mask = mask.float() if mask is not None and mask.dtype == torch.float64 else mask
+        layers: list[dict[str, Any]] = [layer._buffers for layer in self.layers]
+        out: dict[str, Any] = self.out[0]._buffers
         own: dict[str, Any] = self._buffers
-        sign, nonzero = binary_attention_bits(
-            q, k, v, ranges.positive, ranges.negative, self.heads, q_nonzero, k_nonzero, v_nonzero, mask, lengths,
-            self.rule, self.scaling, self.beta, own["alpha_q"], own["alpha_k"], own["alpha_a"],
-        )  # fmt: skip
-        return to_floats(self.out[0], (sign, None if ranges.negative is None else nonzero), residual)
+        return binary_self_attention(
+            x,
+            [layer["weight"] for layer in layers],
+            self.projected.get(),
+            self.heads,
+            self.context.get(),
+            out["weight"],
+            out["scale"],
+            out["bias"],
+            _for_each([layer["weight_nonzero"] for layer in layers], lambda plane: plane.new_empty(0)),
+            out["weight_nonzero"],
+            _for_each([layer["shift"] for layer in layers], torch.zeros_like),
+            self.thresholds,
+            self.levels,
+            self.out_levels,
+            residual,
+            mask.float() if mask is not None and mask.dtype == torch.float64 else mask,
+            lengths,
+            self.rule,
+            self.scaling,
+            self.beta,
+            own["alpha_q"],
+            own["alpha_k"],
+            own["alpha_a"],
+        )
 
-    def project(self, x: Tensor) -> Sequence[Rows]:
-        """The packed rows of queries, keys and values."""
-        links = self.projections
-        packed = [self.inputs[0].pack(x)] * len(links) if self.one_input else [each.pack(x) for each in self.inputs]
-        rows = [link(bits) for link, bits in zip(links, packed, strict=True)]
-        if len(rows) == 3:
-            return rows
-        sign, nonzero = rows[0]
-        nonzeros = (None,) * 3 if nonzero is None else nonzero.chunk(3, -1)
-        return list(zip(sign.chunk(3, -1), nonzeros, strict=True))
+
+def _for_each(tensors: list[Tensor | None], instead: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """One tensor for each layer, `instead` where it has none, or nothing if no layer has one."""
+    some = next((t for t in tensors if t is not None), None)
+    return [] if some is None else [instead(some) if t is None else t for t in tensors]
 
 
 class MlpChain(nn.Module):
@@ -282,10 +273,27 @@ class MlpChain(nn.Module):
         super().__init__()
         first, last = chainable(up, "the first layer"), chainable(down, "the second layer")
         self.input, inner = Input(first), Input(last)
-        self.up, self.down = Link(first, inner.levels, lambda z: inner.level(activation(z))), (last,)
+        self.up, self.down, self.inner_levels = (first,), (last,), inner.levels
+        self.inner = Ranges(ranges_after(first, inner.levels, lambda z: inner.level(activation(z))))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return to_floats(self.down[0], self.up(self.input.pack(x)), residual)
+        up: dict[str, Any] = self.up[0]._buffers
+        down: dict[str, Any] = self.down[0]._buffers
+        return binary_mlp(
+            x,
+            up["weight"],
+            self.inner.get(),
+            down["weight"],
+            down["scale"],
+            down["bias"],
+            up["weight_nonzero"],
+            down["weight_nonzero"],
+            up["shift"],
+            self.input.threshold,
+            self.input.levels,
+            self.inner_levels,
+            residual,
+        )
 
 
 class Chained:
@@ -323,6 +331,10 @@ _CHAINED: dict[type[nn.Module], type[Chained]] = {}
 _REGISTERED_IN = {  # of the modules that define a host's classes: what is imported when `chain_` meets one of them
     "timm.layers.mlp": "bitmill.integrations._timm_chain",
     "bitmill.integrations.timm": "bitmill.integrations._timm_chain",
+    **{
+        f"transformers.models.{name}.modeling_{name}": "bitmill.integrations._transformers_chain"
+        for name in ("bert", "vit")
+    },
     **{
         f"transformers.models.{name}.modeling_{name}": "bitmill.integrations._transformers_chain_relatives"
         for name in ("deit", "electra", "roberta", "xlm_roberta")

@@ -13,8 +13,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 ROUNDS = 9
 MATMUL, ATTENTION, EMBEDDING, REST = "binary matmul", "binary attention", "embedding", "Python and dispatch"
+SELF_ATTENTION, MLP = "binary self-attention", "binary MLP"  # with the packing of their inputs
+KERNELS = (SELF_ATTENTION, MLP, MATMUL, ATTENTION)
 OTHER, CALL = "other ops", "call"
 STAGES = {
+    SELF_ATTENTION: ("bitmill::binary_self_attention",),
+    MLP: ("bitmill::binary_mlp",),
     MATMUL: (
         *("bitmill::binary_matmul", "bitmill::binary_matmul_bits", "bitmill::binary_matmul_floats"),
         *("bitmill::binary_linear", "bitmill::binary_weight_linear"),
@@ -86,7 +90,7 @@ def render(stages: dict[str, float]) -> list[str]:
     whole = stages["whole"]
     lines = [f"{'stage of the chained model':<28} {'ms':>9} {'%':>6}"]
     lines += [f"{stage:<28} {ms:>9.3f} {100 * ms / whole:>6.1f}" for stage, ms in stages.items() if stage != "whole"]
-    kernels = stages[MATMUL] + stages[ATTENTION]
+    kernels = sum(stages[stage] for stage in KERNELS)
     return [
         *lines,
         f"{'whole':<28} {whole:>9.3f}",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chains (`bitmill.chain`) in transformers' BERT and ViT: attention with its projections, and the MLP.
 
-Relatives whose code is the same are in `_transformers_chain_relatives`.
+Imported when `pack_` meets one of these classes, as `_transformers_chain_relatives`, with those whose code is the same.
 
 A BERT encoder whose layers are all chained computes no padding: its sequences lie one after another inside. Positions
 that the mask drops come out as 0.
@@ -14,11 +14,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer, BertSelfAttention
 from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 
 from ..chain import Attention, AttentionChain, Chained, MlpChain, NotChained, has_hooks, register_chain
 from ..nn import BinaryAttention
+from .transformers import CHILD, PREFIX, chained_kind
 
 
 class Sequences(NamedTuple):
@@ -34,8 +36,6 @@ def attention_of(module: Any, head_dim: int) -> Attention:
     Raises:
         NotChained: if it is not one of bits.
     """
-    from .transformers import CHILD, PREFIX, chained_kind  # which imports this module
-
     name = module.config._attn_implementation
     if not name.startswith(PREFIX):
         raise NotChained(f"its attention is {name!r}, not one of bits")
@@ -47,6 +47,10 @@ def attention_of(module: Any, head_dim: int) -> Attention:
     if child is not None or kind is None:
         raise NotChained(f"its attention, {type(child).__name__ if child else name}, has no form on bits")
     return Attention(module.num_attention_heads, kind, scaling=scaling)
+
+
+def as_bool(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.is_floating_point() else mask.bool()
 
 
 class ChainedAttention(Chained):
@@ -67,7 +71,7 @@ class ChainedAttention(Chained):
             return None
         if sequences is not None:
             return self.chain(x, None, sequences.lengths, residual)
-        return self.chain(x, mask if mask is None or mask.is_floating_point() else mask.bool(), None, residual)
+        return self.chain(x, as_bool(mask), None, residual)
 
 
 class BertAttentionMixin(ChainedAttention):
@@ -157,8 +161,62 @@ class BertLayerMixin(Chained):
         return self.output.LayerNorm(self.chain(attention_output, attention_output))
 
 
+class EncoderChain(nn.Module):
+    """All layers of a BERT encoder in one loop, which calls their chains and normalisations alone.
+
+    Args:
+        layers: those of the encoder, whose attention and MLP are chained; they stay the host's.
+        config: of the encoder, which must be that of the attention.
+    """
+
+    def __init__(self, layers: nn.ModuleList, config: Any) -> None:
+        super().__init__()
+        self.layers: tuple[Any, ...] = tuple(layers)
+        self.config = config
+        self.skipped = {
+            module
+            for layer in self.layers
+            for chained in (layer, layer.attention)
+            for module in (chained, chained.chain, *chained.chain.passed)
+        }
+
+    @staticmethod
+    def fits(layer: Any, config: Any) -> bool:
+        """Whether nothing but chains and normalisations would be called in a layer."""
+        attention: Any = layer.attention
+        chained = isinstance(layer, Chained) and isinstance(attention, Chained)
+        plain = not layer.is_decoder and not layer.chunk_size_feed_forward
+        return chained and plain and attention.self.config is config
+
+    def holds(self, most: int) -> bool:
+        """Whether the layers are as they were planned, for sequences of up to `most` tokens."""
+        implementation = self.config._attn_implementation
+        for layer in self.layers:
+            attention: Any = layer.attention._modules.get("chain")
+            if attention is None or "chain" not in layer._modules:  # loading other weights took it off
+                return False
+            if attention.implementation != implementation or most > attention.most_keys:
+                return False
+        return not any(module.training or has_hooks(module) for module in self.skipped)
+
+    def forward(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """The last hidden states; arguments as `AttentionChain.forward`."""
+        for layer in self.layers:
+            attention = layer.attention
+            x = _normalised(attention.output.LayerNorm, attention.chain.forward(x, mask, lengths, x))
+            x = _normalised(layer.output.LayerNorm, layer.chain.forward(x, x))
+        return x
+
+
+def _normalised(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    if type(norm) is not nn.LayerNorm or has_hooks(norm):
+        return norm(x)
+    own: dict[str, Any] = norm._parameters
+    return torch.layer_norm(x, norm.normalized_shape, own["weight"], own["bias"], norm.eps)
+
+
 class BertEncoderMixin(Chained):
-    """The encoder of BERT and its relatives: without padding inside."""
+    """The encoder of BERT and its relatives: without padding inside, and in one loop if all of it is chained."""
 
     layer: Any
 
@@ -166,28 +224,52 @@ class BertEncoderMixin(Chained):
     def plan(cls, module: Any) -> nn.Module:
         if not all(isinstance(layer.attention, Chained) for layer in module.layer):
             raise NotChained("not all of its attention layers are chained")
+        if all(EncoderChain.fits(layer, module.config) for layer in module.layer):
+            return EncoderChain(module.layer, module.config)
         return nn.Identity()
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        kept = self._kept(hidden_states, attention_mask, args, kwargs)
+    @classmethod
+    def passed(cls, module: Any) -> tuple[nn.Module, ...]:
+        return (module.layer,)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        others = (encoder_hidden_states, encoder_attention_mask, cache)
+        x, mask = hidden_states, attention_mask
+        if any(other is not None for other in others) or torch.compiler.is_compiling() or not self.runs(x):
+            return self.plain.forward(self, x, mask, *others, **kwargs)
+        whole = self.chain if isinstance(self.chain, EncoderChain) and self.chain.holds(x.shape[-2]) else None
+        kept = self._kept(x, mask, whole is not None)
         if kept is None:
-            return self.plain.forward(self, hidden_states, attention_mask, *args, **kwargs)
+            if whole is None:
+                return self.plain.forward(self, x, mask, *others, **kwargs)
+            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=whole(x, as_bool(mask), None))
         lengths = kept.sum(-1)
         rows = kept.flatten().nonzero().squeeze(-1)
-        sequences = Sequences(lengths, int(lengths.max()))
-        output = self.plain.forward(self, hidden_states.flatten(0, 1)[rows], sequences, *args, **kwargs)
-        padded = torch.zeros_like(hidden_states)
+        tokens = x.flatten(0, 1)[rows]
+        if whole is None:
+            sequences = Sequences(lengths, int(lengths.max()))
+            output = self.plain.forward(self, tokens, sequences, *others, **kwargs)
+        else:
+            output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=whole(tokens, None, lengths))
+        padded = torch.zeros_like(x)
         padded.flatten(0, 1)[rows] = output.last_hidden_state
         output.last_hidden_state = padded
         return output
 
-    def _kept(self, x: Tensor, mask: Tensor | None, args: Any, kwargs: Any) -> Tensor | None:
-        """The tokens, bool [batch, n], that a padding mask keeps; None to compute as the host does."""
-        others = any(a is not None for a in args) or kwargs.get("cache") is not None
-        if mask is None or mask.dtype != torch.bool or others or torch.compiler.is_compiling() or not self.runs(x):
+    def _kept(self, x: Tensor, mask: Tensor | None, whole: bool) -> Tensor | None:
+        """The tokens, bool [batch, n], that a padding mask keeps; None to compute all of them."""
+        if mask is None or mask.dtype != torch.bool:
             return None
         layers = list(self.layer)
-        if any(has_hooks(layer) or not layer.attention.runs(x) for layer in layers):
+        if not whole and any(has_hooks(layer) or not layer.attention.runs(x) for layer in layers):
             return None
         kept = mask[:, 0, 0]
         same = kept.shape == x.shape[:2] and bool((mask == kept[:, None, None]).all())

@@ -243,5 +243,3 @@ class Projections:
 
 
 enable()
-
-from . import _transformers_chain as _transformers_chain  # noqa: E402  (registers the blocks that pack_ chains)

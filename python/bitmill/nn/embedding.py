@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..binarize import WeightRule, binarize_weight, method, weight_scale
 from ..config import BinaryConfig
-from ..ops import bitunpack, tile_pack
-from ..ops._checks import TILE_ROWS, tile_shape
+from ..ops import binary_embedding, tile_pack
+from ..ops._checks import tile_shape
 from ..ops._groups import columns_of_groups
 from ..ops.binary_matmul import unpack_signs
 from ._module import PackedModule, require_finite
@@ -103,7 +103,7 @@ class PackedBinaryEmbedding(PackedModule):
     """
 
     config: BinaryConfig
-    kernel = "bitunpack"
+    kernel = "binary_embedding"
     _apply = nn.Module._apply  # .half() and .bfloat16() do change the scale's dtype, which is the output's
     weight: Tensor
     weight_nonzero: Tensor | None
@@ -147,12 +147,14 @@ class PackedBinaryEmbedding(PackedModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: int [...] in [0, num_embeddings); answers [..., embedding_dim]. Raises IndexError for an id outside."""
-        scale = nn.functional.embedding(ids, self.scale)  # checks the ids, which plain indexing would let wrap around
-        tile, lane = ids // TILE_ROWS, ids % TILE_ROWS
-        nonzero = None if self.weight_nonzero is None else self.weight_nonzero[tile, :, lane]
-        signs = bitunpack(self.weight[tile, :, lane], nonzero, self.embedding_dim)
-        scale = columns_of_groups(scale, self.embedding_dim, self.config.group_size)
-        return scale * signs.to(scale.dtype)
+        return binary_embedding(
+            ids.long(),
+            self.weight,
+            self.weight_nonzero,
+            self.scale,
+            self.embedding_dim,
+            self.config.group_size or 0,
+        )
 
     @torch.no_grad()
     def dequantize(self) -> nn.Embedding:

@@ -6,7 +6,9 @@ from . import _machine as _machine  # defines an op
 from .binary_attention import binary_attention
 from .binary_attention_bits import binary_attention_bits
 from .binary_bits import BitRanges, binary_matmul_bits, binary_matmul_floats, bit_ranges
+from .binary_blocks import binary_mlp, binary_self_attention
 from .binary_conv import binary_conv2d
+from .binary_embedding import binary_embedding
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
 from .fp4 import (
@@ -32,10 +34,13 @@ __all__ = [
     "binary_attention",
     "binary_attention_bits",
     "binary_conv2d",
+    "binary_embedding",
     "binary_linear",
     "binary_matmul",
     "binary_matmul_bits",
     "binary_matmul_floats",
+    "binary_mlp",
+    "binary_self_attention",
     "binary_weight_linear",
     "bit_ranges",
     "bitpack",

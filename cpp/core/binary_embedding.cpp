@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// The obvious form of binary_embedding, and the choice of the instruction set.
+#include "binary_embedding.h"
+
+#include <algorithm>
+
+#include "binary_embedding_rows.h"
+#include "cpu.h"
+#include "layout.h"
+
+namespace bitmill {
+namespace detail {
+
+void binary_embedding_rows_generic(const BinaryEmbeddingParams& p, int64_t begin, int64_t end) {
+  with_dtype(p.dtype, p.out, [&]<class T>(T*) {
+    const auto write = [](T* out, uint32_t signs, uint32_t nonzeros, T scale, int64_t columns) {
+      T values[4];  // of -1, +1, and 0 twice
+      const float level[] = {-1.0f, 1.0f, 0.0f, 0.0f};
+      for (int i = 0; i < 4; ++i) store(to_float(scale) * level[i], values + i);
+      for (int64_t j = 0; j < columns; ++j) out[j] = values[(~nonzeros >> j & 1u) << 1 | (signs >> j & 1u)];
+    };
+    for_each_word<T>(p, begin, end, write);
+  });
+}
+
+}  // namespace detail
+
+Status binary_embedding(const BinaryEmbeddingParams& p) {
+  if (p.count < 0 || p.rows < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
+  if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
+  if (std::any_of(p.ids, p.ids + p.count, [&](int64_t id) { return id < 0 || id >= p.rows; })) return Status::bad_size;
+  auto* rows = detail::binary_embedding_rows_generic;
+  double nanoseconds = 1.0;  // of a value
+#ifdef BITMILL_AVX512
+  if (selected() == InstructionSet::avx512) rows = detail::binary_embedding_rows_avx512, nanoseconds = 0.1;
+#endif
+  split(p.parallel_for, p.count, static_cast<double>(p.k) * nanoseconds,
+        [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+  return Status::ok;
+}
+
+}  // namespace bitmill
