@@ -42,7 +42,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize(("name", "method"), [("minilm", "bibert"), ("minilm", "bit"), ("deit-t", "bivit")])
+@pytest.mark.parametrize(
+    ("name", "method"), [("minilm", "bibert"), ("minilm", "bit"), ("minilm", "bipft"), ("deit-t", "bivit")]
+)
 def test_every_variant_is_measured(name: str, method: str) -> None:
     result = models.run(name, method, batch=2, tokens=None if name == "deit-t" else 17)
     assert (result["model"], result["method"], result["batch"], result["tokens"]) == (name, method, 2, 17)
@@ -212,7 +214,7 @@ def test_wrong_usage_is_one_sentence(arguments: list[str], sentence: str, capsys
     ("name", "options", "message"),
     [
         ("gpt", {}, "model must be one of bert-base, .* got 'gpt'"),
-        ("minilm", {"method": "x"}, "method must be one of bibert, bit, bivit, got 'x'"),
+        ("minilm", {"method": "x"}, "method must be one of bibert, bit, bipft, bivit, bivit_mlp_a32, got 'x'"),
         ("minilm", {"tokens": 513}, "minilm has 512 positions, so tokens must be between 1 and 512, got 513"),
         ("minilm", {"tokens": 0}, "between 1 and 512, got 0"),
         ("minilm", {"batch": 0}, "batch must be at least 1, got 0"),

@@ -153,7 +153,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 LAYER_KINDS = ("binary", "binary-weight", "salient", "fp4", "mxfp4")
 MODELS = ("bert-base", "minilm", "deit-t", "deit-s", "deit-b")
-MODEL_METHODS = ("bibert", "bit", "bivit")
+MODEL_METHODS = ("bibert", "bit", "bipft", "bivit", "bivit_mlp_a32")
 LAYER_OPTIONS = ("layer", "shape", "dtype")
 MODEL_OPTIONS = ("method", "tokens", "batch", "lengths", "profile", "memory", "peers")
 

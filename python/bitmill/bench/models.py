@@ -18,7 +18,7 @@ from ..chain import chain_
 from ..checkpoint import file_size
 from ..convert import pack_
 from ..integrations.transformers import transformers
-from ..recipes import bibert, bit, bivit
+from ..recipes import bibert, bipft, bit, bivit
 from ..timing import Spread, interleave, stopwatch
 from . import memory as memory_of
 from . import peers as other_engines
@@ -41,15 +41,18 @@ Draw = Callable[[], Inputs]
 METHODS: dict[str, Callable[[nn.Module], list[str]]] = {
     "bibert": bibert.binarize_,
     "bit": bit.binarize_,
+    "bipft": bipft.binarize_,
     "bivit": partial(bivit.binarize_, mlp_act_bits=1),  # binary activations in the MLP too
+    "bivit_mlp_a32": partial(bivit.binarize_, mlp_act_bits=32),
 }
+ELASTIC = ("bit", "bipft")  # whose first training batch sets the steps
 CHAINED, LAYERS = "bitmill, chained", "bitmill, layer by layer"
 FLOAT32, BFLOAT16 = "torch float32", "torch bfloat16"
 
 DEFAULT_TOKENS, DEFAULT_TEXTS = 128, 16  # texts of a batch of mixed lengths
 MOST_TOKENS = 1 << 16  # in a batch: a few seconds a call in float32
 FURTHEST = 1.0  # relative error of the logits: beyond it zeros would be nearer; the table says what it is
-NEAR_TIES = 0.1  # and that BiT may have against its training form, which decides near ties of a softmax in float32
+NEAR_TIES = 0.1  # and that an elastic model may have against its training form: a softmax in float32 has near ties
 
 
 def run(
@@ -208,8 +211,8 @@ def packed_models(model: nn.Module, method: str, inputs: Inputs) -> tuple[nn.Mod
     training: Any = copy.deepcopy(model)
     METHODS[method](training)
     with torch.no_grad():
-        if method == "bit":
-            training.train()(**inputs)  # the first training batch sets the steps
+        if method in ELASTIC:
+            training.train()(**inputs)
         wanted = outputs_of(training.eval(), inputs)
         pack_(training, chain=False)
         layers, chained = training, copy.deepcopy(training)
@@ -220,7 +223,7 @@ def packed_models(model: nn.Module, method: str, inputs: Inputs) -> tuple[nn.Mod
     if torch.equal(got, wanted):
         return layers, chained, "equal"
     error = relative_error(got, wanted)
-    if method != "bit" or error > NEAR_TIES:
+    if method not in ELASTIC or error > NEAR_TIES:
         raise RuntimeError(f"the packed model differs from its training form in {different(got, wanted)} outputs")
     return layers, chained, f"within {error:.2g}, relative (near ties of the softmax)"
 

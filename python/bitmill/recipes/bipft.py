@@ -45,6 +45,9 @@ def binarize_(model: nn.Module, rank: int = 1) -> list[str]:
     return names
 
 
+ESTIMATORS = ("query_plus", "query_minus", "key_plus", "key_minus", "value_plus")
+
+
 class LowRankSelfAttention(nn.Module):
     """BERT's self-attention with elastic binary attention, and estimators of rank r from the real-valued input.
 
@@ -52,15 +55,13 @@ class LowRankSelfAttention(nn.Module):
     for all heads, and values gain vp.
     """
 
-    value_plus: nn.Linear
-
     def __init__(self, attention: Any, rank: int = 1, std: float = 0.02) -> None:
         super().__init__()
         self.query, self.key, self.value = attention.query, attention.key, attention.value
         self.attention_head_size, self.dropout = attention.attention_head_size, attention.dropout
         self.binary_attention = getattr(attention, CHILD)
         width, device = self.query.in_features, self.query.weight.device
-        for name in ("query_plus", "key_plus", "query_minus", "key_minus", "value_plus"):
+        for name in ESTIMATORS:
             estimator = nn.Linear(width, 1 if name == "value_plus" else rank, device=device)
             nn.init.normal_(estimator.weight, std=std)
             nn.init.zeros_(estimator.bias)
@@ -76,13 +77,19 @@ class LowRankSelfAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
-        parts = (getattr(self, name)(x) for name in ("query_plus", "query_minus", "key_plus", "key_minus"))
+        *parts, value_addend = self._estimate(x)
         addend = low_rank_addend(*parts).unsqueeze(1)
-        value_addend = self.value_plus(x).unsqueeze(1)
+        value_addend = value_addend.unsqueeze(1)
         context = self.binary_attention(
             q, k, v, attention_mask, dropout=self.dropout.p, addend=addend, value_addend=value_addend
         )
         return context.transpose(1, 2).flatten(2), None
+
+    def _estimate(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the estimators say, in the order of ESTIMATORS: one product, since each alone is hardly any work."""
+        layers = [getattr(self, name) for name in ESTIMATORS]
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        return nn.functional.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
 
 
 class ResidualPooler(nn.Module):
