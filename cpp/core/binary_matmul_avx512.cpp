@@ -6,6 +6,7 @@
 #include "binary_matmul.h"
 #include "bit_output.h"
 #include "bit_output_avx512.h"
+#include "cpu.h"
 #include "layout.h"
 
 namespace bitmill::detail {
@@ -333,6 +334,12 @@ void columns(const Task& task, int64_t tile, int64_t begin, int64_t end) {
   for (; row < end; ++row) block<1, tiles>(task, c, row);
 }
 
+// Whether binary_matmul_short_avx512vnni may do it.
+bool is_short(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
+  const bool whole = begin == 0 && end == tile_count(p.n) && p.n > kTileRows && p.n % kTileRows != 0;
+  return has_int8_dot() && p.dot && p.operand == Operand::sign && word_count(p.k) <= 2 && whole && p.m > 0;
+}
+
 // [m, groups]: columns of the group where the activation is not 0. The caller deletes it.
 int32_t* count_present(const BinaryMatmulParams& p, int64_t groups, int64_t group_words) {
   const int64_t words = word_count(p.k);
@@ -357,6 +364,7 @@ int32_t* count_present(const BinaryMatmulParams& p, int64_t groups, int64_t grou
 void binary_matmul_tiles_avx512(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
   if (p.weight_nonzero || p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
   const int64_t words = word_count(p.k);
+  if (is_short(p, begin, end)) return binary_matmul_short_avx512vnni(p);
   const int64_t group_words = p.group_size > 0 && !p.dot && !p.bits.sign ? p.group_size / 32 : words;
   const int64_t groups = ceil_div(words, group_words);
   const bool plain = groups == 1 && !p.bits.sign && (p.dot || p.out_dtype == Dtype::f32);
