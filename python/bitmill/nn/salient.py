@@ -98,8 +98,10 @@ class Scales(NamedTuple):
         return w if self.mu is None else w - columns_of_groups(self.mu, w.shape[1], self.group_size)
 
     def slope(self, weight: Tensor, surrogate: str) -> Tensor:
-        """What stands for the derivative of the binarised form, float32 [n, k], or [n, 1] where a row has one number:
-        alpha times the surrogate's window."""
+        """The derivative that stands for that of the binarised form, alpha times the surrogate's window.
+
+        float32 [n, k], or [n, 1] where a row has one number.
+        """
         alpha = columns_of_groups(self.alpha, weight.shape[1], self.group_size)
         return alpha if surrogate == "identity" else alpha * surrogate_slope(self.centred(weight), surrogate)
 
