@@ -21,6 +21,7 @@ VALID = [
     *(SalientConfig(fraction=f, bits=b) for f in (0.0, 0.1, 1, 1.0) for b in (4, 8, 16)),
     SalientConfig(scale="official"),
     SalientConfig(structure="column", activations="int8"),
+    SalientConfig(metric="quantile", granularity="layer", surrogate="tanh"),
     SalientConfig(group_size=1 << 24, centre=False),
     *(FP4Config(format=f, scale_rule=r) for f in FP4Config.FORMATS for r in FP4Config.SCALE_RULES),
 ]
@@ -63,6 +64,8 @@ FIELDS = [
     (SalientConfig, "centre", [None, 0, 1]),
     (SalientConfig, "group_size", [True, 0, -32, 100, 128.0]),
     (SalientConfig, "activations", [None, 8, "int4"]),
+    (SalientConfig, "granularity", [None, "column"]),
+    (SalientConfig, "surrogate", [None, "clip_open"]),
     (FP4Config, "format", [None, "e4m3", "E2M1", 4]),
     (FP4Config, "scale_rule", [None, "round", 0]),
     (FP4Config, "activations", [None, 8, "int4"]),
@@ -110,6 +113,16 @@ def test_fields_that_a_method_does_not_have(values: dict[str, Any], field: str) 
     with pytest.raises(ValueError, match=re.escape(repr(values["method"]))) as error:
         BinaryConfig(**values)
     assert_one_sentence(error.value, BinaryConfig, field)
+
+
+def test_fields_of_a_salient_config_that_exclude_each_other() -> None:
+    for values, field in (
+        ({"metric": "quantile", "structure": "column"}, "structure"),
+        ({"granularity": "layer", "group_size": 32}, "group_size"),
+    ):
+        with pytest.raises(ValueError) as error:
+            SalientConfig(**values)
+        assert_one_sentence(error.value, SalientConfig, field)
 
 
 def test_the_error_names_what_came_and_what_is_allowed() -> None:

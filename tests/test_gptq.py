@@ -56,6 +56,9 @@ def test_hessian_is_the_mean_over_sequences() -> None:
     assert at_once.sequences == in_parts.sequences == 6
     torch.testing.assert_close(at_once.matrix, want, rtol=1e-5, atol=1e-5 * want.max().item())
     torch.testing.assert_close(in_parts.matrix, want, rtol=2e-2, atol=2e-3 * want.max().item())
+    joined = Hessian(20)
+    joined.add(x.flatten(0, 1), sequences=6)
+    assert joined.sequences == 6 and torch.equal(joined.matrix, at_once.matrix)
 
 
 def test_hessian_says_what_is_wrong() -> None:

@@ -93,7 +93,7 @@ def test_every_layer_is_measured_behind_the_quantised_blocks(name: str) -> None:
         measured: dict[str, Hessian] = {}
 
         def adder(hessian: Hessian) -> Callable[..., None]:
-            return lambda module, args: hessian.add(args[0])
+            return lambda module, args: hessian.add(args[0], sequences)  # noqa: B023
 
         handles = []
         for path, layer in block.named_modules():
@@ -102,12 +102,13 @@ def test_every_layer_is_measured_behind_the_quantised_blocks(name: str) -> None:
                 handles.append(layer.register_forward_pre_hook(adder(measured[path])))
         with torch.no_grad():
             for batch in batches:
+                sequences = len(batch["input_ids"] if isinstance(batch, dict) else batch)
                 forward(twin.eval(), batch)
         for handle in handles:
             handle.remove()
         for path, want in measured.items():
             got = given[originals[f"{prefix}.{index}.{path}"]]
-            assert got.sequences == want.sequences
+            assert got.sequences == want.sequences == 8
             torch.testing.assert_close(got.matrix, want.matrix, rtol=1e-4, atol=1e-5 * want.matrix.max().item())
             parent, _, child = path.rpartition(".")
             setattr(block.get_submodule(parent), child, coarse(block.get_submodule(path)))
@@ -194,6 +195,56 @@ def test_resume_after_a_kill_gives_the_same_model(tmp_path: Path) -> None:
         other.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(ValueError, match=r"folder must hold a run of the same model, .* has another block 1"):
         with_packed_layers(other, batches, folder=tmp_path)
+
+
+def test_a_full_disk_and_a_broken_folder_lose_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    start, batches = llama().eval(), batches_for("llama")
+
+    def run(**arguments: Any) -> nn.Module:
+        model = llama()
+        model.load_state_dict(start.state_dict())
+        with_packed_layers(model, batches, folder=tmp_path, **arguments)
+        return model
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match=r"save: .*block-000\.safetensors cannot be written: "):
+            run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())  # not even a part of a file
+    whole = run()
+
+    blocks = [tmp_path / f"block-{i:03}.safetensors" for i in range(3)]
+    kept, record = blocks[1].read_bytes(), (tmp_path / "run.json").read_text()
+    blocks[1].write_bytes(kept[: len(kept) // 2])
+    with pytest.raises(ValueError, match=r"block-001\.safetensors"):
+        run()
+    blocks[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"block-001\.safetensors"):
+        run()
+    blocks[1].write_bytes(kept)
+    for broken in (record[: len(record) // 2], "[]", "{}"):
+        (tmp_path / "run.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"run\.json is cut off or damaged; delete it to begin anew"):
+            run()
+    (tmp_path / "run.json").unlink()
+    for model in (run(), run()):
+        assert all(torch.equal(t, whole.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+def test_a_hessian_that_cannot_be_inverted_names_its_layer() -> None:
+    model, batches = stories(), batches_for("stories")
+    with pytest.raises(ValueError, match=r"layers\.0\.wq: factor: hessian must be positive definite, .* damping=0.0"):
+        with_packed_layers(model, batches[2:3], damping=0.0)
+    assert type(model.layers[0].wq) is nn.Linear
+    with torch.no_grad():
+        model.layers[0].attention_norm.weight.fill_(1e30)
+    with pytest.raises(ValueError, match=r"layers\.0\.wq: factor: hessian must be finite"):
+        with_packed_layers(model, batches)
+    assert type(model.layers[0].wq) is nn.Linear
 
 
 def test_a_filter_leaves_layers_and_whole_blocks_alone() -> None:

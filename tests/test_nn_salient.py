@@ -14,6 +14,7 @@ from torch import nn
 from bitmill.config import BinaryConfig, SalientConfig
 from bitmill.nn.salient import PackedSalientLinear, SalientLinear
 from bitmill.ops import int8_fake_quant
+from bitmill.ops._groups import columns_of_groups
 from bitmill.ops._salient_encoding import decode
 from bitmill.ops.salient_scatter import (
     binary_statistics,
@@ -22,6 +23,7 @@ from bitmill.ops.salient_scatter import (
     rounded_to_float16,
     salient_columns,
     salient_mask,
+    salient_quantiles,
 )
 
 CONFIGS = (
@@ -35,9 +37,14 @@ CONFIGS = (
     SalientConfig(fraction=0.1, structure="column", bits=16, group_size=32, activations="int8"),
     SalientConfig(fraction=0.05, activations="int8"),
     SalientConfig(fraction=0.3, group_size=64, activations="int8"),
+    SalientConfig(metric="quantile", granularity="layer", surrogate="clip"),
+    SalientConfig(fraction=0.2, granularity="layer", centre=False, scale="official", surrogate="tanh"),
+    SalientConfig(fraction=0.2, group_size=32, surrogate="clip"),
 )
 configs = pytest.mark.parametrize(
-    "config", CONFIGS, ids=lambda c: f"{c.fraction}-{c.bits}-{c.group_size}-{c.structure}-{c.activations}"
+    "config",
+    CONFIGS,
+    ids=lambda c: f"{c.fraction}-{c.bits}-{c.group_size}-{c.structure}-{c.activations}-{c.granularity}-{c.surrogate}",
 )
 
 
@@ -50,12 +57,23 @@ def test_salient_linear_keeps_the_parameters() -> None:
     layer = SalientLinear.from_linear(linear)
     assert layer.weight is linear.weight and layer.bias is linear.bias and not layer.training
     assert layer.mask.dtype == torch.bool and torch.equal(layer.mask, salient_mask(linear.weight, 0.1))
-    assert set(layer.state_dict()) == {"weight", "bias", "mask"}
-    mask = layer.mask.clone()
+    assert set(layer.state_dict()) == {"weight", "bias", "mask", "value_scale", "value_zero"}
+    state = {name: t.clone() for name, t in layer.named_buffers()}
     with torch.no_grad():
         linear.weight.mul_(-torch.rand_like(linear.weight))
     layer(torch.randn(2, 70))
-    assert torch.equal(layer.mask, mask)
+    assert all(torch.equal(t, state[name]) for name, t in layer.named_buffers())
+
+
+def test_salient_linear_takes_a_mask() -> None:
+    linear, mask = nn.Linear(70, 19), torch.rand(19, 70) < 0.2
+    layer = SalientLinear.from_linear(linear, SalientConfig(metric="hessian"), mask)
+    kept = mask.clone()
+    mask.logical_not_()
+    assert torch.equal(layer.mask, kept) and torch.equal(layer.pack().mask(), kept)
+    for wrong in (mask[1:], mask.float()):
+        with pytest.raises(ValueError, match=r"mask must be bool \[19, 70\], got (bool|float32) \[1"):
+            SalientLinear.from_linear(linear, SalientConfig(), wrong)
 
 
 def test_salient_linear_built_directly_has_a_mask() -> None:
@@ -65,7 +83,7 @@ def test_salient_linear_built_directly_has_a_mask() -> None:
         SalientLinear(4, 4, config=BinaryConfig())
     with pytest.raises(ValueError, match=r"torch\.nn\.Linear"):
         SalientLinear.from_linear(layer)
-    with pytest.raises(ValueError, match=r"config\.metric must be 'magnitude' .* got 'hessian'; use .*pb_llm"):
+    with pytest.raises(ValueError, match=r"config\.metric must be 'magnitude' or .* got 'hessian'; give .* pb_llm_qat"):
         SalientLinear(4, 4, config=SalientConfig(metric="hessian"))
 
 
@@ -78,7 +96,11 @@ def test_salient_weight_follows_the_rules(config: SalientConfig) -> None:
     else:
         step = (w.amax(1).clamp_min(0) - w.amin(1).clamp_max(0)) / (2**config.bits - 1)
         assert ((weight - w).abs() <= 0.501 * step.unsqueeze(1))[mask].all()
-    alpha, mu = binary_statistics(w, mask, config.group_size or 0, config.scale, config.centre)
+    if config.granularity == "layer":
+        alpha, mu = binary_statistics(w.view(1, -1), mask.view(1, -1), 0, config.scale, config.centre)
+        alpha, mu = (None if t is None else t.expand(w.shape[0], 1) for t in (alpha, mu))
+    else:
+        alpha, mu = binary_statistics(w, mask, config.group_size or 0, config.scale, config.centre)
     for r in range(w.shape[0]):
         for c in range(w.shape[1]):
             if not mask[r, c]:
@@ -90,35 +112,56 @@ def test_salient_weight_follows_the_rules(config: SalientConfig) -> None:
 @configs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_salient_linear_gradients(config: SalientConfig, dtype: torch.dtype) -> None:
-    layer = layer_of(config).to(dtype)
+    layer = layer_of(config)
+    with torch.no_grad():
+        layer.weight[:, ::9] += 1.5  # outside of the windows
+    layer.to(dtype)
     x = torch.randn(2, 3, 70, dtype=dtype, requires_grad=True)
     out = layer(x)
     g = torch.randn_like(out)
     out.backward(g)
     rows = x.detach().float().flatten(0, 1)
     expected = g.float().flatten(0, 1).T @ (int8_fake_quant(rows) if config.activations == "int8" else rows)
-    got = layer.weight.grad
+    got, scales, w = layer.weight.grad, layer.scales(), layer.weight.detach().float()
+    centred = w - (0 if scales.mu is None else columns_of_groups(scales.mu, 70, config.group_size))
+    window = {"identity": 1.0, "clip": (centred.abs() <= 1).float(), "tanh": 1 - torch.tanh(0.1 * centred) ** 2}
+    expected = expected * columns_of_groups(scales.alpha, 70, config.group_size) * window[config.surrogate]
     assert got is not None and got.dtype == dtype
     assert (got[layer.mask] == 0).all()
-    assert torch.equal(got[~layer.mask], expected.to(dtype)[~layer.mask])
+    torch.testing.assert_close(got[~layer.mask], expected.to(dtype)[~layer.mask])
     torch.testing.assert_close(x.grad, (g.float() @ layer.quantised_weight().detach()).to(dtype))
     torch.testing.assert_close(layer.bias.grad, g.float().sum((0, 1)).to(dtype))
 
 
-def test_salient_weights_stay_where_they_are_while_training() -> None:
-    layer = layer_of(SalientConfig(fraction=0.2, bits=16))
-    frozen = layer.weight.detach()[layer.mask].clone()
-    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-    x, target = torch.randn(64, 70), torch.randn(64, 19)
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_salient_weights_stay_where_they_are_while_training(bits: int) -> None:
+    layer = layer_of(SalientConfig(fraction=0.2, bits=bits))
+    frozen = layer.quantised_weight()[layer.mask].detach().clone()
+    optimizer = torch.optim.AdamW(layer.parameters(), 0.02, weight_decay=0.0)
+    x = torch.randn(64, 70)
+    target = x @ torch.randn(70, 19)
     losses = []
-    for _ in range(10):
+    for _ in range(20):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(layer(x), target)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert torch.equal(layer.weight.detach()[layer.mask], frozen)
+    # Binarised weights have left the range of the codes, which does not follow them.
+    assert (layer.weight.abs().amax(1) > layer.weight.abs().masked_fill(~layer.mask, 0).amax(1)).all()
+    assert torch.equal(layer.quantised_weight()[layer.mask], frozen)
+    packed = layer.pack().dequantize().weight
+    assert torch.equal(packed[layer.mask], frozen) and torch.equal(packed, layer.quantised_weight())
+
+
+def test_scales_of_codes_keep_their_dtype() -> None:
+    layer = layer_of(SalientConfig())
+    scale, zero = layer.value_scale.clone(), layer.value_zero.clone()
+    moved = copy.deepcopy(layer).bfloat16().half()
+    assert moved.weight.dtype == torch.float16
+    assert torch.equal(moved.value_scale, scale) and torch.equal(moved.value_zero, zero)
+    assert layer.to("meta").value_scale.is_meta
 
 
 @configs
@@ -130,7 +173,7 @@ def test_pack_keeps_weight_and_output(config: SalientConfig, bias: bool) -> None
     assert torch.equal(packed.dequantize().weight, layer.quantised_weight())
     assert torch.equal(packed.dequantize().weight, layer.dequantize().weight)
     encoded = packed.index, packed.value, packed.start
-    assert torch.equal(decode("test", encoded, 19, 70, config.bits != 16)[0], layer.mask)
+    assert torch.equal(decode("test", encoded, 19, 70, config.bits)[0], layer.mask)
     assert packed.weight_shape() == (19, 70)
     packed.validate()
     for shape in ((70,), (0, 70), (3, 70), (2, 3, 70), (2, 1, 2, 70)):
@@ -140,6 +183,23 @@ def test_pack_keeps_weight_and_output(config: SalientConfig, bias: bool) -> None
             assert a.dtype == b.dtype == dtype and a.shape == b.shape == (*shape[:-1], 19)
             atol, rtol = (2e-6, 1e-5) if dtype == torch.float32 else (1e-2, 1e-2)
             torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("k", [1, 7, 33, 63, 100, 197, 601])
+def test_packed_forward_is_the_product_with_the_dequantised_weight(k: int, bits: int) -> None:
+    n = 37
+    some = torch.rand(n, k) < 0.2
+    full, empty = some.clone(), torch.ones_like(some)
+    full[5], empty[5] = True, False
+    for i, mask in enumerate((torch.zeros_like(some), torch.ones_like(some), some, full, empty, some[:1].expand(n, k))):
+        config = SalientConfig(bits=bits, group_size=(None, 32)[i % 2], structure=("element", "column")[i == 5])
+        packed = SalientLinear.from_linear(nn.Linear(k, n, bias=False), config, mask).pack()
+        assert torch.equal(packed.mask(), mask)
+        for m in (1, 3, 50):
+            x = torch.randn(m, k)
+            want = x.double() @ packed.dequantize().weight.double().T
+            assert (packed(x) - want).abs().max() <= 1e-5 * want.abs().max(), (i, m)
 
 
 def test_pack_of_extreme_fractions() -> None:
@@ -408,3 +468,14 @@ def test_high_bit_codes_are_within_half_a_step() -> None:
     codes = high_bit_codes(tiny, scale, zero)
     assert torch.isfinite(scale).all() and (scale * (codes.float() - zero) == 0).all()
     assert high_bit_codes(torch.empty(2, 0), *high_bit_scales(torch.empty(2, 0))).shape == (2, 0)
+
+
+def test_salient_quantiles_take_both_ends() -> None:
+    weight = torch.randn(13, 50) + 0.3
+    for fraction in (0.05, 0.1, 0.5):
+        mask = salient_quantiles(weight, fraction)
+        low, high = weight[mask & (weight < 0.3)], weight[mask & (weight > 0.3)]
+        assert abs(len(low) - len(high)) <= 2 and abs(int(mask.sum()) - fraction * weight.numel()) <= 2
+        assert low.max() < weight[~mask].min() and high.min() > weight[~mask].max()
+    assert not salient_quantiles(weight, 0.0).any() and not salient_quantiles(torch.ones(3, 4), 0.5).any()
+    assert salient_quantiles(torch.ones(0, 4), 0.5).shape == (0, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,15 @@ import torch
 from torch import nn
 
 from bitmill.recipes import distillation, glue
-from bitmill.recipes.training import Batches, BertAdam, Run, fit, linear_schedule, parameter_groups
+from bitmill.recipes.training import (
+    Batches,
+    BertAdam,
+    Run,
+    cosine_schedule,
+    fit,
+    linear_schedule,
+    parameter_groups,
+)
 
 
 def test_losses_are_their_formulas() -> None:
@@ -88,6 +97,10 @@ def test_groups_and_schedule() -> None:
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([0, 0.5, *((20 - i) / 18 for i in range(2, 21))])
+    schedule = cosine_schedule(optimizer, steps=20, warmup=0.1)
+    factors = [schedule.lr_lambdas[0](step) for step in range(21)]
+    wave = [(1 + math.cos(math.pi * (i - 2) / 18)) / 2 for i in range(2, 21)]
+    assert factors == pytest.approx([0, 0.5, *wave], abs=1e-12)
 
 
 @pytest.mark.parametrize("lengths", (None, [i % 13 for i in range(103)]))
@@ -142,6 +155,31 @@ def test_a_killed_run_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     assert len(log("whole")) == 47 and log("killed") == log("whole")
     states = [torch.load(tmp_path / f / "checkpoint.pt", weights_only=False)["model"] for f in ("whole", "killed")]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_parts_of_a_batch_make_the_step_of_the_whole(tmp_path: Path) -> None:
+    x, y, seen = torch.randn(23, 6), torch.randn(23, 2), []
+    start = nn.Linear(6, 2).state_dict()
+
+    def train(parts: int) -> nn.Module:
+        model = nn.Linear(6, 2)
+        model.load_state_dict(start)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        run = Run(tmp_path / str(parts), model, optimizer, linear_schedule(optimizer, 4))
+
+        def loss(index: list[int]) -> torch.Tensor:
+            seen.append(len(index))
+            return nn.functional.mse_loss(model(x[index]), y[index])
+
+        fit(run, Batches(23, 10), loss, 4, every=4, log_every=1, parts=parts)
+        return model
+
+    whole, split = train(1), train(3)
+    assert seen == [10, 10, 3, 10, *(4, 4, 2) * 2, 1, 1, 1, 4, 4, 2]
+    torch.testing.assert_close(split.state_dict(), whole.state_dict())
+    logs = [(tmp_path / str(parts) / "log.jsonl").read_text().splitlines() for parts in (1, 3)]
+    for a, b in zip(*logs, strict=True):
+        assert json.loads(a)["loss"] == pytest.approx(json.loads(b)["loss"], rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

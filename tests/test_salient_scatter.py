@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -46,11 +47,12 @@ class Case:
         value = torch.randint(0, 256, (self.n, self.k), dtype=torch.uint8)
         if not self.codes:
             value = torch.randn(self.n, self.k).half()
+        bits = 8 if self.codes else 16
         if self.kind == "columns":
-            index, stored, start = encoding.encode_columns(salient.any(0), value)
+            index, stored, start = encoding.encode_columns(salient.any(0), value, bits)
         else:
             encode = encoding.encode_list if self.kind == "list" else encoding.encode_bitmap
-            index, stored, start = encode(salient, value)
+            index, stored, start = encode(salient, value, bits)
         return [
             tile_pack((plus & ~salient).to(torch.uint8), 1),
             index,
@@ -128,6 +130,32 @@ def test_salient_linear_of_wide_rows(fraction: float, kind: str, activations: st
             assert_agrees(torch.randn(m, k), arrays, None, group_size, activations)
 
 
+@every_activation
+@every_encoding
+def test_codes_of_4_bits_are_codes_of_8_bits_in_half_the_bytes(kind: str, activations: str) -> None:
+    encode = {"bitmap": encoding.encode_bitmap, "list": encoding.encode_list, "columns": encoding.encode_columns}[kind]
+    for (n, k), fraction, group_size in itertools.product(((1, 7), (19, 70), (40, 601)), (0.0, 0.13, 1.0), (0, 32)):
+        arrays = Case(n, k, fraction, group_size=group_size).arrays()
+        salient, value = torch.rand(n, k) < fraction, torch.randint(16, (n, k), dtype=torch.uint8)
+        if kind == "columns":
+            salient = salient[0].expand(n, k)
+        marked = salient[0] if kind == "columns" else salient
+        plain, narrow = list(arrays), list(arrays)
+        for target, bits in ((plain, 8), (narrow, 4)):
+            target[0] = tile_pack((~salient & (value % 3 > 0)).to(torch.uint8), 1)
+            target[1:4] = encode(marked, value, bits)
+        if kind != "columns":
+            assert narrow[2].numel() == (plain[2].numel() + 1) // 2
+        assert torch.equal(salient_weight(*narrow, k, group_size, 4), salient_weight(*plain, k, group_size))
+        assert torch.equal(_salient_weight_reference(*narrow, k, group_size, 4), salient_weight(*plain, k, group_size))
+        for m in (0, 1, 5, 40):
+            x = torch.randn(m, k)
+            wanted = on_every_machine(lambda: OP(x, *plain, None, group_size, activations))  # noqa: B023
+            got = on_every_machine(lambda: OP(x, *narrow, None, group_size, activations, 4))  # noqa: B023
+            for (machine, a), (_, b) in zip(got, wanted, strict=True):
+                assert torch.equal(a, b), machine
+
+
 @every_encoding
 def test_salient_int8_sums_are_exact(kind: str) -> None:
     """Integers that add up to far more than 2^24: the largest codes and activations, 3000 times."""
@@ -166,22 +194,29 @@ def test_salient_linear_of_nothing(n: int, k: int, group_size: int, kind: str, a
 
 @every_encoding
 def test_encodings_hold_what_was_given(kind: str) -> None:
-    for n, k, fraction, codes in (
-        (17, 70, 0.2, True),
-        (40, 3000, 0.002, False),
-        (5, 300, 1.0, True),
-        (3, 256, 0.0, True),
+    for n, k, fraction, bits in (
+        (17, 70, 0.2, 8),
+        (40, 3000, 0.002, 16),
+        (5, 300, 1.0, 8),
+        (3, 256, 0.0, 8),
+        (17, 71, 0.2, 4),
+        (5, 301, 1.0, 4),
+        (40, 3000, 0.002, 4),
+        (3, 256, 0.0, 4),
     ):
         salient = torch.rand(n, k) < fraction
         if kind == "columns":
             salient = (torch.rand(k) < fraction).expand(n, k)
-        value = torch.randint(0, 256, (n, k), dtype=torch.uint8) if codes else torch.randn(n, k).half()
+        value = torch.randn(n, k).half() if bits == 16 else torch.randint(1 << bits, (n, k), dtype=torch.uint8)
         if kind == "columns":
-            encoded = encoding.encode_columns(salient.any(0), value)
+            encoded = encoding.encode_columns(salient.any(0), value, bits)
         else:
-            encoded = (encoding.encode_list if kind == "list" else encoding.encode_bitmap)(salient, value)
+            encoded = (encoding.encode_list if kind == "list" else encoding.encode_bitmap)(salient, value, bits)
         assert encoding.encoding_of("test", encoded[0]) == kind
-        where, stored = encoding.decode("test", encoded, n, k, codes)
+        assert encoded[1].numel() == math.prod(
+            encoding.value_shape(kind, n, encoding.entries_of(kind, encoded[0], encoded[1], bits), bits)
+        )
+        where, stored = encoding.decode("test", encoded, n, k, bits)
         assert torch.equal(where, salient)
         assert torch.equal(stored, torch.where(salient, value.float(), 0.0))
 
@@ -193,23 +228,24 @@ def test_list_of_every_distance() -> None:
         salient[1, ::distance] = True
         salient[2, distance - 1] = True
         value = torch.randint(0, 256, (3, 2000), dtype=torch.uint8)
-        encoded = encoding.encode_list(salient, value)
-        where, stored = encoding.decode("test", encoded, 3, 2000, True)
+        encoded = encoding.encode_list(salient, value, 8)
+        where, stored = encoding.decode("test", encoded, 3, 2000, 8)
         assert torch.equal(where, salient) and torch.equal(stored, torch.where(salient, value.float(), 0.0))
 
 
 def test_encode_takes_the_smaller() -> None:
-    for fraction, expected in ((0.02, "list"), (0.05, "list"), (0.1, "list"), (0.15, "bitmap"), (0.4, "bitmap")):
+    fractions = ((0.02, "list"), (0.05, "list"), (0.1, "list"), (0.15, "bitmap"), (0.4, "bitmap"))
+    for (fraction, expected), bits in itertools.product(fractions, (4, 8)):
         salient = torch.rand(64, 4096) < fraction
         value = torch.zeros(64, 4096, dtype=torch.uint8)
-        chosen, other = encoding.encode(salient, value), encoding.encode_bitmap(salient, value)
+        chosen, other = encoding.encode(salient, value, bits), encoding.encode_bitmap(salient, value, bits)
         if expected == "bitmap":
-            other = encoding.encode_list(salient, value)
+            other = encoding.encode_list(salient, value, bits)
         assert encoding.encoding_of("test", chosen[0]) == expected
         sizes = [sum(t.numel() * t.element_size() for t in arrays) for arrays in (chosen, other)]
         assert sizes[0] <= sizes[1]
     wide = torch.zeros(1, 70000, dtype=torch.bool)
-    assert encoding.encode(wide, wide.to(torch.uint8))[0].dim() == 3
+    assert encoding.encode(wide, wide.to(torch.uint8), 8)[0].dim() == 3
 
 
 @every_activation
@@ -396,7 +432,7 @@ NAMES = ("weight", "index", "value", "start", "alpha", "mu", "value_scale", "val
 
 def wrong_arguments() -> list:
     good = dict(zip(NAMES, Case(19, 70, 0.3).arrays(), strict=True))
-    good |= {"x": torch.randn(3, 70), "bias": torch.randn(19), "group_size": 0, "activations": "float"}
+    good |= {"x": torch.randn(3, 70), "bias": torch.randn(19), "group_size": 0, "activations": "float", "code_bits": 8}
     cases = []
     for name in (*NAMES, "bias"):
         t = good[name]
@@ -420,6 +456,8 @@ def wrong_arguments() -> list:
         ("group_size", -32, "group_size"),
         ("group_size", 32, "shape"),
         ("activations", "int4", "activations"),
+        ("code_bits", 4, "shape|contradict"),
+        ("code_bits", 2, "code_bits must be 8 or 4, got 2"),
     ]
     return [pytest.param({**good, name: wrong}, text, id=f"{name}-{i}") for i, (name, wrong, text) in enumerate(cases)]
 
@@ -455,6 +493,14 @@ def test_salient_weight_wants_a_possible_k() -> None:
                 kernel(*arrays, k, 0)
 
 
+def narrow_codes(arrays: list, case: Case) -> list:
+    """The same weight with the low halves of its codes."""
+    salient, value = encoding.decode("test", tuple(arrays[1:4]), case.n, case.k, 8)
+    encode = {"bitmap": encoding.encode_bitmap, "list": encoding.encode_list, "columns": encoding.encode_columns}
+    marked = salient[0] if case.kind == "columns" else salient
+    return [arrays[0], *encode[case.kind](marked, value.to(torch.uint8) & 15, 4), *arrays[4:]]
+
+
 OPCHECKS = [
     Case(17, 65, 0.2),
     Case(3, 33, 0.3, codes=False, kind="list"),
@@ -472,6 +518,10 @@ def test_salient_ops_pass_opcheck(case: Case, activations: str) -> None:
     torch.library.opcheck(OP, (x, *arrays, bias, case.group_size, activations))
     torch.library.opcheck(OP, (torch.randn(4, case.k).bfloat16(), *arrays, None, case.group_size, activations))
     torch.library.opcheck(WEIGHT_OP, (*arrays, case.k, case.group_size))
+    if case.codes and activations == "float" and case.group_size != 64:
+        narrow = narrow_codes(arrays, case)
+        torch.library.opcheck(OP, (x, *narrow, bias, case.group_size, activations, 4))
+        torch.library.opcheck(WEIGHT_OP, (*narrow, case.k, case.group_size, 4))
 
 
 @every_activation

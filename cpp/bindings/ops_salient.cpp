@@ -28,7 +28,7 @@ SalientEncoding encoding_of(const char* op, const Tensor& index) {
 SalientArrays salient_arrays(const char* op, const Tensor& weight, const Tensor& index, const Tensor& value,
                              const std::optional<Tensor>& start, const Tensor& alpha, const std::optional<Tensor>& mu,
                              const std::optional<Tensor>& value_scale, const std::optional<Tensor>& value_zero,
-                             int64_t k, int64_t group_size) {
+                             int64_t k, int64_t group_size, int64_t code_bits) {
   const int64_t n = alpha.dim() > 0 ? alpha.size(0) : 0;
   const Sizes scales = {n, group_count(op, k, group_size)};
   const Sizes tiles = tile_sizes(n, k);
@@ -38,10 +38,11 @@ SalientArrays salient_arrays(const char* op, const Tensor& weight, const Tensor&
   if (value_scale.has_value() != value_zero.has_value()) {
     fail(op, ": value_scale and value_zero must be given together");
   }
-  const bool codes = value_scale.has_value();
-  const int64_t length = list ? index.size(0) : columns ? index.size(0) : value.dim() > 0 ? value.size(0) : 0;
-  const Sizes values = columns ? tile_sizes(n, length, codes ? 8 : 16)
-                       : list  ? Sizes{length, kTileRows}
+  if (code_bits != 8 && code_bits != 4) fail(op, ": code_bits must be 8 or 4, got ", code_bits);
+  const bool codes = value_scale.has_value(), pairs = codes && code_bits == 4;
+  const int64_t length = list || columns ? index.size(0) : value.dim() > 0 ? value.size(0) : 0;
+  const Sizes values = columns ? tile_sizes(n, length, codes ? static_cast<int>(code_bits) : 16)
+                       : list  ? Sizes{length, pairs ? kTileRows / 2 : kTileRows}
                                : Sizes{length};
   const ScalarType kind = columns ? ScalarType::Int : codes ? ScalarType::Byte : ScalarType::Half;
   const char* remedy = "; pack the weight with bitmill.ops.tile_pack";
@@ -77,7 +78,8 @@ SalientArrays salient_arrays(const char* op, const Tensor& weight, const Tensor&
   a.view.mu = data_or_null<float>(a.mu);
   a.view.n = n;
   a.view.k = k;
-  a.view.entries = length;
+  a.view.code_bits = static_cast<int>(code_bits);
+  a.view.entries = pairs && !list && !columns ? 2 * length : length;
   a.view.group_size = group_size;
   return a;
 }
@@ -85,11 +87,11 @@ SalientArrays salient_arrays(const char* op, const Tensor& weight, const Tensor&
 Tensor salient_linear_cpu(Tensor x, Tensor weight, Tensor index, Tensor value, std::optional<Tensor> start,
                           Tensor alpha, std::optional<Tensor> mu, std::optional<Tensor> value_scale,
                           std::optional<Tensor> value_zero, std::optional<Tensor> bias, int64_t group_size,
-                          std::string activations) {
+                          std::string activations, int64_t code_bits) {
   const char* op = "salient_linear";
   const Rows rows = rows_of(op, x);
-  const SalientArrays arrays =
-      salient_arrays(op, weight, index, value, start, alpha, mu, value_scale, value_zero, rows.k, group_size);
+  const SalientArrays arrays = salient_arrays(op, weight, index, value, start, alpha, mu, value_scale, value_zero,
+                                              rows.k, group_size, code_bits);
   const int64_t n = arrays.view.n;
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
   SalientMatmulParams p;
@@ -108,11 +110,11 @@ Tensor salient_linear_cpu(Tensor x, Tensor weight, Tensor index, Tensor value, s
 
 Tensor salient_weight_cpu(Tensor weight, Tensor index, Tensor value, std::optional<Tensor> start, Tensor alpha,
                           std::optional<Tensor> mu, std::optional<Tensor> value_scale, std::optional<Tensor> value_zero,
-                          int64_t k, int64_t group_size) {
+                          int64_t k, int64_t group_size, int64_t code_bits) {
   const char* op = "salient_weight";
   if (k < 0 || k > kMaxColumns) fail(op, ": k must be in [0, ", kMaxColumns, "], got ", k);
   const SalientArrays arrays =
-      salient_arrays(op, weight, index, value, start, alpha, mu, value_scale, value_zero, k, group_size);
+      salient_arrays(op, weight, index, value, start, alpha, mu, value_scale, value_zero, k, group_size, code_bits);
   const Tensor dense = new_tensor({arrays.view.n, k}, ScalarType::Float);
   require(op, salient_dequantize(arrays.view, mutable_data<float>(dense), torch_parallel_for));
   return dense;

@@ -14,20 +14,21 @@
 //   run of bits, and a colour image takes 3 bits a pixel instead of 32. A patch is such runs one after the other, k =
 //   kernel height x kernel width x c bits, and so is a row of a convolution's weight, which is tiles of all n outputs.
 // Salient weights: three encodings beside the sign tiles (b = 1), whose bit is 0 where a weight is salient. A value is
-//   a uint8 code or a float16.
+//   a code of 8 bits, a byte; a code of 4 bits, two to a byte, the first one in the low half; or a float16. The kernels
+//   multiply bytes: 4-bit codes are spread to bytes in every call, which costs little beside reading them.
 //   Bitmap, for any fraction: mask, tiles like the sign plane, bit 1 where the weight is salient. value: one entry a
 //     salient weight, row by row, columns ascending. start, int32 [n + 1]: the entries of row r are value[start[r]] ...
-//     value[start[r + 1] - 1].
+//     value[start[r + 1] - 1]. Codes of 4 bits: [ceil(start[n] / 2)] bytes.
 //   List, for few weights and k < 65536: a slice of steps for every tile, as long as the longest of its 16 rows.
 //     start, int32 [ceil(n / 16) + 1]: tile t has the steps start[t] ... start[t + 1] - 1. gap, uint8 [steps, 16] and
 //     value [steps, 16]: what step s holds for row 16 t + l is gap[s][l], value[s][l]. A gap g < 255 is an entry g + 1
 //     columns after the row's previous one (the first counts from -1); 255 goes on by 255 columns and holds none,
-//     which serves distances above 255 and rows that have ended; its value is 0.
-//   Columns, where whole columns are salient: column, int32 [c], ascending. value, tiles of b = 8 or 16 bits of the c
-//     columns, [ceil(n / 16), ceil(c / v), 16].
-//   With codes a list takes 2 bytes a step and row, 1.05 to 1.2 steps an entry; a bitmap 1/8 byte a weight and 1 an
-//   entry. The list is the smaller one up to 11 % salient weights, and the packer takes the smaller one. One row of
-//   activations is multiplied faster from a list up to 25 % (float activations) or 9 % (int8).
+//     which serves distances above 255 and rows that have ended; its value is 0. Codes of 4 bits: [steps, 8] bytes.
+//   Columns, where whole columns are salient: column, int32 [c], ascending. value, tiles of b = 4, 8 or 16 bits of the
+//     c columns, [ceil(n / 16), ceil(c / v), 16].
+//   With codes of 8 bits a list takes 2 bytes a step and row, 1.05 to 1.2 steps an entry; a bitmap 1/8 byte a weight
+//   and 1 an entry. The list is the smaller one up to 11 % salient weights, and the packer takes the smaller one. One
+//   row of activations is multiplied faster from a list up to 25 % (float activations) or 9 % (int8).
 // MXFP4 block scales: uint8 [n, ceil(k / 32)], E8M0: byte e is 2^(e - 127), 255 is NaN.
 #pragma once
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <memory>
 #include <vector>
 
 #include "binary_int8_matmul.h"
@@ -37,8 +38,9 @@ float binary_value(const SalientWeight& w, int64_t row, int64_t group, float sig
 // Element i of `value` as a weight of this row.
 float salient_value(const SalientWeight& w, int64_t row, int64_t i) {
   if (!w.value_scale) return to_float(static_cast<const Float16*>(w.value)[i]);
-  const float code = static_cast<float>(static_cast<const uint8_t*>(w.value)[i]);
-  return w.value_scale[row] * (code - w.value_zero[row]);
+  const uint8_t* codes = static_cast<const uint8_t*>(w.value);
+  const int code = w.code_bits == 4 ? (codes[i / 2] >> (i % 2 * 4)) & 15 : codes[i];
+  return w.value_scale[row] * (static_cast<float>(code) - w.value_zero[row]);
 }
 
 // Calls each(column, value) for the salient weights of a row, columns ascending. Stays within the arrays if their
@@ -63,7 +65,8 @@ void walk_row(const SalientWeight& w, int64_t row, const Each& each) {
       if (w.gap[i] != kNoEntry && column < w.k) each(column, salient_value(w, row, i));
     }
   } else {
-    const int64_t in_word = values_per_word(w.value_scale ? 8 : 16), value_words = ceil_div(w.entries, in_word);
+    const int64_t in_word = values_per_word(w.value_scale ? w.code_bits : 16);
+    const int64_t value_words = ceil_div(w.entries, in_word);
     for (int64_t j = 0; j < w.entries; ++j) {
       const int64_t word = (tile * value_words + j / in_word) * kTileRows + lane;
       each(int64_t{w.column[j]}, salient_value(w, row, word * in_word + j % in_word));
@@ -76,6 +79,7 @@ Status check_outline(const SalientWeight& w) {
   if (w.n < 0 || w.k < 0 || w.entries < 0 || w.k > kMaxColumns) return Status::bad_size;
   if (w.group_size < 0 || w.group_size % 32 != 0) return Status::bad_argument;
   if ((w.value_scale == nullptr) != (w.value_zero == nullptr)) return Status::bad_argument;
+  if (w.code_bits != 8 && w.code_bits != 4) return Status::bad_argument;
   if (w.encoding == SalientEncoding::columns) {
     int64_t previous = -1;
     for (int64_t j = 0; j < w.entries; previous = w.column[j++]) {
@@ -86,7 +90,9 @@ Status check_outline(const SalientWeight& w) {
   const bool list = w.encoding == SalientEncoding::list;
   if (list && (w.k > detail::kMaxListColumns || (w.k == 0 && w.entries > 0))) return Status::bad_argument;
   const int64_t count = list ? tile_count(w.n) : w.n;
-  if (w.start[0] != 0 || w.start[count] != w.entries) return Status::corrupt;
+  const int64_t last = w.start[count];
+  const bool spare = !list && w.value_scale && w.code_bits == 4 && last % 2 != 0;  // half of the last byte
+  if (w.start[0] != 0 || last + spare != w.entries) return Status::corrupt;
   bool falls = false;  // no early end, so that the loop becomes vector code
   for (int64_t i = 0; i < count; ++i) falls |= w.start[i] > w.start[i + 1];
   return falls ? Status::corrupt : Status::ok;
@@ -118,6 +124,35 @@ bool row_is_consistent(const SalientWeight& w, int64_t row) {
     signs |= (static_cast<uint32_t>(w.sign[at(column / 32)]) >> (column % 32)) & 1u;
   });
   return !signs;
+}
+
+// 4-bit codes as bytes in `bytes`, and the same weight with these: what the AVX-512 forms read.
+SalientWeight widen_codes(const SalientWeight& w, ParallelFor parallel_for, std::unique_ptr<uint8_t[]>& bytes) {
+  constexpr double kNanoseconds = 0.1;  // of a code
+  const auto* pairs = static_cast<const uint8_t*>(w.value);
+  SalientWeight wide = w;
+  wide.code_bits = 8;
+  if (w.encoding != SalientEncoding::columns) {
+    const int64_t count = w.encoding == SalientEncoding::list ? w.entries * kTileRows / 2 : w.entries / 2;
+    bytes = std::make_unique_for_overwrite<uint8_t[]>(2 * count);
+    split(parallel_for, count, 2 * kNanoseconds, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) bytes[2 * i] = pairs[i] & 15, bytes[2 * i + 1] = pairs[i] >> 4;
+    });
+  } else {
+    const int64_t words = word_count(w.entries, 8), pair_words = word_count(w.entries, 4);
+    bytes = std::make_unique_for_overwrite<uint8_t[]>(4 * tile_count(w.n) * words * kTileRows);
+    split(parallel_for, tile_count(w.n), 64 * kNanoseconds * static_cast<double>(words),
+          [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin * words * kTileRows; i < end * words * kTileRows; ++i) {
+              const int64_t lane = i % kTileRows, word = i / kTileRows % words, tile = i / kTileRows / words;
+              const uint8_t* from = pairs + 4 * ((tile * pair_words + word / 2) * kTileRows + lane) + word % 2 * 2;
+              uint8_t* to = bytes.get() + 4 * i;
+              to[0] = from[0] & 15, to[1] = from[0] >> 4, to[2] = from[1] & 15, to[3] = from[1] >> 4;
+            }
+          });
+  }
+  wide.value = bytes.get();
+  return wide;
 }
 
 // Rows of x as float32, or as int8, and the sign plane's part of the product.
@@ -247,6 +282,9 @@ Status salient_matmul(const SalientMatmulParams& p) {
   const Status status = p.m == 0 ? salient_check(w, p.parallel_for) : check_outline(w);
   if (status != Status::ok || p.m == 0 || w.n == 0) return status;
   const Kernel kernel = choose_kernel(p);
+  std::unique_ptr<uint8_t[]> bytes;
+  const bool narrow = w.value_scale && w.code_bits == 4 && kernel.tiles != detail::salient_tiles_generic;
+  const SalientWeight of_kernel = narrow ? widen_codes(w, p.parallel_for, bytes) : w;
   const int64_t row_bytes_of_x = w.k * bytes_of(p.dtype), row_bytes = w.n * bytes_of(p.dtype);
   for (int64_t row = 0; row < p.m; row += kRowBlock) {
     const int64_t m = std::min(kRowBlock, p.m - row);
@@ -255,7 +293,7 @@ Status salient_matmul(const SalientMatmulParams& p) {
     const Status signs = multiply_signs(p, x, m, p.int8 && !kernel.reads_int8, rows);
     if (signs != Status::ok) return signs;
     const bool direct = !p.int8 && p.dtype == Dtype::f32;
-    const detail::SalientTask task{w,
+    const detail::SalientTask task{of_kernel,
                                    m,
                                    group_count(w),
                                    group_width(w),

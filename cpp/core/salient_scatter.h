@@ -2,7 +2,7 @@
 // The partially binarised weight: signs with a scale and a mean for most weights, and salient ones that keep 8 bits or
 // a float16, in one of three encodings (layout.h). Its product with activations, and its dense form.
 //   w[r, c] = salient(r, c) ? value : mu[r, g(c)] + alpha[r, g(c)] b[r, c],   b = -1, +1
-//   value = value_scale[r] (code - value_zero[r]) of a uint8 code, or the float16 itself
+//   value = value_scale[r] (code - value_zero[r]) of a code of 8 or 4 bits, or the float16 itself
 // No sign bit is looked up twice: the sign plane is multiplied as if salient weights were b = -1 (their bit is 0), and
 // the salient part puts that right afterwards:
 //   y = sum_g [ alpha_g S_g + mu_g X_g ] + sum_{salient c} x_c (value - (mu_g(c) - alpha_g(c)))
@@ -25,14 +25,15 @@ struct SalientWeight {
   const int32_t* mask = nullptr;       // bitmap: tiles; bits past n or k are ignored
   const uint8_t* gap = nullptr;        // list: [entries, 16]
   const int32_t* column = nullptr;     // columns: [entries]
-  const void* value = nullptr;         // uint8 with value_scale and value_zero, float16 without
+  const void* value = nullptr;         // codes with value_scale and value_zero, float16 without
   const int32_t* start = nullptr;      // bitmap: [n + 1]; list: [tiles + 1]; columns: null
   const float* value_scale = nullptr;  // [n] or null
   const float* value_zero = nullptr;   // [n] or null
   const float* alpha = nullptr;        // [n, groups]
   const float* mu = nullptr;           // [n, groups] or null: 0
   int64_t n = 0, k = 0;
-  int64_t entries = 0;     // bitmap: values; list: steps of all tiles; columns: columns
+  int code_bits = 8;       // of a code: 8, or 4
+  int64_t entries = 0;     // bitmap: values that there is room for; list: steps of all tiles; columns: columns
   int64_t group_size = 0;  // columns that share alpha and mu, a multiple of 32; 0: one group
 };
 

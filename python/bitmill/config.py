@@ -124,8 +124,9 @@ class SalientConfig(Config):
 
     Attributes:
         fraction: share of the weights that stays salient, in [0, 1].
-        bits: 8 or 4 (codes with a per-row asymmetric min/max, one byte each) or 16 (float16).
-        metric: how salience is measured: "magnitude" |w|, or by what an error costs, which `recipes.pb_llm` knows from
+        bits: 8 or 4 (codes with a per-row asymmetric min/max, 4 bits two to a byte) or 16 (float16).
+        metric: how salience is measured: "magnitude" |w|; "quantile" w itself, half of the fraction from either end of
+            the whole matrix (the published training code); or by what an error costs, which `recipes.pb_llm` knows from
             activations: "hessian" w^2 / U_jj^2 (the published code) or "hessian_paper" w^2 / (H^-1)_jj^2 (the paper).
         structure: "element" takes single weights; "column" whole columns, by the sum of their metric: faster and
             smaller for the same fraction, at a loss of accuracy.
@@ -135,6 +136,10 @@ class SalientConfig(Config):
         group_size: columns that share alpha and mu, a multiple of 32; None for the whole row.
         activations: "float" multiplies activations as they are; "int8" rounds every row to int8 with a scale of its own
             first, in training too (straight-through), which is faster.
+        granularity: what has an alpha and a mu of its own: a "row" (or its groups), or the "layer", as in the published
+            training code.
+        surrogate: what stands for the derivative of sgn in training, times alpha: "identity" 1 (the published code),
+            "clip" [|w - mu| <= 1] (the paper, equation 2), "tanh" 1 - tanh^2(0.1 (w - mu)) (IR-Net).
     """
 
     fraction: float = 0.1
@@ -145,17 +150,27 @@ class SalientConfig(Config):
     centre: bool = True
     group_size: int | None = None
     activations: str = "float"
+    granularity: str = "row"
+    surrogate: str = "identity"
 
     def __post_init__(self) -> None:
         number = isinstance(self.fraction, (int, float)) and not isinstance(self.fraction, bool)
         self._require("fraction", number and 0 <= self.fraction <= 1, "a number in [0, 1]")
         self._require_one_of("bits", (4, 8, 16))
-        self._require_one_of("metric", ("magnitude", "hessian", "hessian_paper"))
+        self._require_one_of("metric", ("magnitude", "quantile", "hessian", "hessian_paper"))
         self._require_one_of("structure", STRUCTURES)
+        self._require(
+            "structure", self.structure == "element" or self.metric != "quantile", "'element' for metric 'quantile'"
+        )
         self._require_one_of("activations", ACTIVATIONS)
         self._require_one_of("scale", ("unbiased", "official"))
         self._require_one_of("centre", (True, False))
+        self._require_one_of("granularity", ("row", "layer"))
+        self._require_one_of("surrogate", ("identity", "clip", "tanh"))
         self._require_group_size()
+        self._require(
+            "group_size", self.group_size is None or self.granularity == "row", "None for granularity 'layer'"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -213,6 +213,61 @@ void check_dequantize(const Case& c, std::mt19937& random) {
   for (size_t i = 0; i < dense.size(); ++i) CHECK(std::fabs(double(dense[i]) - w.dense[i]) <= 1e-6);
 }
 
+// Codes of 4 bits, two to a byte, give the same numbers as the same codes of 8 bits. Arrays are as long as they must
+// be.
+void check_pairs(const Case& c, int64_t m, std::mt19937& random) {
+  Weight w = make(c, random);
+  SalientWeight narrow = w.view;
+  narrow.code_bits = 4;
+  std::vector<uint8_t> pairs;
+  std::vector<int32_t> tiles;
+  if (c.encoding == SalientEncoding::columns) {
+    const int64_t words = word_count(w.view.entries, 8), pair_words = word_count(w.view.entries, 4);
+    tiles.assign(tile_count(c.n) * pair_words * kTileRows, 0);
+    for (size_t i = 0; i < w.tiles.size(); ++i) {
+      w.tiles[i] &= 0x0F0F0F0F;
+      const uint32_t b = static_cast<uint32_t>(w.tiles[i]);
+      const uint32_t four = (b & 15) | (b >> 4 & 0xF0) | (b >> 8 & 0xF00) | (b >> 12 & 0xF000);
+      const int64_t word = static_cast<int64_t>(i) / kTileRows % words,
+                    tile = static_cast<int64_t>(i) / kTileRows / words;
+      const int64_t at = (tile * pair_words + word / 2) * kTileRows + static_cast<int64_t>(i) % kTileRows;
+      tiles[at] |= static_cast<int32_t>(four << (16 * (word % 2)));
+    }
+    narrow.value = tiles.data();
+  } else {
+    for (uint8_t& code : w.code) code &= 15;
+    for (size_t i = 0; i < w.code.size(); ++i) {
+      if (i % 2 == 0) pairs.push_back(0);
+      pairs.back() = static_cast<uint8_t>(pairs.back() | w.code[i] << (i % 2 * 4));
+    }
+    narrow.value = pairs.data();
+    if (c.encoding == SalientEncoding::bitmap) narrow.entries += narrow.entries % 2;
+  }
+  std::vector<float> x(m * c.k), wanted(m * c.n), got(m * c.n), dense(c.n * c.k), narrow_dense(c.n * c.k);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 17) - 8.0f;
+  CHECK(salient_dequantize(w.view, dense.data(), serial_for) == Status::ok);
+  CHECK(salient_dequantize(narrow, narrow_dense.data(), serial_for) == Status::ok);
+  CHECK(dense == narrow_dense);
+  SalientMatmulParams p;
+  p.x = x.data();
+  p.m = m;
+  for (const bool int8 : {false, true}) {
+    p.int8 = int8;
+    p.weight = w.view, p.out = wanted.data();
+    CHECK(salient_matmul(p) == Status::ok);
+    p.weight = narrow, p.out = got.data(), p.parallel_for = reversed_for;
+    CHECK(salient_matmul(p) == Status::ok);
+    CHECK(wanted == got);
+    p.parallel_for = serial_for;
+  }
+  if (c.encoding != SalientEncoding::columns) {
+    narrow.entries += 2;
+    CHECK(salient_check(narrow, serial_for) == Status::corrupt);
+  }
+  narrow.code_bits = 2;
+  CHECK(salient_check(narrow, serial_for) == Status::bad_argument);
+}
+
 // What the full check says: a product without rows and the dense form make it.
 Status status_of(const Weight& w, SalientWeight view) {
   SalientMatmulParams p;
@@ -341,6 +396,12 @@ void check_everything(std::mt19937& random) {
         check_matmul<BFloat16>(c, 3, Dtype::bf16, 0x1p-8, int8, random);
         check_matmul<Float16>(c, 9, Dtype::f16, 0x1p-11, int8, random);
       }
+    }
+  }
+  for (const auto encoding : {SalientEncoding::bitmap, SalientEncoding::list, SalientEncoding::columns}) {
+    for (const int64_t m : {1, 9, 70}) {
+      check_pairs({.n = 19, .k = 71, .fraction = 0.3, .encoding = encoding}, m, random);
+      check_pairs({.n = 37, .k = 601, .group_size = 64, .fraction = 0.1, .encoding = encoding}, m, random);
     }
   }
   for (const bool codes : {true, false}) {

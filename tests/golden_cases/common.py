@@ -53,14 +53,18 @@ def leaf(t: Tensor) -> Tensor:
     return t.detach().clone().requires_grad_()
 
 
-def linear_layer(case: Case, config: BinaryConfig) -> BinaryLinear:
+def float_linear(case: Case) -> torch.nn.Linear:
     weight = case["par_weight"]
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], "par_bias" in case)
     with torch.no_grad():
         linear.weight.copy_(weight)
         if "par_bias" in case:
             linear.bias.copy_(case["par_bias"])
-    return BinaryLinear.from_linear(linear, config)
+    return linear
+
+
+def linear_layer(case: Case, config: BinaryConfig) -> BinaryLinear:
+    return BinaryLinear.from_linear(float_linear(case), config)
 
 
 def backward(layer: torch.nn.Module, case: Case) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden vectors of PB-LLM's post-training quantisation."""
+"""Golden vectors of PB-LLM: quantisation after training, training, and the 1-bit layers that it compares with."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from bitmill import SalientConfig
-from bitmill.nn import PackedSalientLinear
+from bitmill import BinaryConfig, SalientConfig
+from bitmill.binarize import ActivationRule, Method, WeightRule, method_names, register_method
+from bitmill.nn import PackedSalientLinear, SalientLinear
 from bitmill.ops._groups import columns_of_groups
 from bitmill.ops.salient_scatter import (
     binary_statistics,
@@ -22,7 +23,16 @@ from bitmill.ops.salient_scatter import (
 from bitmill.recipes.gptq import Hessian, factor, output_error
 from bitmill.recipes.pb_llm import quantize_weight, saliency
 
-from .common import Case, assert_exact, assert_relative
+from .common import (
+    Case,
+    assert_exact,
+    assert_gradients_of,
+    assert_relative,
+    assert_zeros,
+    backward,
+    float_linear,
+    linear_layer,
+)
 
 METRICS = ("magnitude", "hessian")
 
@@ -102,10 +112,63 @@ def gptq(case: Case) -> None:
         assert_exact(packed.dequantize().weight.detach(), got, f"packed weight {i}")
 
 
+def qat(case: Case) -> None:
+    """Theirs keeps salient weights as float32 (its 8-bit routine is broken) and has sgn(0) = 0; ours rounds them to
+    float16 and has sgn(0) = +1. What that changes in the weight is known exactly, and so in y and in the gradient of x.
+    """
+    fraction = case.number("hp_outlier_fraction")
+    config = SalientConfig(fraction, 16, "quantile", centre=False, granularity="layer")
+    layer = SalientLinear.from_linear(float_linear(case), config)
+    assert_exact(layer.mask.to(torch.uint8), case["out_salient"], "mask")
+    alpha = layer.scales().alpha
+    assert_relative(alpha, case["out_alpha"].expand_as(alpha), 1e-6, "alpha")
+    w, theirs = case["par_weight"], case["out_w"]
+    expected = torch.where(layer.mask, w.half().float(), torch.where(w == 0, alpha, theirs))
+    x, y = backward(layer, case)
+    assert_relative(layer.quantised_weight().detach(), expected, 1e-6, "weight")
+    added = (expected - theirs).double()
+    assert_relative(y, case["out_y"] + (case["in_x"].double() @ added.T).float(), 2e-5, "y")
+    assert_relative(x.grad, case["grad_x"] + (case["gout_y"].double() @ added).float(), 2e-5, "grad_x")
+    assert_relative(layer.weight.grad, case["grad_weight"], 2e-5, "grad_weight")
+    assert_zeros(layer.weight.grad, case["grad_weight"], "grad_weight")
+    assert_relative(layer.bias.grad, case["grad_bias"], 2e-5, "grad_bias")
+    packed = layer.eval().pack()
+    assert_exact(packed.dequantize().weight.detach(), layer.quantised_weight().detach(), "packed weight")
+    assert_relative(packed(case["in_x"]), y.detach(), 2e-5, "packed y")
+
+
+# The layers that PB-LLM compares with, as rows of the registry: kind of the file to weight rule.
+BASELINES = {
+    1: WeightRule(centre="row", scale="row_centred", surrogate="identity", carries_scale=True),
+    2: WeightRule(centre="row", scale="row_centred", surrogate="tanh", carries_scale=True),
+    3: WeightRule(scale="none", surrogate="fourier"),
+}
+
+
+def weight_binarizers(case: Case) -> None:
+    kind = int(case.number("hp_kind"))
+    name = "bireal" if kind == 4 else f"pb_llm_baseline_{kind}"
+    if name not in method_names():
+        schedules = ("terms",) if kind == 3 else ()
+        register_method(Method(name, "PB-LLM", BASELINES[kind], ActivationRule(), WeightRule(), schedules=schedules))
+    layer = linear_layer(case, BinaryConfig(name, act_bits=1 if kind == 4 else 32))
+    if kind == 3:
+        layer.terms.fill_(10)
+    x, y = backward(layer, case)
+    assert_relative(y, case["out_y"], 2e-5, "y")
+    tensors = {"x": x, "weight": layer.weight} | ({} if layer.bias is None else {"bias": layer.bias})
+    assert_gradients_of(case, 2e-5, **tensors)
+    for name, t in tensors.items():
+        assert_zeros(t.grad, case[f"grad_{name}"], f"grad_{name}")
+    assert_relative(layer.eval().pack()(case["in_x"]), y.detach(), 2e-5, "packed y")
+
+
 COMPARISONS: dict[str, Callable[[Case], None]] = {
     "pbllm/low-xnor": low_xnor,
     "pbllm/high": high,
     "pbllm/hessian": hessian,
     "pbllm/salient-mask": masks,
     "pbllm/gptq": gptq,
+    "pbllm/qat": qat,
+    "pbllm/weight-binarizers": weight_binarizers,
 }

@@ -49,9 +49,11 @@ class LatentLinear(nn.Linear):
         """Create the parameters and buffers that the method adds to weight and bias."""
 
     @classmethod
-    def from_linear(cls: type[L], linear: nn.Linear, config: Config | None = None) -> L:
+    def from_linear(cls: type[L], linear: nn.Linear, config: Config | None = None, **state: Any) -> L:
         """A layer on the same Parameters: nothing is copied, tied weights stay tied.
 
+        Args:
+            state: what the layer's `create_state` takes besides.
         Raises:
             ValueError: if `linear` is not exactly an nn.Linear, whose forward this layer replaces.
         """
@@ -62,7 +64,7 @@ class LatentLinear(nn.Linear):
             )
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
-        layer.create_state(linear.weight.device, linear.weight.dtype)
+        layer.create_state(linear.weight.device, linear.weight.dtype, **state)
         return layer.train(linear.training)
 
     def to_linear(self, weight: Tensor) -> nn.Linear:

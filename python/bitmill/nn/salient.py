@@ -8,11 +8,13 @@ outputs differ by summation order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..binarize.levels import with_slope
 from ..config import SalientConfig
 from ..ops import int8_fake_quant, tile_pack
 from ..ops._checks import ceil_div, tile_shape
@@ -20,14 +22,17 @@ from ..ops._groups import columns_of_groups
 from ..ops._library import without_autocast
 from ..ops._salient_encoding import (
     ENCODINGS,
+    decode,
     encode,
     encode_columns,
     encoding_of,
+    entries_of,
     index_shape,
     start_length,
     value_dtype,
     value_shape,
 )
+from ..ops._surrogates import surrogate_slope
 from ..ops.salient_scatter import (
     binary_statistics,
     binary_value,
@@ -36,6 +41,7 @@ from ..ops.salient_scatter import (
     rounded_to_float16,
     salient_columns,
     salient_mask,
+    salient_quantiles,
     salient_value,
 )
 from ._module import LatentLinear, PackedModule, as_float32, linear_from, require_finite, require_width
@@ -62,9 +68,20 @@ class Scales(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor, mask: Tensor, config: SalientConfig) -> Scales:
         """The config's rules applied to a weight [n, k] and the mask of its salient entries."""
-        w, group_size = weight.detach().float(), config.group_size or 0
+        scale, zero = (None, None) if config.bits == 16 else high_bit_scales(weight.detach(), config.bits)
+        return cls.around(weight, mask, scale, zero, config)
+
+    @classmethod
+    def around(
+        cls, weight: Tensor, mask: Tensor, scale: Tensor | None, zero: Tensor | None, config: SalientConfig
+    ) -> Scales:
+        """Those of the binarised form from the weight and its mask, those of the codes as they are given."""
+        w, group_size, n = weight.detach().float(), config.group_size or 0, weight.shape[0]
+        if config.granularity == "layer":
+            w, mask = w.reshape(1, -1), mask.reshape(1, -1)
         alpha, mu = binary_statistics(w, mask, group_size, config.scale, config.centre)
-        scale, zero = (None, None) if config.bits == 16 else high_bit_scales(w, config.bits)
+        if config.granularity == "layer":
+            alpha, mu = alpha.repeat(n, 1), None if mu is None else mu.repeat(n, 1)
         return cls(alpha, mu, scale, zero, config.bits, group_size)
 
     def of_group(self, column: int) -> Scales:
@@ -75,10 +92,22 @@ class Scales(NamedTuple):
         mu = None if self.mu is None else self.mu[:, group]
         return self._replace(alpha=self.alpha[:, group], mu=mu, group_size=0)
 
+    def centred(self, weight: Tensor) -> Tensor:
+        """float32 [n, k], detached: w - mu."""
+        w = weight.detach().float()
+        return w if self.mu is None else w - columns_of_groups(self.mu, w.shape[1], self.group_size)
+
+    def slope(self, weight: Tensor, surrogate: str) -> Tensor:
+        """The derivative that stands for that of the binarised form, alpha times the surrogate's window.
+
+        float32 [n, k], or [n, 1] where a row has one number.
+        """
+        alpha = columns_of_groups(self.alpha, weight.shape[1], self.group_size)
+        return alpha if surrogate == "identity" else alpha * surrogate_slope(self.centred(weight), surrogate)
+
     def quantise(self, weight: Tensor) -> QuantisedWeight:
         """A detached weight [n, k] in both forms."""
-        w = weight.detach().float()
-        centred = w if self.mu is None else w - columns_of_groups(self.mu, w.shape[1], self.group_size)
+        w, centred = weight.detach().float(), self.centred(weight)
         if self.scale is None or self.zero is None:
             return QuantisedWeight(centred >= 0, rounded_to_float16(w), self)
         return QuantisedWeight(centred >= 0, high_bit_codes(w, self.scale, self.zero, self.bits), self)
@@ -111,32 +140,84 @@ class QuantisedWeight(NamedTuple):
 class SalientLinear(LatentLinear):
     """Training form: latent weight [out_features, in_features] and the mask of its salient entries.
 
-    The mask is measured once, on the weight that the layer is created with, and is a persistent buffer. Salient
-    weights are frozen: their gradient is exactly 0. Binarised weights get the straight-through identity; alpha and mu
-    follow the weight in every forward and carry no gradient. With activations="int8" every row of x is rounded as the
-    packed form rounds it, straight-through. Output dtype = input dtype; the arithmetic is float32,
-    also under autocast.
+    What is salient, and the scale and zero of its codes, is measured once, on the weight that the layer is created
+    with: `mask` bool [out_features, in_features], `value_scale` and `value_zero` float32 [out_features] (None for 16
+    bits) are persistent buffers. Salient weights are frozen: their gradient is exactly 0 (decoupled weight decay would
+    move them all the same). Binarised weights have the gradient of alpha times the config's surrogate; alpha and mu are
+    the best ones for the weight in every forward, in training and in eval mode, and carry no gradient. With
+    activations="int8" every row of x is rounded as the packed form rounds it, straight-through. Output dtype = input
+    dtype; the arithmetic is float32, also under autocast.
+
+    `SalientConfig(metric="quantile", granularity="layer", centre=False)` is the published training code, except that
+    its 8-bit routine, which turns negative weights positive, is not copied, and that sgn(0) is +1, not 0.
     """
 
     config_class: ClassVar = SalientConfig
     config: SalientConfig
     mask: Tensor
+    value_scale: Tensor | None
+    value_zero: Tensor | None
 
-    def create_state(self, device: torch.device, dtype: torch.dtype) -> None:
-        if self.config.metric != "magnitude":
+    @classmethod
+    def from_linear(  # type: ignore[override]
+        cls, linear: nn.Linear, config: SalientConfig | None = None, mask: Tensor | None = None
+    ) -> SalientLinear:
+        """A layer on the same Parameters: nothing is copied, tied weights stay tied.
+
+        Args:
+            mask: which entries are salient, bool [out_features, in_features]; None to measure it by config.metric,
+                which takes a metric of the weight alone.
+        Raises:
+            ValueError: if `linear` is not exactly an nn.Linear, or for a mask of another shape or dtype, or none where
+                the metric needs one.
+        """
+        return super().from_linear(linear, config, mask=mask)
+
+    def create_state(self, device: torch.device, dtype: torch.dtype, mask: Tensor | None = None) -> None:
+        self.register_buffer("mask", self._measured_mask() if mask is None else self._own(mask))
+        scales = (None, None) if self.config.bits == 16 else high_bit_scales(self.weight.detach(), self.config.bits)
+        for name, t in zip(("value_scale", "value_zero"), scales, strict=True):
+            self.register_buffer(name, t)
+
+    def _measured_mask(self) -> Tensor:
+        metric, fraction = self.config.metric, self.config.fraction
+        if metric == "quantile":
+            return salient_quantiles(self.weight, fraction)
+        if metric != "magnitude" and not self.weight.is_meta:
             raise ValueError(
-                f"SalientLinear: config.metric must be 'magnitude' where no activations are seen, got"
-                f" {self.config.metric!r}; use bitmill.recipes.pb_llm"
+                f"SalientLinear: config.metric must be 'magnitude' or 'quantile' where no activations are seen, got"
+                f" {metric!r}; give from_linear a mask, or use bitmill.recipes.pb_llm or pb_llm_qat"
             )
-        measure = salient_columns if self.config.structure == "column" else salient_mask
-        self.register_buffer("mask", measure(self.weight, self.config.fraction))
+        return (salient_columns if self.config.structure == "column" else salient_mask)(self.weight, fraction)
+
+    def _own(self, mask: Tensor) -> Tensor:
+        if mask.shape != self.weight.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"SalientLinear: mask must be bool {list(self.weight.shape)}, got"
+                f" {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
+            )
+        return mask.to(self.weight.device, copy=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SalientLinear:
+        """The scales of the codes stay float32: with others the frozen weights would be others."""
+        kept = {name: t for name in ("value_scale", "value_zero") if (t := self._buffers[name]) is not None}
+        super()._apply(fn, recurse)
+        for name, t in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != t.dtype:
+                self._buffers[name] = t.to(moved.device)
+        return self
+
+    def scales(self) -> Scales:
+        """What the weight is quantised with now."""
+        return Scales.around(self.weight, self.mask, self.value_scale, self.value_zero, self.config)
 
     def quantised_weight(self) -> Tensor:
         """What the layer multiplies with, float32 [out_features, in_features], with its straight-through gradient."""
-        parts = Scales.of(self.weight, self.mask, self.config).quantise(self.weight)
-        latent = self.weight.float()
-        # The difference is exactly 0: it brings the gradient of the latent weight and leaves the value alone.
-        return torch.where(self.mask, parts.salient(), parts.binary() + (latent - latent.detach()))
+        scales = self.scales()
+        parts = scales.quantise(self.weight)
+        slope = scales.slope(self.weight, self.config.surrogate)
+        return torch.where(self.mask, parts.salient(), with_slope(self.weight.float(), parts.binary(), slope))
 
     def forward(self, x: Tensor) -> Tensor:
         require_width("SalientLinear", x, self.in_features)
@@ -152,7 +233,7 @@ class SalientLinear(LatentLinear):
             ValueError: for a weight with NaN or infinity, or one that is too large for its scales or for float16.
         """
         require_finite("SalientLinear", self.weight)
-        parts = Scales.of(self.weight, self.mask, self.config).quantise(self.weight)
+        parts = self.scales().quantise(self.weight)
         return PackedSalientLinear.from_parts(parts, self.mask, self.bias, self.config).train(self.training)
 
     @torch.no_grad()
@@ -196,6 +277,7 @@ class PackedSalientLinear(PackedModule):
         if encoding not in ENCODINGS:
             raise ValueError(f"PackedSalientLinear: encoding must be one of {', '.join(ENCODINGS)}, got {encoding!r}")
         self.in_features, self.out_features = in_features, out_features
+        self.code_bits = 4 if self.config.bits == 4 else 8
         groups = ceil_div(in_features, self.config.group_size) if self.config.group_size else 1
         codes = self.config.bits != 16
 
@@ -203,11 +285,11 @@ class PackedSalientLinear(PackedModule):
             return torch.zeros(shape, dtype=dtype, device=device)
 
         index = index_shape(encoding, out_features, in_features, entries)
-        value = value_shape(encoding, out_features, entries, codes)
+        value = value_shape(encoding, out_features, entries, self.config.bits)
         self.register_buffers(
             weight=zeros(*tile_shape(out_features, in_features), dtype=torch.int32),
             index=zeros(*index, dtype=torch.uint8 if encoding == "list" else torch.int32),
-            value=zeros(*value, dtype=value_dtype(encoding, codes)),
+            value=zeros(*value, dtype=value_dtype(encoding, self.config.bits)),
             start=None if encoding == "columns" else zeros(start_length(encoding, out_features), dtype=torch.int32),
             alpha=zeros(out_features, groups),
             mu=zeros(out_features, groups) if self.config.centre else None,
@@ -245,11 +327,12 @@ class PackedSalientLinear(PackedModule):
                 raise ValueError(
                     'SalientLinear: mask must mark whole columns for structure "column", got parts of some'
                 )
-            index, value, start = encode_columns(columns, value)
+            index, value, start = encode_columns(columns, value, config.bits)
         else:
-            index, value, start = encode(mask, value)
-        entries = (value if index.dim() == 3 else index).shape[0]
-        packed = cls(k, n, bias is not None, config, encoding_of("SalientLinear", index), entries, "meta")
+            index, value, start = encode(mask, value, config.bits)
+        encoding = encoding_of("SalientLinear", index)
+        entries = entries_of(encoding, index, value, config.bits)
+        packed = cls(k, n, bias is not None, config, encoding, entries, "meta")
         packed.weight = tile_pack((parts.plus & ~mask).to(torch.uint8), 1)
         packed.index, packed.value, packed.start = index, value, start
         packed.alpha, packed.mu = scales.alpha, scales.mu
@@ -264,11 +347,16 @@ class PackedSalientLinear(PackedModule):
             "out_features": self.out_features,
             "bias": self.bias is not None,
             "encoding": encoding,
-            "entries": (self.value if encoding == "bitmap" else self.index).shape[0],
+            "entries": entries_of(encoding, self.index, self.value, self.config.bits),
         }
 
     def weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
+
+    def mask(self) -> Tensor:
+        """Which weights are salient, bool [out_features, in_features]."""
+        encoded = self.index, self.value, self.start
+        return decode("PackedSalientLinear", encoded, self.out_features, self.in_features, self.config.bits)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         require_width("PackedSalientLinear", x, self.in_features)
@@ -279,13 +367,16 @@ class PackedSalientLinear(PackedModule):
             tensors["bias"],
             self.config.group_size or 0,
             self.config.activations,
+            self.code_bits,
         )
 
     @torch.no_grad()
     def dequantize(self) -> nn.Linear:
         """An nn.Linear (float32) with the partially binarised weight."""
         arrays = (self._buffers[name] for name in ARRAYS)
-        dense = torch.ops.bitmill.salient_weight.default(*arrays, self.in_features, self.config.group_size or 0)
+        dense = torch.ops.bitmill.salient_weight.default(
+            *arrays, self.in_features, self.config.group_size or 0, self.code_bits
+        )
         return linear_from(dense, self.bias, torch.float32, self.training)
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 
 Encoded arrays are (index, value, start); `index` tells the encoding: int32 tiles [ceil(n/16), ceil(k/32), 16] are a
 bitmap, uint8 gaps [steps, 16] a list, int32 [c] columns. Bitmap and list hold the same weights: `encode` takes the
-smaller one.
+smaller one. Values are codes of 8 bits, codes of 4 bits, two to a byte, or float16: `bits` is 8, 4 or 16.
 """
 
 from __future__ import annotations
@@ -38,41 +38,52 @@ def index_shape(encoding: str, n: int, k: int, entries: int) -> list[int]:
     return {"bitmap": tile_shape(n, k), "list": [entries, TILE_ROWS], "columns": [entries]}[encoding]
 
 
-def value_shape(encoding: str, n: int, entries: int, codes: bool) -> list[int]:
-    columns = tile_shape(n, entries, 8 if codes else 16)
-    return {"bitmap": [entries], "list": [entries, TILE_ROWS], "columns": columns}[encoding]
+def value_shape(encoding: str, n: int, entries: int, bits: int) -> list[int]:
+    if encoding == "columns":
+        return tile_shape(n, entries, bits)
+    in_byte = 2 if bits == 4 else 1
+    return [ceil_div(entries, in_byte)] if encoding == "bitmap" else [entries, TILE_ROWS // in_byte]
 
 
-def value_dtype(encoding: str, codes: bool) -> torch.dtype:
-    return torch.int32 if encoding == "columns" else torch.uint8 if codes else torch.float16
+def value_dtype(encoding: str, bits: int) -> torch.dtype:
+    return torch.int32 if encoding == "columns" else torch.float16 if bits == 16 else torch.uint8
+
+
+def entries_of(encoding: str, index: Tensor, value: Tensor, bits: int) -> int:
+    """What `index_shape` and `value_shape` give these shapes for: of a bitmap the values that there is room for."""
+    if encoding != "bitmap":
+        return index.shape[0]
+    length = value.shape[0] if value.dim() else 0
+    return 2 * length if bits == 4 else length
 
 
 def start_length(encoding: str, n: int) -> int:
     return (ceil_div(n, TILE_ROWS) if encoding == "list" else n) + 1
 
 
-def encode(salient: Tensor, value: Tensor) -> Encoded:
+def encode(salient: Tensor, value: Tensor, bits: int) -> Encoded:
     """The salient ones of value [n, k], uint8 or float16, as a list or a bitmap, whichever is smaller.
 
-    A list takes 2 or 3 bytes a step and row, a bitmap a bit a weight and 1 or 2 bytes an entry: the list is smaller up
-    to about 11 % of codes and 9 % of float16 values, if the rows of a tile have about as many.
+    A list takes 1 + bits / 8 bytes a step and row, a bitmap a bit a weight and bits / 8 bytes an entry: the list is
+    smaller up to about 11 % of codes and 9 % of float16 values, if the rows of a tile have about as many.
     """
     n, k = salient.shape
     tiles, words, lanes = tile_shape(n, k)
-    bitmap_bytes = 4 * tiles * words * lanes + int(salient.sum()) * value.element_size() + 4 * (n + 1)
+    bitmap_bytes = 4 * tiles * words * lanes + ceil_div(int(salient.sum()) * bits, 8) + 4 * (n + 1)
     if k <= MAX_LIST_COLUMNS:
         steps = int(_list_positions(salient)[1][-1])
-        if steps * TILE_ROWS * (1 + value.element_size()) + 4 * (tiles + 1) < bitmap_bytes:
-            return encode_list(salient, value)
-    return encode_bitmap(salient, value)
+        if steps * TILE_ROWS * (8 + bits) // 8 + 4 * (tiles + 1) < bitmap_bytes:
+            return encode_list(salient, value, bits)
+    return encode_bitmap(salient, value, bits)
 
 
-def encode_bitmap(salient: Tensor, value: Tensor) -> Encoded:
+def encode_bitmap(salient: Tensor, value: Tensor, bits: int) -> Encoded:
     counts = pad(salient.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    return tile_pack(salient.to(torch.uint8), 1), value[salient], counts
+    stored = value[salient]
+    return tile_pack(salient.to(torch.uint8), 1), _pairs(stored) if bits == 4 else stored, counts
 
 
-def encode_list(salient: Tensor, value: Tensor) -> Encoded:
+def encode_list(salient: Tensor, value: Tensor, bits: int) -> Encoded:
     rows, columns = salient.nonzero(as_tuple=True)
     position, start = _list_positions(salient)
     shape = (int(start[-1]), TILE_ROWS)
@@ -81,16 +92,17 @@ def encode_list(salient: Tensor, value: Tensor) -> Encoded:
     where = start.long()[rows // TILE_ROWS] + position, rows % TILE_ROWS
     index[where] = (_distances(rows, columns) % NO_ENTRY).to(torch.uint8)
     stored[where] = value[rows, columns]
-    return index, stored, start
+    return index, _pairs(stored) if bits == 4 else stored, start
 
 
-def encode_columns(columns: Tensor, value: Tensor) -> Encoded:
+def encode_columns(columns: Tensor, value: Tensor, bits: int) -> Encoded:
     """Whole columns: bool [k], and value [n, k], uint8 or float16."""
     chosen = columns.nonzero().flatten()
-    return chosen.to(torch.int32), _tiles(value[:, chosen]), None
+    values = value[:, chosen]
+    return chosen.to(torch.int32), tile_pack(values, 4) if bits == 4 else _tiles(values), None
 
 
-def decode(op: str, encoded: Encoded, n: int, k: int, codes: bool) -> tuple[Tensor, Tensor]:
+def decode(op: str, encoded: Encoded, n: int, k: int, bits: int) -> tuple[Tensor, Tensor]:
     """salient bool [n, k] and what is stored there as float32 [n, k].
 
     Raises:
@@ -104,11 +116,18 @@ def decode(op: str, encoded: Encoded, n: int, k: int, codes: bool) -> tuple[Tens
         column = index.long()
         _agree(op, bool((column.diff() > 0).all() and (column >= 0).all() and (column < k).all()))
         salient[:, column] = True
-        dense[:, column] = _untile(value, n, index.numel(), torch.uint8 if codes else torch.float16).float()
+        if bits == 4:
+            dense[:, column] = tile_unpack(value, n, index.numel(), 4).float()
+        else:
+            dense[:, column] = _untile(value, n, index.numel(), torch.uint8 if bits == 8 else torch.float16).float()
         return salient, dense
     assert start is not None
-    counts = start.long().diff()
-    _agree(op, bool(start[0] == 0) and bool(start[-1] == value.shape[0]) and bool((counts >= 0).all()))
+    counts, last = start.long().diff(), int(start[-1])
+    spare = last % 2 if encoding == "bitmap" and bits == 4 else 0  # half of the last byte
+    complete = last + spare == entries_of(encoding, index, value, bits)
+    _agree(op, bool(start[0] == 0) and complete and bool((counts >= 0).all()))
+    if bits == 4:
+        value = _apart(value)
     if encoding == "bitmap":
         salient = tile_unpack(index, n, k, 1).bool()
         _agree(op, bool((salient.sum(1) == counts).all()))
@@ -146,6 +165,17 @@ def _distances(rows: Tensor, columns: Tensor) -> Tensor:
     """Columns between an entry and the one before it in its row."""
     previous = torch.where(rows.diff(prepend=rows.new_full((1,), -1)) == 0, columns.roll(1), -1)
     return columns - previous - 1
+
+
+def _pairs(codes: Tensor) -> Tensor:
+    """4-bit codes, uint8 [..., c], two to a byte along the last dimension, the first one in the low half."""
+    even = pad(codes, (0, codes.shape[-1] % 2))
+    return even[..., 0::2] | even[..., 1::2] << 4
+
+
+def _apart(pairs: Tensor) -> Tensor:
+    """Undo `_pairs`, up to a code more."""
+    return torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)
 
 
 def _tiles(value: Tensor) -> Tensor:

@@ -41,16 +41,22 @@ class Hessian:
         self.sequences = 0
 
     @torch.no_grad()
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, sequences: int | None = None) -> None:
         """Add inputs, [sequences, ..., k], or [tokens, k] for one sequence; any float dtype.
 
+        Args:
+            x: the inputs.
+            sequences: how many they come from, where their shape does not tell: OPT joins a batch to [tokens, k] before
+                its feed-forward layers.
         Raises:
             ValueError: if x has fewer than two dimensions, or another width.
         """
         k = self.matrix.shape[0]
         if x.dim() < 2 or x.shape[-1] != k:
             raise ValueError(f"Hessian: x must have shape [sequences, ..., {k}] or [tokens, {k}], got {list(x.shape)}")
-        total = self.sequences + (x.shape[0] if x.dim() > 2 else 1)
+        if sequences is None:
+            sequences = x.shape[0] if x.dim() > 2 else 1
+        total = self.sequences + sequences
         if total == 0:
             return
         with without_autocast(x):

@@ -136,12 +136,18 @@ def _shared(new: Any, old: Any) -> Any:
 
 
 class _Measured:
-    """Hessians of linear layers; layers that are called with the same tensor share one."""
+    """Hessians of a block's linear layers; layers that are called with the same tensor share one."""
 
-    def __init__(self, layers: dict[str, nn.Linear]) -> None:
+    def __init__(self, block: nn.Module, layers: dict[str, nn.Linear]) -> None:
         self.hessians: dict[str, Hessian] = {}
         self.seen: list[tuple[Tensor, Hessian]] = []  # of the batch in progress; holding the tensors keeps them apart
+        self.sequences: int | None = None  # of the batch in progress, which a layer may see joined to one row of tokens
         self.handles = [layer.register_forward_pre_hook(self._adder(name)) for name, layer in layers.items()]
+        self.handles.append(block.register_forward_pre_hook(self._begin, prepend=True))
+
+    def _begin(self, block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.seen.clear()
+        self.sequences = args[0].shape[0] if args[0].dim() > 2 else None
 
     def _adder(self, name: str) -> Callable[..., None]:
         def add(layer: nn.Linear, args: tuple[Tensor, ...]) -> None:
@@ -149,12 +155,13 @@ class _Measured:
             known = next((hessian for tensor, hessian in self.seen if tensor is x), None)
             hessian = self.hessians.setdefault(name, known or Hessian(layer.in_features, x.device))
             if hessian is not known:
-                hessian.add(x)
+                hessian.add(x, self.sequences)
                 self.seen.append((x, hessian))
 
         return add
 
     def remove(self) -> None:
+        self.seen.clear()
         for handle in self.handles:
             handle.remove()
 
@@ -191,7 +198,7 @@ class _Folder:
         text = digest({"batches": [_digest_of(hidden=t) for t in calls.hidden]}, {})
         self.run: dict[str, Any] = {"settings": dict(settings), "text": text, "blocks": []}
         if self.file.exists():
-            run = json.loads(self.file.read_text())
+            run = self._read()
             for key in ("settings", "text"):
                 if run.get(key) != self.run[key]:
                     raise ValueError(
@@ -199,6 +206,17 @@ class _Folder:
                         " another folder"
                     )
             self.run = run
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            run = json.loads(self.file.read_text())
+            if isinstance(run["blocks"], list):
+                return run
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise ValueError(
+            f"quantize_: folder must hold a whole run, {self.file} is cut off or damaged; delete it to begin anew"
+        )
 
     def resume(self, index: int, block: nn.Module) -> dict[str, float] | None:
         """Load a finished block into the model's and return its layers' errors; None if there is none."""
@@ -288,10 +306,10 @@ def _quantize_block_(
 ) -> dict[str, float]:
     if not layers:
         return {}
-    measured = _Measured(layers)
+    measured = _Measured(block, layers)
     try:
         for _ in calls.run(index, block):
-            measured.seen.clear()
+            pass
     finally:
         measured.remove()
     errors: dict[str, float] = {}

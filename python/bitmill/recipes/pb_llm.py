@@ -22,11 +22,12 @@ from ..convert import Filter
 from ..nn import PackedSalientLinear
 from ..nn._module import require_finite
 from ..nn.salient import QuantisedWeight, Scales
-from ..ops.salient_scatter import high_bit_scales, salient_columns, salient_mask
+from ..ops.salient_scatter import high_bit_scales, salient_columns, salient_mask, salient_quantiles
 from . import layerwise
 from .gptq import Hessian, factor, output_error, sweep
 
 ROUNDING = ("gptq", "rtn")
+WITHOUT_ACTIVATIONS = ("magnitude", "quantile")  # metrics of the weight alone
 DEFAULT = SalientConfig(metric="hessian")
 
 
@@ -55,6 +56,16 @@ def saliency(weight: Tensor, upper: Tensor | None, metric: str) -> Tensor:
     return w.square() / cost.square()
 
 
+def salient_entries(weight: Tensor, upper: Tensor | None, config: SalientConfig) -> Tensor:
+    """bool [n, k]: what the config takes for salient in a weight [n, k], knowing `upper` of `gptq.factor`."""
+    if config.metric == "quantile":
+        return salient_quantiles(weight, config.fraction)
+    scores = saliency(weight, upper, config.metric)
+    if config.structure == "column":
+        return salient_columns(scores, config.fraction)
+    return salient_mask(scores, config.fraction, config.group_size or 0)
+
+
 @torch.no_grad()
 def quantize_weight(
     weight: Tensor,
@@ -67,11 +78,11 @@ def quantize_weight(
     """Partially binarise a weight, knowing the Hessian of its layer's inputs.
 
     With a group size the fraction of salient entries is that of each group of columns, all rows together; without one,
-    or of whole columns, that of the matrix. A column that no input reaches counts as 0.
+    or of whole columns or quantiles, that of the matrix. A column that no input reaches counts as 0.
 
     Args:
         weight: [n, k], any float dtype.
-        hessian: float32 [k, k], `gptq.Hessian(...).matrix`; None with rounding="rtn" and metric="magnitude" only.
+        hessian: float32 [k, k], `gptq.Hessian(...).matrix`; None with rounding="rtn" and a metric of the weight alone.
         config: fraction, bits, metric, structure, scale, centre and group size.
         rounding: "gptq" makes up for every column's error in the columns to its right, "rtn" rounds each by itself.
         damping: of `gptq.factor`.
@@ -90,20 +101,15 @@ def quantize_weight(
                 f"quantize_weight: hessian must have shape [{w.shape[1]}, {w.shape[1]}], got {list(hessian.shape)}"
             )
         w = w.masked_fill(dead, 0)
-    elif rounding == "gptq" or config.metric != "magnitude":
+    elif rounding == "gptq" or config.metric not in WITHOUT_ACTIVATIONS:
         raise ValueError(
             f"quantize_weight: hessian must be given for rounding={rounding!r} and metric={config.metric!r}, got None;"
             " or take rounding='rtn' and metric='magnitude'"
         )
-    scores, group_size = saliency(w, upper, config.metric), config.group_size or 0
-    if config.structure == "column":
-        mask = salient_columns(scores, config.fraction)
-    else:
-        mask = salient_mask(scores, config.fraction, group_size)
-    scales = Scales.of(w, mask, config)
-    if config.bits != 16:  # the range of the codes is that of the weight as it came, dead columns included
-        scale, zero = high_bit_scales(weight.detach(), config.bits)
-        scales = scales._replace(scale=scale, zero=zero)
+    mask = salient_entries(w, upper, config)
+    # The range of the codes is that of the weight as it came, dead columns included.
+    scale, zero = (None, None) if config.bits == 16 else high_bit_scales(weight.detach(), config.bits)
+    scales = Scales.around(w, mask, scale, zero, config)
     if rounding == "rtn" or upper is None:
         return PartiallyBinarised(scales.quantise(w), mask, 0.0)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training in one loop: BertAdam, a linear schedule, batches of similar lengths, and a resume that is exact.
+"""Training in one loop: BertAdam, schedules, batches of similar lengths, and a resume that is exact.
 
 A run is a folder with `checkpoint.pt` (everything that the next step depends on, written atomically), `best.pt` (the
 parameters and buffers of the best evaluation) and `log.jsonl` (one line an event). A run that was killed goes on from
@@ -9,6 +9,7 @@ its checkpoint with the same losses, to the last bit on a CPU with the same numb
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import time
@@ -115,10 +116,24 @@ def linear_schedule(
     optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.1
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """The rate rises linearly from 0 over the first `warmup` share of the steps, then falls linearly to 0."""
+    return _schedule(optimizer, steps, warmup, lambda left: left)
+
+
+def cosine_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.05
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The rate rises linearly from 0 over the first `warmup` share of the steps, then falls to 0 as half a cosine."""
+    return _schedule(optimizer, steps, warmup, lambda left: 0.5 * (1 - math.cos(math.pi * left)))
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: float, fall: Callable[[float], float]
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """`fall`: the share of the steps after the warm-up that is left to the factor."""
 
     def factor(step: int) -> float:
         progress = step / max(steps, 1)
-        return progress / warmup if progress < warmup else max((1 - progress) / (1 - warmup), 0.0)
+        return progress / warmup if progress < warmup else fall(max((1 - progress) / (1 - warmup), 0.0))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -224,6 +239,7 @@ def fit(
     evaluate: Callable[[], dict[str, float]] | None = None,
     every: int = 200,
     log_every: int = 20,
+    parts: int = 1,
 ) -> dict[str, float]:
     """Train for `steps` steps in all, or what is left of them.
 
@@ -235,6 +251,8 @@ def fit(
         evaluate: the scores, by name; the first one decides which evaluation was best.
         every: steps between evaluations, each followed by a checkpoint.
         log_every: steps between lines with the loss.
+        parts: a batch goes through the model in so many parts, one after another, whose gradients add up to that of its
+            mean loss; less memory for the same step.
     Returns:
         The last evaluation, with "best" added, or an empty dict.
     Raises:
@@ -245,17 +263,14 @@ def fit(
     source, start = batches.starting_at(run.step), time.perf_counter() - run.seconds
     for _ in tqdm(range(run.step, steps), initial=run.step, total=steps, disable=None, unit="step"):
         run.model.train()
-        value = loss(next(source))
-        if not torch.isfinite(value):
-            raise ValueError(f"fit: the loss must be finite, got {value.item()} at step {run.step}; lower the rate")
-        value.backward()
+        value = _backward(loss, next(source), parts, run.step)
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.schedule.step()
         run.step += 1
         run.seconds = time.perf_counter() - start
         if run.step % log_every == 0 or run.step == steps:
-            run.log(loss=value.item(), lr=run.schedule.get_last_lr()[0])
+            run.log(loss=value, lr=run.schedule.get_last_lr()[0])
         if run.step % every == 0 or run.step == steps:
             if evaluate is not None:
                 run.model.eval()
@@ -269,3 +284,16 @@ def fit(
                 run.log(**scores)
             run.save()
     return scores
+
+
+def _backward(loss: Callable[[list[int]], Tensor], indices: list[int], parts: int, step: int) -> float:
+    """The gradients of a batch's mean loss, and the loss."""
+    size, total = -(-len(indices) // parts), 0.0
+    for first in range(0, len(indices), size):
+        part = indices[first : first + size]
+        value = loss(part) * (len(part) / len(indices))
+        if not torch.isfinite(value):
+            raise ValueError(f"fit: the loss must be finite, got {value.item()} at step {step}; lower the rate")
+        value.backward()
+        total += value.item()
+    return total
