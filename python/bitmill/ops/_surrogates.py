@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-SURROGATES = ("identity", "clip", "clip_open", "polynomial", "unit", "fourier")
+SURROGATES = ("identity", "clip", "clip_open", "polynomial", "unit", "fourier", "tanh")
 FOURIER_FREQUENCY = 0.1
 FOURIER_TERMS = 17.0  # of the last epoch of FDA's schedule
 
@@ -17,7 +17,8 @@ def surrogate_slope(u: Tensor, surrogate: str) -> Tensor:
     """Slope of the straight-through surrogate at u = z / window: what stands in for the derivative of the level.
 
     "identity" 1; "clip" [|u| <= 1]; "clip_open" [|u| < 1], and 1 at NaN; "polynomial" (2 - 2 |u|)+ (Bi-Real net);
-    "unit" [0 <= u <= 1] (elastic {0, 1}); "fourier" `fourier_slope` with the terms of the last epoch.
+    "unit" [0 <= u <= 1] (elastic {0, 1}); "fourier" `fourier_slope` with the terms of the last epoch; "tanh"
+    1.001 - tanh(u)^2 (OneBit's code), which never vanishes.
     """
     if surrogate == "identity":
         return torch.ones_like(u)
@@ -29,6 +30,8 @@ def surrogate_slope(u: Tensor, surrogate: str) -> Tensor:
         return (2 - 2 * u.abs()).clamp_min(0)
     if surrogate == "fourier":
         return fourier_slope(u)
+    if surrogate == "tanh":
+        return 1.001 - torch.tanh(u).square()
     return ((u >= 0) & (u <= 1)).to(u.dtype)
 
 
