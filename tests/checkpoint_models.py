@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitmill import BinaryConfig, FP4Config, SalientConfig, load, pack_, quantize_
+from bitmill import BinaryConfig, FP4Config, OneBitConfig, SalientConfig, load, pack_, quantize_
 from bitmill.binarize import method_names
 from bitmill.config import Config
 
@@ -28,12 +28,15 @@ CONFIGS: list[Config] = [
     SalientConfig(fraction=0.02),
     *(FP4Config(format=f) for f in FP4Config.FORMATS),
     FP4Config(activations="int8"),
+    OneBitConfig(),
+    OneBitConfig("plus", "int8"),
 ]
 KINDS: list[Config] = [
     BinaryConfig(method="bit", embeddings=True),
     BinaryConfig(),
     SalientConfig(fraction=0.3),  # always a bitmap
     FP4Config("mxfp4"),
+    OneBitConfig(),
 ]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 each_kind = pytest.mark.parametrize("config", KINDS, ids=repr)

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bitmill import load, save
+from bitmill.config import ZonedConfig
 from bitmill.demo.model import Stories, StoriesConfig
+from bitmill.nn import PackedZonedLinear
 from bitmill.recipes import billm
 from bitmill.recipes.gptq import Hessian, output_error
 
@@ -57,14 +62,28 @@ def test_rows_of_a_block_hold_eight_values(metric: str) -> None:
     assert plain.loss == 0 < swept.loss
 
 
-def test_a_model_keeps_linear_layers_of_its_dtype() -> None:
-    model = Stories(StoriesConfig(dim=32, hidden=48, layers=2, heads=4, kv_heads=2, vocab=50, context=24)).bfloat16()
-    before = model.layers[1].w2.weight.clone()
-    errors = billm.quantize_(model, [torch.randint(50, (4, 20))], progress=False)
+@pytest.mark.parametrize("scale_bits", [16, 32])
+def test_the_packed_weight_is_the_one_that_was_found(scale_bits: int) -> None:
+    linear, h = nn.Linear(150, 20), hessian_for(150)
+    result = billm.quantize_weight(linear.weight, h, block=64, scale_bits=scale_bits)
+    packed = billm.pack_linear(linear, result, ZonedConfig(64, scale_bits=scale_bits))
+    assert torch.equal(packed.dequantize().weight, result.value) and torch.equal(packed.bias, linear.bias)
+    x = torch.randn(5, 150)
+    torch.testing.assert_close(packed(x), nn.functional.linear(x, result.value, linear.bias), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_is_packed_and_saved(tmp_path: Path) -> None:
+    config = StoriesConfig(dim=32, hidden=48, layers=2, heads=4, kv_heads=2, vocab=50, context=24)
+    model, ids = Stories(config).bfloat16(), torch.randint(50, (4, 20))
+    errors = billm.quantize_(model, [ids], progress=False)
     layer = model.layers[1].w2
-    assert len(errors) == 14 and type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16
-    assert all(len(row.unique()) <= 8 for row in layer.weight) and not torch.equal(layer.weight, before)
-    assert all(0 < error < 1 for error in errors.values())
+    assert len(errors) == 14 and type(layer) is PackedZonedLinear and all(0 < error < 1 for error in errors.values())
+    assert all(len(row.unique()) <= 8 for row in layer.dequantize().weight)
+    expected = model(ids)
+    assert expected.dtype == torch.bfloat16
+    save(model, tmp_path / "a")
+    fresh = Stories(config).bfloat16()
+    assert len(load(fresh, tmp_path / "a")) == 14 and torch.equal(fresh(ids), expected)
 
 
 def test_says_what_is_wrong() -> None:

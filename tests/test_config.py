@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three configurations: every field refuses what it does not know, and a dict gives back the same object."""
+"""The configurations: every field refuses what it does not know, and a dict gives back the same object."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from bitmill import BinaryConfig, FP4Config, SalientConfig
+from bitmill import BinaryConfig, FP4Config, OneBitConfig, SalientConfig
 from bitmill.binarize import method_names
-from bitmill.config import Config
+from bitmill.config import Config, ZonedConfig
 
 VALID = [
     *(BinaryConfig(method=m, act_bits=bits, embeddings=True) for m in method_names() for bits in (None, 32)),
@@ -21,9 +21,11 @@ VALID = [
     *(SalientConfig(fraction=f, bits=b) for f in (0.0, 0.1, 1, 1.0) for b in (4, 8, 16)),
     SalientConfig(scale="official"),
     SalientConfig(structure="column", activations="int8"),
-    SalientConfig(metric="quantile", granularity="layer", surrogate="tanh"),
+    SalientConfig(metric="quantile", granularity="layer", surrogate="ede"),
     SalientConfig(group_size=1 << 24, centre=False),
     *(FP4Config(format=f, scale_rule=r) for f in FP4Config.FORMATS for r in FP4Config.SCALE_RULES),
+    OneBitConfig("plus", "int8"),
+    ZonedConfig(64, False, True, True, 32),
 ]
 
 JUNK: list[Any] = [
@@ -69,6 +71,13 @@ FIELDS = [
     (FP4Config, "format", [None, "e4m3", "E2M1", 4]),
     (FP4Config, "scale_rule", [None, "round", 0]),
     (FP4Config, "activations", [None, 8, "int4"]),
+    (OneBitConfig, "zero", [None, 0, True, "Torch"]),
+    (OneBitConfig, "activations", [None, 8, "int4"]),
+    (ZonedConfig, "block", [None, True, 0, -32, 100, 128.0, (1 << 24) + 32]),
+    (ZonedConfig, "centre", [None, 0, 1]),
+    (ZonedConfig, "column_scale", [None, 0, 1]),
+    (ZonedConfig, "split_salient", [None, 0, 1]),
+    (ZonedConfig, "scale_bits", [None, True, 8, 16.0, "16"]),
 ]
 
 
@@ -88,7 +97,7 @@ def test_every_field_refuses_what_it_does_not_know(cls: type[Config], field: str
 
 def test_every_field_is_covered() -> None:
     covered = {(cls, field) for cls, field, _ in FIELDS}
-    for cls in (BinaryConfig, SalientConfig, FP4Config):
+    for cls in (BinaryConfig, SalientConfig, FP4Config, OneBitConfig, ZonedConfig):
         assert {(cls, f.name) for f in dataclasses.fields(cls)} == {c for c in covered if c[0] is cls}
 
 
@@ -144,7 +153,7 @@ def test_a_dict_gives_back_the_same_object(config: Config) -> None:
 
 
 def test_configurations_are_frozen_and_hashable() -> None:
-    for config in (BinaryConfig(), SalientConfig(), FP4Config()):
+    for config in (BinaryConfig(), SalientConfig(), FP4Config(), OneBitConfig(), ZonedConfig()):
         with pytest.raises(dataclasses.FrozenInstanceError):
             config.anything = 1  # type: ignore[attr-defined]
         with pytest.raises(dataclasses.FrozenInstanceError):

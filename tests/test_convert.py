@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import bitmill
-from bitmill import BinaryConfig, FP4Config, SalientConfig, dequantize_, pack_, quantize_
+from bitmill import BinaryConfig, FP4Config, OneBitConfig, SalientConfig, dequantize_, pack_, quantize_
 from bitmill.binarize import method_names
 from bitmill.config import Config
 from bitmill.convert import LATENT, PACKED
@@ -33,7 +33,9 @@ CONFIGS: list[Config] = [
 ]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 each_kind = pytest.mark.parametrize(
-    "config", [BinaryConfig(), BinaryConfig(method="bit", embeddings=True), SalientConfig(), FP4Config()], ids=repr
+    "config",
+    [BinaryConfig(), BinaryConfig(method="bit", embeddings=True), SalientConfig(), FP4Config(), OneBitConfig()],
+    ids=repr,
 )
 
 
@@ -176,7 +178,9 @@ def test_nothing_matched_names_the_classes_seen(config: Config) -> None:
 
 @pytest.mark.parametrize("config", [None, {}, {"config": "BinaryConfig"}, "bibert", BinaryConfig, Config()])
 def test_only_a_configuration_configures(config: Any) -> None:
-    with pytest.raises(ValueError, match="quantize_: config must be a BinaryConfig, SalientConfig or FP4Config, got"):
+    with pytest.raises(
+        ValueError, match="quantize_: config must be one of BinaryConfig, SalientConfig, FP4Config, OneBitConfig, got"
+    ):
         quantize_(Model(), config)
 
 
@@ -419,7 +423,7 @@ def test_a_weight_without_packed_form_leaves_the_model_untouched(config: Config,
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_every_layer_of_a_training_model_can_be_without_rows() -> None:
-    for config in (BinaryConfig(), SalientConfig(), *(FP4Config(format=f) for f in FP4Config.FORMATS)):
+    for config in (BinaryConfig(), SalientConfig(), OneBitConfig(), *(FP4Config(format=f) for f in FP4Config.FORMATS)):
         model = nn.Sequential(nn.Linear(8, 0, bias=False))
         assert quantize_(model, config) == ["0"] and pack_(model) == ["0"]
         assert model(torch.randn(3, 8)).shape == (3, 0)

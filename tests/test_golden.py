@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from golden_cases import bibench, bibert, billm, bipft, bit, bivit, convs, fp4, multibit, pbllm, sparsifiner
+from golden_cases import bibench, bibert, billm, bipft, bit, bivit, convs, fp4, multibit, onebit, pbllm, sparsifiner
 from golden_cases.common import Case
 
-SYSTEMS = (bibert, billm, bipft, bit, bivit, bibench, convs, fp4, multibit, pbllm, sparsifiner)
+SYSTEMS = (bibert, billm, bipft, bit, bivit, bibench, convs, fp4, multibit, onebit, pbllm, sparsifiner)
 COMPARISONS = {case: compare for system in SYSTEMS for case, compare in system.COMPARISONS.items()}
 
 

@@ -38,7 +38,7 @@ CONFIGS = (
     SalientConfig(fraction=0.05, activations="int8"),
     SalientConfig(fraction=0.3, group_size=64, activations="int8"),
     SalientConfig(metric="quantile", granularity="layer", surrogate="clip"),
-    SalientConfig(fraction=0.2, granularity="layer", centre=False, scale="official", surrogate="tanh"),
+    SalientConfig(fraction=0.2, granularity="layer", centre=False, scale="official", surrogate="ede"),
     SalientConfig(fraction=0.2, group_size=32, surrogate="clip"),
 )
 configs = pytest.mark.parametrize(

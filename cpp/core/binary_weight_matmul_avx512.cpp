@@ -1,54 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Float activations times 1-bit weights by table lookup: for every 4 columns of an activation row a table of the 16
-// sums +-a0 +-a1 +-a2 +-a3 sits in one register, and vpermps fetches for 16 outputs at once what their 4 weight bits
-// select. 4 rows share the shifted bits of 4 tiles; a single row takes 8 tiles and runs at the speed of memory. Exact
-// float32 activations.
+// Float activations times 1-bit weights by table lookup (lookup_tables_avx512.h). 4 rows share the shifted bits of 4
+// tiles; a single row takes 8 tiles and runs at the speed of memory. Exact float32 activations.
 #include "avx512.h"
 #include "binary_matmul.h"
 #include "layout.h"
+#include "lookup_tables_avx512.h"
 
 namespace bitmill::detail {
 namespace {
 
-constexpr int64_t kTables = 8;                  // tables a word of 32 columns
-constexpr int64_t kTableFloats = 16 * kTables;  // floats of tables a word
-constexpr int kTiles = 4;                       // tiles side by side for 4 rows
-constexpr int kSingleTiles = 8;                 // tiles side by side for a single row
-constexpr int64_t kPrefetchWords = 24;          // how far ahead a single row asks for its bits: 1.5 KiB a tile
-
-// Where the 4 sums of a table's pair of columns lie, for bits 00, 01, 10, 11 (the first column's bit is the lower one):
-// lane i of the sums a0 + a1, lane 8 + i of the differences a0 - a1; 16 more for the negatives.
-struct PairIndex {
-  alignas(64) int32_t low[16], high[16];  // by the lower and the upper two bits of a table's index
-
-  PairIndex() {
-    constexpr int kLane[4] = {16, 8, 24, 0};
-    for (int i = 0; i < 16; ++i) low[i] = kLane[i & 3], high[i] = kLane[i >> 2] + 1;
-  }
-};
-
-// The tables of one activation row, [words][8][16] floats: ((+-a0 +- a1) + (+-a2 +- a3)). Columns past k are 0; what
-// their bits select adds 0 to a sum that is never -0.
-template <class T>
-void build_tables(const T* x, int64_t k, float* tables) {
-  const PairIndex index;
-  const __m512i low = _mm512_load_si512(index.low), high = _mm512_load_si512(index.high);
-  const __m512i even_odd = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-  const __m512i sign = _mm512_set1_epi32(INT32_MIN);
-  const int64_t end = word_count(k) * 32;
-  for (int64_t column = 0; column < end; column += 16) {
-    const __m512 a = _mm512_permutexvar_ps(even_odd, load16(x + column, first_lanes(k - column)));
-    const __m512 even = _mm512_shuffle_f32x4(a, a, 0x44), odd = _mm512_shuffle_f32x4(a, a, 0xEE);
-    const __m512 pairs = _mm512_mask_sub_ps(_mm512_add_ps(even, odd), __mmask16{0xFF00}, even, odd);
-    const __m512 negatives = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(pairs), sign));
-    for (int table = 0; table < 4; ++table) {
-      const __m512i first = _mm512_set1_epi32(2 * table);
-      const __m512 lower = _mm512_permutex2var_ps(pairs, _mm512_add_epi32(low, first), negatives);
-      const __m512 upper = _mm512_permutex2var_ps(pairs, _mm512_add_epi32(high, first), negatives);
-      _mm512_store_ps(tables + 4 * column + 16 * table, _mm512_add_ps(lower, upper));
-    }
-  }
-}
+constexpr int kTiles = 4;               // tiles side by side for 4 rows
+constexpr int kSingleTiles = 8;         // tiles side by side for a single row
+constexpr int64_t kPrefetchWords = 24;  // how far ahead a single row asks for its bits: 1.5 KiB a tile
 
 struct Task {
   const BinaryWeightMatmulParams& p;

@@ -47,6 +47,7 @@ inline constexpr KernelRow kKernels[] = {{InstructionSet::neon, "bitpack"},
                                          {InstructionSet::avx512, "int8_quantize"},
                                          {InstructionSet::avx512, "mxfp4_dequantize"},
                                          {InstructionSet::avx512, "mxfp4_quantize"},
-                                         {InstructionSet::avx512, "salient_linear"}};
+                                         {InstructionSet::avx512, "salient_linear"},
+                                         {InstructionSet::avx512, "zoned_linear"}};
 
 }  // namespace bitmill

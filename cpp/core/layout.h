@@ -29,6 +29,16 @@
 //   With codes of 8 bits a list takes 2 bytes a step and row, 1.05 to 1.2 steps an entry; a bitmap 1/8 byte a weight
 //   and 1 an entry. The list is the smaller one up to 11 % salient weights, and the packer takes the smaller one. One
 //   row of activations is multiplied faster from a list up to 25 % (float activations) or 9 % (int8).
+// Zoned weights (BiLLM, ARB-LLM): in every block of columns some are salient, for all rows; the others lie in the
+//   concentrated or the sparse zone of their row. salient, int32 [ceil(k / 32)]: a row of bits, 1 for a salient column.
+//   sign and zone, tiles of b = 1: the columns of a block stand in another order, the salient ones first, each part
+//     ascending, so that bits of one meaning are neighbours. sign: the first sign. zone: 1 sparse, 0
+//     concentrated; for a salient column its second sign.
+//   salient_zone, tiles of b = 1, only if salient columns are split into the two zones too: the zones of each block's
+//     salient columns, which begin at the next multiple of 8.
+//   scale, float16 or float32 [ceil(n / 16), blocks, s, 16], s scales of 16 rows: for the zones concentrated, sparse,
+//     and salient (or its two parts) mu, if there are means, alpha, and for salient ones beta of the second sign.
+//   column_scale, [k] of the same type, in the layer's order of columns, or none.
 // MXFP4 block scales: uint8 [n, ceil(k / 32)], E8M0: byte e is 2^(e - 127), 255 is NaN.
 #pragma once
 

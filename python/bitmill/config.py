@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three configurations that `quantize_` and `from_linear` take: frozen, validated, and plain data in a file."""
+"""The configurations that `quantize_` and `from_linear` take: frozen, validated, and plain data in a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """Raises ValueError for an unknown configuration, an unknown field, or a value out of range."""
-        classes = {c.__name__: c for c in (BinaryConfig, SalientConfig, FP4Config) if issubclass(c, cls)}
+        classes = {
+            c.__name__: c
+            for c in (BinaryConfig, SalientConfig, FP4Config, OneBitConfig, ZonedConfig)
+            if issubclass(c, cls)
+        }
         name = values.get("config") if isinstance(values, dict) else None
         if not isinstance(name, str) or name not in classes:
             known = " or ".join(repr(c) for c in classes)
@@ -139,7 +143,7 @@ class SalientConfig(Config):
         granularity: what has an alpha and a mu of its own: a "row" (or its groups), or the "layer", as in the published
             training code.
         surrogate: what stands for the derivative of sgn in training, times alpha: "identity" 1 (the published code),
-            "clip" [|w - mu| <= 1] (the paper, equation 2), "tanh" 1 - tanh^2(0.1 (w - mu)) (IR-Net).
+            "clip" [|w - mu| <= 1] (the paper, equation 2), "ede" 1 - tanh^2(0.1 (w - mu)) (IR-Net).
     """
 
     fraction: float = 0.1
@@ -166,7 +170,7 @@ class SalientConfig(Config):
         self._require_one_of("scale", ("unbiased", "official"))
         self._require_one_of("centre", (True, False))
         self._require_one_of("granularity", ("row", "layer"))
-        self._require_one_of("surrogate", ("identity", "clip", "tanh"))
+        self._require_one_of("surrogate", ("identity", "clip", "ede"))
         self._require_group_size()
         self._require(
             "group_size", self.group_size is None or self.granularity == "row", "None for granularity 'layer'"
@@ -197,6 +201,51 @@ class FP4Config(Config):
         self._require_one_of("format", self.FORMATS)
         self._require_one_of("scale_rule", self.SCALE_RULES)
         self._require_one_of("activations", ACTIVATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneBitConfig(Config):
+    """OneBit: signs between an input scale and an output scale, and a LayerNorm (arXiv 2402.11295).
+
+    Attributes:
+        zero: what the sign of a weight 0 is: "torch" 0, as the published training form has it (a second plane where
+            zeros occur); "plus" +1, as its packed form has it.
+        activations: "float" multiplies activations as they are; "int8" rounds every row, after the input scale, to int8
+            with a scale of its own first, in training too (straight-through), which is faster.
+    """
+
+    zero: str = "torch"
+    activations: str = "float"
+
+    def __post_init__(self) -> None:
+        self._require_one_of("zero", ("torch", "plus"))
+        self._require_one_of("activations", ACTIVATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class ZonedConfig(Config):
+    """BiLLM's and ARB-LLM's binarised weights, which exist after training only: `recipes.billm`, `recipes.arb_llm`.
+
+    Attributes:
+        block: columns that share salient columns and scales, a multiple of 32.
+        centre: whether a zone of a row has a mean mu (BiLLM) or none (ARB-LLM with column scales).
+        column_scale: whether every column has a scale.
+        split_salient: whether salient columns have a concentrated and a sparse zone too (the column-group bitmap).
+        scale_bits: 16 or 32: of a stored mean or scale.
+    """
+
+    block: int = 128
+    centre: bool = True
+    column_scale: bool = False
+    split_salient: bool = False
+    scale_bits: int = 16
+
+    def __post_init__(self) -> None:
+        valid = type(self.block) is int and 0 < self.block <= MAX_GROUP and self.block % 32 == 0
+        self._require("block", valid, "a positive multiple of 32 up to 2**24")
+        for field in ("centre", "column_scale", "split_salient"):
+            self._require_one_of(field, (True, False))
+        self._require_one_of("scale_bits", (16, 32))
 
 
 def shorten(value: object) -> str:

@@ -12,27 +12,39 @@ from typing import Any
 from torch import nn
 
 from .chain import chain_, unchain_
-from .config import BinaryConfig, Config, FP4Config, SalientConfig
+from .config import BinaryConfig, Config, FP4Config, OneBitConfig, SalientConfig
 from .nn import (
     BinaryConv2d,
     BinaryEmbedding,
     BinaryLinear,
     FP4Linear,
+    OneBitLinear,
     PackedBinaryConv2d,
     PackedBinaryEmbedding,
     PackedBinaryLinear,
     PackedFP4Linear,
+    PackedOneBitLinear,
     PackedSalientLinear,
+    PackedZonedLinear,
     SalientLinear,
 )
 from .nn._module import LatentLinear
 
-LATENT = (BinaryLinear, BinaryConv2d, BinaryEmbedding, SalientLinear, FP4Linear)
-PACKED = (PackedBinaryLinear, PackedBinaryConv2d, PackedBinaryEmbedding, PackedSalientLinear, PackedFP4Linear)
+LATENT = (BinaryLinear, BinaryConv2d, BinaryEmbedding, SalientLinear, FP4Linear, OneBitLinear)
+PACKED = (
+    PackedBinaryLinear,
+    PackedBinaryConv2d,
+    PackedBinaryEmbedding,
+    PackedSalientLinear,
+    PackedFP4Linear,
+    PackedOneBitLinear,
+    PackedZonedLinear,
+)
 LAYERS: dict[type[Config], type[LatentLinear]] = {
     BinaryConfig: BinaryLinear,
     SalientConfig: SalientLinear,
     FP4Config: FP4Linear,
+    OneBitConfig: OneBitLinear,
 }
 
 Filter = Callable[[nn.Module, str], bool]
@@ -47,7 +59,7 @@ def quantize_(model: nn.Module, config: Config, filter_fn: Filter | None = None)
 
     Args:
         model: any module; a module that occurs under several names is swapped under all of them.
-        config: BinaryConfig, SalientConfig or FP4Config.
+        config: BinaryConfig, SalientConfig, FP4Config or OneBitConfig.
         filter_fn: called with (module, name) for every name of every candidate; a false answer leaves the module
             alone.
     Returns:
@@ -57,7 +69,8 @@ def quantize_(model: nn.Module, config: Config, filter_fn: Filter | None = None)
     """
     layer = LAYERS.get(type(config))
     if layer is None:
-        raise ValueError(f"quantize_: config must be a BinaryConfig, SalientConfig or FP4Config, got {config!r}")
+        known = ", ".join(kind.__name__ for kind in LAYERS)
+        raise ValueError(f"quantize_: config must be one of {known}, got {config!r}")
     swaps: dict[type[nn.Module], Callable[[Any, Any], nn.Module]] = {nn.Linear: layer.from_linear}
     if isinstance(config, BinaryConfig) and config.embeddings:
         swaps[nn.Embedding] = BinaryEmbedding.from_embedding
@@ -104,7 +117,7 @@ def pack_(model: nn.Module, chain: bool = True) -> list[str]:
 
 def dequantize_(model: nn.Module) -> list[str]:
     """Swap every bitmill layer, packed or not, for an nn.Linear, nn.Embedding or nn.Conv2d with the quantised
-    weight, in place.
+    weight, in place; OneBit's for an nn.Sequential of an nn.Linear and an nn.LayerNorm.
 
     Activations are no longer quantised: the result is a weight-only model in float.
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from .chain import chains
 from .checkpoint import file_size
-from .config import BinaryConfig, FP4Config, SalientConfig
+from .config import BinaryConfig, FP4Config, OneBitConfig, SalientConfig
 from .convert import LATENT, PACKED
-from .nn import PackedBinaryEmbedding
+from .nn import PackedBinaryEmbedding, PackedZonedLinear
 from .nn._module import PackedModule
 from .ops._library import has_compiled_kernel
 from .ops._machine import kernel_of
@@ -208,4 +208,8 @@ def _weight_bits(module: nn.Module) -> float:
     config = getattr(module, "config", None) if isinstance(module, LATENT + PACKED) else None
     if isinstance(config, SalientConfig):
         return config.fraction * config.bits + (1 - config.fraction)
-    return config.weight_bits if isinstance(config, BinaryConfig) else 4 if isinstance(config, FP4Config) else 32
+    if isinstance(config, BinaryConfig):
+        return config.weight_bits
+    if isinstance(module, PackedZonedLinear):
+        return 1 + module.salient_share()
+    return {FP4Config: 4, OneBitConfig: 1}.get(type(config), 32)

@@ -140,7 +140,7 @@ def qat(case: Case) -> None:
 # The layers that PB-LLM compares with, as rows of the registry: kind of the file to weight rule.
 BASELINES = {
     1: WeightRule(centre="row", scale="row_centred", surrogate="identity", carries_scale=True),
-    2: WeightRule(centre="row", scale="row_centred", surrogate="tanh", carries_scale=True),
+    2: WeightRule(centre="row", scale="row_centred", surrogate="ede", carries_scale=True),
     3: WeightRule(scale="none", surrogate="fourier"),
 }
 

@@ -6,8 +6,10 @@ from .binary import BinaryLinear
 from .conv import BinaryConv2d, PackedBinaryConv2d
 from .embedding import BinaryEmbedding, PackedBinaryEmbedding
 from .fp4 import FP4Linear, PackedFP4Linear
+from .onebit import OneBitLinear, PackedOneBitLinear
 from .packed_binary import PackedBinaryLinear
 from .salient import PackedSalientLinear, SalientLinear
+from .zoned import PackedZonedLinear
 
 __all__ = [
     "BinaryAttention",
@@ -15,10 +17,13 @@ __all__ = [
     "BinaryEmbedding",
     "BinaryLinear",
     "FP4Linear",
+    "OneBitLinear",
     "PackedBinaryConv2d",
     "PackedBinaryEmbedding",
     "PackedBinaryLinear",
     "PackedFP4Linear",
+    "PackedOneBitLinear",
     "PackedSalientLinear",
+    "PackedZonedLinear",
     "SalientLinear",
 ]

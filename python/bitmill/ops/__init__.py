@@ -26,6 +26,7 @@ from .fp4_linear import fp4_linear, fp4_weight
 from .int8 import int8_fake_quant, int8_quantize
 from .integer_linear import integer_linear
 from .salient_scatter import salient_linear, salient_weight
+from .zoned import zoned_linear, zoned_weight
 
 _library.load()
 
@@ -63,4 +64,6 @@ __all__ = [
     "salient_weight",
     "tile_pack",
     "tile_unpack",
+    "zoned_linear",
+    "zoned_weight",
 ]

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-SURROGATES = ("identity", "clip", "clip_open", "polynomial", "tanh", "unit", "fourier")
-TANH_STEEPNESS = 0.1
+SURROGATES = ("identity", "clip", "clip_open", "polynomial", "unit", "fourier", "ede", "tanh")
+EDE_STEEPNESS = 0.1  # of IR-Net's first epoch
 FOURIER_FREQUENCY = 0.1
 FOURIER_TERMS = 17.0  # of the last epoch of FDA's schedule
 
@@ -18,8 +18,9 @@ def surrogate_slope(u: Tensor, surrogate: str) -> Tensor:
     """Slope of the straight-through surrogate at u = z / window: what stands in for the derivative of the level.
 
     "identity" 1; "clip" [|u| <= 1]; "clip_open" [|u| < 1], and 1 at NaN; "polynomial" (2 - 2 |u|)+ (Bi-Real net);
-    "tanh" 1 - tanh^2(0.1 u) (IR-Net at its first epoch); "unit" [0 <= u <= 1] (elastic {0, 1}); "fourier"
-    `fourier_slope` with the terms of the last epoch.
+    "unit" [0 <= u <= 1] (elastic {0, 1}); "fourier" `fourier_slope` with the terms of the last epoch; "ede"
+    1 - tanh(0.1 u)^2 (IR-Net's error decay estimator at its first epoch); "tanh" 1.001 - tanh(u)^2 (OneBit's code),
+    which never vanishes.
     """
     if surrogate == "identity":
         return torch.ones_like(u)
@@ -29,10 +30,12 @@ def surrogate_slope(u: Tensor, surrogate: str) -> Tensor:
         return (~(u.abs() >= 1)).to(u.dtype)
     if surrogate == "polynomial":
         return (2 - 2 * u.abs()).clamp_min(0)
-    if surrogate == "tanh":
-        return 1 - torch.tanh(TANH_STEEPNESS * u).square()
+    if surrogate == "ede":
+        return 1 - torch.tanh(EDE_STEEPNESS * u).square()
     if surrogate == "fourier":
         return fourier_slope(u)
+    if surrogate == "tanh":
+        return 1.001 - torch.tanh(u).square()
     return ((u >= 0) & (u <= 1)).to(u.dtype)
 
 

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--group-size", type=int, default=None, help="columns that share scales; the whole row by default")
     p.add_argument("--granularity", default="row", help="row, or layer as in the published program")
-    p.add_argument("--surrogate", default="identity", help="window of the gradient: identity, clip or tanh")
+    p.add_argument("--surrogate", default="identity", help="window of the gradient: identity, clip or ede")
     p.add_argument("--samples", type=int, default=128, help="windows of the text to calibrate the rounding on")
     p.add_argument("--steps", type=int, default=pb_llm_qat.STEPS, help="optimizer steps")
     p.add_argument("--lr", type=float, default=pb_llm_qat.LR, help="highest learning rate")
