@@ -20,15 +20,20 @@ from torch import Tensor, nn
 
 from ._checkpoint_file import DTYPES, FORMAT_VERSION, KEY, as_bytes, canonical, digest, file_dtype, load_error, read
 from .chain import chain_, unchain_
-from .config import BinaryConfig, Config, FP4Config, SalientConfig, shorten
+from .config import BinaryConfig, Config, FP4Config, Int8Config, SalientConfig, shorten
 from .convert import LATENT, PACKED, replace_modules, require_bare
-from .nn import BinaryConv2d, BinaryEmbedding, PackedBinaryConv2d, PackedBinaryEmbedding
+from .nn import BinaryConv2d, BinaryEmbedding, PackedBinaryConv2d, PackedBinaryEmbedding, PackedInt8Embedding
 from .nn._conv import conv_arguments
 from .nn._module import LatentLinear, PackedModule
 
 KINDS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in LATENT + PACKED}
-CONFIGS: dict[str, type[Config]] = {"Binary": BinaryConfig, "Salient": SalientConfig, "FP4": FP4Config}
-TABLES: tuple[type[nn.Module], ...] = (nn.Embedding, BinaryEmbedding, PackedBinaryEmbedding)
+CONFIGS: dict[str, type[Config]] = {
+    "Binary": BinaryConfig,
+    "Salient": SalientConfig,
+    "FP4": FP4Config,
+    "Int8": Int8Config,
+}
+TABLES: tuple[type[nn.Module], ...] = (nn.Embedding, BinaryEmbedding, PackedBinaryEmbedding, PackedInt8Embedding)
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv2d, BinaryConv2d, PackedBinaryConv2d)
 LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, *(cls for cls in LATENT + PACKED if cls not in TABLES + CONVS))
 SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim", "padding_idx")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three configurations that `quantize_` and `from_linear` take: frozen, validated, and plain data in a file."""
+"""The configurations that `quantize_` and `from_linear` take: frozen, validated, and plain data in a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """Raises ValueError for an unknown configuration, an unknown field, or a value out of range."""
-        classes = {c.__name__: c for c in (BinaryConfig, SalientConfig, FP4Config) if issubclass(c, cls)}
+        classes = {c.__name__: c for c in (BinaryConfig, SalientConfig, FP4Config, Int8Config) if issubclass(c, cls)}
         name = values.get("config") if isinstance(values, dict) else None
         if not isinstance(name, str) or name not in classes:
             known = " or ".join(repr(c) for c in classes)
@@ -181,6 +181,21 @@ class FP4Config(Config):
     def __post_init__(self) -> None:
         self._require_one_of("format", self.FORMATS)
         self._require_one_of("scale_rule", self.SCALE_RULES)
+        self._require_one_of("activations", ACTIVATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Config(Config):
+    """8-bit rows, for embeddings and output heads; packed layers only.
+
+    Attributes:
+        activations: "float" multiplies activations as they are; "int8" rounds every row to int8 with a scale of its own
+            first, which is faster.
+    """
+
+    activations: str = "float"
+
+    def __post_init__(self) -> None:
         self._require_one_of("activations", ACTIVATIONS)
 
 

@@ -22,13 +22,23 @@ from .nn import (
     PackedBinaryEmbedding,
     PackedBinaryLinear,
     PackedFP4Linear,
+    PackedInt8Embedding,
+    PackedInt8Linear,
     PackedSalientLinear,
     SalientLinear,
 )
 from .nn._module import LatentLinear
 
 LATENT = (BinaryLinear, BinaryConv2d, BinaryEmbedding, SalientLinear, FP4Linear)
-PACKED = (PackedBinaryLinear, PackedBinaryConv2d, PackedBinaryEmbedding, PackedSalientLinear, PackedFP4Linear)
+PACKED = (
+    PackedBinaryLinear,
+    PackedBinaryConv2d,
+    PackedBinaryEmbedding,
+    PackedSalientLinear,
+    PackedFP4Linear,
+    PackedInt8Embedding,
+    PackedInt8Linear,
+)
 LAYERS: dict[type[Config], type[LatentLinear]] = {
     BinaryConfig: BinaryLinear,
     SalientConfig: SalientLinear,

@@ -15,9 +15,9 @@ from torch import nn
 
 from .chain import chains
 from .checkpoint import file_size
-from .config import BinaryConfig, FP4Config, SalientConfig
+from .config import BinaryConfig, FP4Config, Int8Config, SalientConfig
 from .convert import LATENT, PACKED
-from .nn import PackedBinaryEmbedding
+from .nn import PackedBinaryEmbedding, PackedInt8Embedding
 from .nn._module import PackedModule
 from .ops._library import has_compiled_kernel
 from .ops._machine import kernel_of
@@ -162,7 +162,7 @@ def _layer(name: str, module: nn.Module) -> LayerSummary:
     tensors = dict((*module.named_parameters(), *module.named_buffers()))
     size = sum(t.nbytes for t in tensors.values())
     weight_bits = 8 * sum(t.nbytes for key, t in tensors.items() if key != "bias")
-    lookup = isinstance(module, (nn.Embedding, PackedBinaryEmbedding))
+    lookup = isinstance(module, (nn.Embedding, PackedBinaryEmbedding, PackedInt8Embedding))
     macs = 0 if lookup else n * k
     return LayerSummary(
         name,
@@ -208,4 +208,6 @@ def _weight_bits(module: nn.Module) -> float:
     config = getattr(module, "config", None) if isinstance(module, LATENT + PACKED) else None
     if isinstance(config, SalientConfig):
         return config.fraction * config.bits + (1 - config.fraction)
-    return config.weight_bits if isinstance(config, BinaryConfig) else 4 if isinstance(config, FP4Config) else 32
+    if isinstance(config, BinaryConfig):
+        return config.weight_bits
+    return 4 if isinstance(config, FP4Config) else 8 if isinstance(config, Int8Config) else 32
