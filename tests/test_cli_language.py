@@ -27,6 +27,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from bitmill.integrations.language import load_pretrained  # noqa: E402
 from bitmill.recipes.language import perplexity, read_ids  # noqa: E402
+from bitmill.recipes.scripts import language_table  # noqa: E402
 
 TEXT = " ".join(f"the {a} saw the {b} ." for a in ("cat", "dog", "bird") for b in ("tree", "house")) + " "
 WORDS = ["<unk>", "<s>", *sorted(set(TEXT.split()))]
@@ -235,3 +236,29 @@ def test_models_that_cannot_be_quantised_are_one_sentence(
     assert "must keep blocks with nn.Linear layers in one nn.ModuleList" in complaint(
         "quantize", bare, "--out", tmp_path / "c", "--method", "fp4"
     )
+
+
+def test_the_table_keeps_what_is_finished(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ["float32", "fp4", "pb-llm-100-rtn", "pb-llm-30-gptq-hessian"]
+    arguments = ["--model", str(model), "--calibration", str(text), "--text", str(text), "--out", str(tmp_path / "t")]
+    arguments += [
+        "--windows",
+        "2",
+        "--length",
+        "16",
+        "--eval-windows",
+        "5",
+        "--plot",
+        str(tmp_path / "t.png"),
+        "--rows",
+    ]
+    assert language_table.main([*arguments, *rows]) == 0
+    printed = capsys.readouterr().out
+    table = printed[printed.index("\n\n") :].strip().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {row}" for row in rows]
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(language_table, "quantize_folder", None)  # nothing is done twice
+    assert language_table.main([*arguments, *rows[:2]]) == 0
+    assert capsys.readouterr().out.endswith("\n".join(table[:4]) + "\n")

@@ -40,7 +40,8 @@ class Decoder:
     def reset(self) -> None:
         """Forget the text."""
         if self.static is not None:
-            self.static.reset()
+            with torch.inference_mode():  # its tensors were made in it
+                self.static.reset()
         self.cache: Any = self.static or DynamicCache(config=self.model.config)
 
     def _logits(self, ids: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ ORIGINAL = "float32"
 ROWS: dict[str, dict[str, Any]] = {
     ORIGINAL: {},
     "fp4": {"method": "fp4"},
-    "pb-llm-100-rtn": {"salient": 1.0, **PB_LLM["rtn"]},
+    "pb-llm-100-rtn": {"salient": 1.0, "structure": "column", **PB_LLM["rtn"]},
     **{
         f"pb-llm-{percent}-{way}": {"salient": percent / 100, **options}
         for way, options in PB_LLM.items()
