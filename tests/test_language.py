@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windows of a text, perplexity, and the program that quantises a language model from a folder."""
+"""Texts, their windows, and perplexity."""
 
 from __future__ import annotations
 
-import json
+import gzip
 import math
 from pathlib import Path
 
@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import bitmill
-from bitmill.recipes.language import perplexity, random_windows
+from bitmill.recipes.language import measure_perplexity, perplexity, random_windows, read_ids
 
 
 def test_random_windows_follow_the_seed() -> None:
@@ -56,36 +55,43 @@ def test_perplexity_is_over_all_predicted_tokens_of_whole_windows() -> None:
         perplexity(model, ids, 1)
 
 
-def test_program_quantises_a_model_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    transformers = pytest.importorskip("transformers", minversion="5", reason="needs transformers 5")
-    tokenizers = pytest.importorskip("tokenizers")
-    from bitmill.recipes.scripts import pb_llm
+@pytest.mark.parametrize("bos", [None, 3])
+@pytest.mark.parametrize("stride", [None, 4, 1])
+def test_strides_and_bos_predict_every_token_once(stride: int | None, bos: int | None) -> None:
+    model, ids = Bigrams(), torch.randint(11, (47,))
+    chance = model.table.weight.detach().softmax(1)
+    found = measure_perplexity(model, ids, 10, stride, 4, bos)
+    width = 10 if bos is None else 9
+    predicted: dict[int, float] = {}
+    for start in range(0, 4 * (stride or width), stride or width):
+        for place in range(start + (bos is None), start + width):
+            given = bos if place == start else int(ids[place - 1])
+            predicted.setdefault(place, -math.log(chance[given, ids[place]]))
+    assert found.windows == 4 and found.tokens == len(predicted)
+    assert found.value == pytest.approx(math.exp(sum(predicted.values()) / len(predicted)), rel=1e-5)
 
-    text = " ".join(f"the {a} saw the {b} ." for a in ("cat", "dog", "bird") for b in ("tree", "house")) + " "
-    words = {word: index for index, word in enumerate(["<unk>", *sorted(set(text.split()))])}
-    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>").save_pretrained(tmp_path / "model")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=len(words), max_position_embeddings=32, **sizes)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(text * 20)
-    out = tmp_path / "out"
-    arguments = ["--model", str(tmp_path / "model"), "--calibration", str(tmp_path / "text.txt")]
-    arguments += ["--evaluation", str(tmp_path / "text.txt"), "--out", str(out), "--samples", "4"]
-    with pytest.raises(ValueError, match="fraction must be"):
-        pb_llm.main([*arguments, "--fraction", "2"])
-    assert pb_llm.main([*arguments, "--fraction", "0.3"]) == 0
-    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    result = json.loads((out / "result.json").read_text())
-    assert len(result.pop("errors")) == 14 and result == printed
-    # Loaded into a model with other weights it is the same model again.
-    loaded = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(out)).eval()
-    bitmill.load(loaded, out / "packed.safetensors")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    ids = tokenizer(text * 20, return_tensors="pt").input_ids[0]
-    assert perplexity(loaded, ids, 32) == result["perplexity"] != result["perplexity_before"]
-    assert pb_llm.main([*arguments, "--fraction", "0.3"]) == 0  # from the finished blocks
-    assert json.loads((out / "result.json").read_text())["perplexity"] == result["perplexity"]
-    with pytest.raises(SystemExit, match="other values of --fraction"):
-        pb_llm.main([*arguments, "--fraction", "0.2"])
+
+def test_strides_and_windows_say_what_is_wrong() -> None:
+    model, ids = Bigrams(), torch.randint(11, (47,))
+    for stride in (0, 11):
+        with pytest.raises(ValueError, match=f"stride must be from 1 to the tokens of a window, 10, got {stride}"):
+            measure_perplexity(model, ids, 10, stride)
+    with pytest.raises(ValueError, match="windows must be at least 1, got 0"):
+        measure_perplexity(model, ids, 10, windows=0)
+
+
+def test_texts_are_utf8(tmp_path: Path) -> None:
+    class Letters:
+        def __call__(self, text: str, **_: object) -> Letters:
+            self.input_ids = [ord(letter) for letter in text]
+            return self
+
+    plain, packed, broken, cut = (tmp_path / name for name in ("a.txt", "a.gz", "b.txt", "b.gz"))
+    plain.write_text("aé\n", encoding="utf-8")
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert read_ids(plain, Letters()).tolist() == read_ids(packed, Letters()).tolist() == [97, 233, 10]
+    broken.write_bytes(b"\xff\xfe")
+    cut.write_bytes(packed.read_bytes()[:-9])
+    for path in (broken, cut):
+        with pytest.raises(ValueError, match="must be UTF-8 text, gzip-ed in a"):
+            read_ids(path, Letters())

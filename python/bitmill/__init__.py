@@ -13,13 +13,14 @@ __version__ = "0.1.0"
 if importlib.util.find_spec("torch") is not None:
     from . import binarize, nn, ops
     from .checkpoint import load, save
-    from .config import BinaryConfig, FP4Config, OneBitConfig, SalientConfig
+    from .config import BinaryConfig, FP4Config, Int8Config, OneBitConfig, SalientConfig
     from .convert import dequantize_, pack_, quantize_
     from .report import summary
 
     __all__ = [
         "BinaryConfig",
         "FP4Config",
+        "Int8Config",
         "OneBitConfig",
         "SalientConfig",
         "binarize",

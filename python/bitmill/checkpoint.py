@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ._checkpoint_file import DTYPES, FORMAT_VERSION, KEY, as_bytes, canonical, digest, file_dtype, load_error, read
 from .chain import chain_, unchain_
-from .config import BinaryConfig, Config, FP4Config, OneBitConfig, SalientConfig, ZonedConfig, shorten
+from .config import BinaryConfig, Config, FP4Config, Int8Config, OneBitConfig, SalientConfig, ZonedConfig, shorten
 from .convert import LATENT, PACKED, replace_modules, require_bare
-from .nn import BinaryConv2d, BinaryEmbedding, PackedBinaryConv2d, PackedBinaryEmbedding
+from .nn import BinaryConv2d, BinaryEmbedding, PackedBinaryConv2d, PackedBinaryEmbedding, PackedInt8Embedding
 from .nn._conv import conv_arguments
 from .nn._module import LatentLinear, PackedModule
 
@@ -31,10 +31,11 @@ CONFIGS: dict[str, type[Config]] = {
     "Binary": BinaryConfig,
     "Salient": SalientConfig,
     "FP4": FP4Config,
+    "Int8": Int8Config,
     "OneBit": OneBitConfig,
     "Zoned": ZonedConfig,
 }
-TABLES: tuple[type[nn.Module], ...] = (nn.Embedding, BinaryEmbedding, PackedBinaryEmbedding)
+TABLES: tuple[type[nn.Module], ...] = (nn.Embedding, BinaryEmbedding, PackedBinaryEmbedding, PackedInt8Embedding)
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv2d, BinaryConv2d, PackedBinaryConv2d)
 LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, *(cls for cls in LATENT + PACKED if cls not in TABLES + CONVS))
 SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim", "padding_idx")

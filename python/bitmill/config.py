@@ -26,7 +26,7 @@ class Config:
         """Raises ValueError for an unknown configuration, an unknown field, or a value out of range."""
         classes = {
             c.__name__: c
-            for c in (BinaryConfig, SalientConfig, FP4Config, OneBitConfig, ZonedConfig)
+            for c in (BinaryConfig, SalientConfig, FP4Config, Int8Config, OneBitConfig, ZonedConfig)
             if issubclass(c, cls)
         }
         name = values.get("config") if isinstance(values, dict) else None
@@ -200,6 +200,21 @@ class FP4Config(Config):
     def __post_init__(self) -> None:
         self._require_one_of("format", self.FORMATS)
         self._require_one_of("scale_rule", self.SCALE_RULES)
+        self._require_one_of("activations", ACTIVATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Config(Config):
+    """8-bit rows, for embeddings and output heads; packed layers only.
+
+    Attributes:
+        activations: "float" multiplies activations as they are; "int8" rounds every row to int8 with a scale of its own
+            first, which is faster.
+    """
+
+    activations: str = "float"
+
+    def __post_init__(self) -> None:
         self._require_one_of("activations", ACTIVATIONS)
 
 

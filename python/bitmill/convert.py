@@ -23,6 +23,8 @@ from .nn import (
     PackedBinaryEmbedding,
     PackedBinaryLinear,
     PackedFP4Linear,
+    PackedInt8Embedding,
+    PackedInt8Linear,
     PackedOneBitLinear,
     PackedSalientLinear,
     PackedZonedLinear,
@@ -39,6 +41,8 @@ PACKED = (
     PackedFP4Linear,
     PackedOneBitLinear,
     PackedZonedLinear,
+    PackedInt8Embedding,
+    PackedInt8Linear,
 )
 LAYERS: dict[type[Config], type[LatentLinear]] = {
     BinaryConfig: BinaryLinear,

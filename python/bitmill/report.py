@@ -15,9 +15,9 @@ from torch import nn
 
 from .chain import chains
 from .checkpoint import file_size
-from .config import BinaryConfig, FP4Config, OneBitConfig, SalientConfig
+from .config import BinaryConfig, FP4Config, Int8Config, OneBitConfig, SalientConfig
 from .convert import LATENT, PACKED
-from .nn import PackedBinaryEmbedding, PackedZonedLinear
+from .nn import PackedBinaryEmbedding, PackedInt8Embedding, PackedZonedLinear
 from .nn._module import PackedModule
 from .ops._library import has_compiled_kernel
 from .ops._machine import kernel_of
@@ -162,7 +162,7 @@ def _layer(name: str, module: nn.Module) -> LayerSummary:
     tensors = dict((*module.named_parameters(), *module.named_buffers()))
     size = sum(t.nbytes for t in tensors.values())
     weight_bits = 8 * sum(t.nbytes for key, t in tensors.items() if key != "bias")
-    lookup = isinstance(module, (nn.Embedding, PackedBinaryEmbedding))
+    lookup = isinstance(module, (nn.Embedding, PackedBinaryEmbedding, PackedInt8Embedding))
     macs = 0 if lookup else n * k
     return LayerSummary(
         name,
@@ -212,4 +212,4 @@ def _weight_bits(module: nn.Module) -> float:
         return config.weight_bits
     if isinstance(module, PackedZonedLinear):
         return 1 + module.salient_share()
-    return {FP4Config: 4, OneBitConfig: 1}.get(type(config), 32)
+    return {FP4Config: 4, Int8Config: 8, OneBitConfig: 1}.get(type(config), 32)

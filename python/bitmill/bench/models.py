@@ -257,12 +257,16 @@ def torch_bfloat16(model: nn.Module, _: Draw) -> Bind:
 
 
 def torch_int8(model: nn.Module, draw: Draw) -> Bind:
+    return torch_model(dynamic_int8(model), draw)
+
+
+def dynamic_int8(model: nn.Module) -> nn.Module:
     """torch.ao.quantization.quantize_dynamic of the linear layers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.ao.quantization import quantize_dynamic
 
-        return torch_model(quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8), draw)
+        return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
 def one_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ from .binary import BinaryLinear
 from .conv import BinaryConv2d, PackedBinaryConv2d
 from .embedding import BinaryEmbedding, PackedBinaryEmbedding
 from .fp4 import FP4Linear, PackedFP4Linear
+from .int8 import PackedInt8Embedding, PackedInt8Linear
 from .onebit import OneBitLinear, PackedOneBitLinear
 from .packed_binary import PackedBinaryLinear
 from .salient import PackedSalientLinear, SalientLinear
@@ -22,6 +23,8 @@ __all__ = [
     "PackedBinaryEmbedding",
     "PackedBinaryLinear",
     "PackedFP4Linear",
+    "PackedInt8Embedding",
+    "PackedInt8Linear",
     "PackedOneBitLinear",
     "PackedSalientLinear",
     "PackedZonedLinear",

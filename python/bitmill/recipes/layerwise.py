@@ -4,7 +4,7 @@
 Each decoder block sees the calibration text as the quantised blocks before it pass it on. One block at a time: a
 forward pass measures the Hessian of every linear layer's input, the layers are swapped, a second pass makes the next
 block's input. What a block is called with besides the activations (masks, position tables) does not depend on weights,
-so one pass of the unquantised model records it for all blocks.
+so one pass of the unquantised model records it for all blocks, in which only the first batch is computed.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ class _Calls:
             block.register_forward_pre_hook(self._recorder(index, index == len(blocks) - 1), with_kwargs=True)
             for index, block in enumerate(blocks)
         ]
+        for block in blocks:
+            block.forward = _passing_on(block.forward)
         try:
             for batch in batches:
                 try:
@@ -83,6 +85,8 @@ class _Calls:
                     continue
                 raise ValueError("quantize_: a forward pass of the model must reach its last block, it did not")
         finally:
+            for block in blocks:
+                del block.forward
             for handle in handles:
                 handle.remove()
         if not self.hidden:
@@ -121,6 +125,26 @@ class _Calls:
         for number, output in enumerate(self.run(index, block)):
             self.hidden[number] = output
         self.others[index].clear()
+
+
+def _passing_on(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward that computes its first call, and hands its input on in the form of that output later.
+
+    If there is more in the output than the activations, every call is computed.
+    """
+    rest: tuple[None, ...] | None = None
+    passes = False
+
+    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal rest, passes
+        if passes:
+            return hidden if rest is None else (hidden, *rest)
+        output = forward(hidden, *args, **kwargs)
+        rest = output[1:] if isinstance(output, tuple) else None
+        passes = not any(item is not None for item in rest or ())
+        return output
+
+    return run
 
 
 def _shared(new: Any, old: Any) -> Any:

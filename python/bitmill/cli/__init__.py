@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `bitmill info`, `demo` and `bench`. Exit code 0 for success, 1 for a failure, 2 for wrong usage."""
+"""The command line: `bitmill info`, `demo`, `bench`, and for language models `quantize`, `eval` and `generate`.
+
+Exit code 0 for success, 1 for a failure, 2 for wrong usage.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .timing import check_shape
+from .. import __version__
+from ..timing import check_shape
+from . import language
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,8 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
     model = bench.add_argument_group(
         "models", "a whole binary model, chained and layer by layer, against torch's float32, bfloat16 and int8 models"
     )
-    model.add_argument("--model", choices=MODELS, help="an architecture of transformers, with random weights")
-    model.add_argument("--method", choices=MODEL_METHODS, help="(bibert for texts, bivit for images)")
+    model.add_argument(
+        "--model",
+        choices=(*MODELS, *LANGUAGE_MODELS),
+        help="an architecture of transformers, with random weights; smollm2 is timed reading a prompt and decoding",
+    )
+    model.add_argument(
+        "--method",
+        choices=(*MODEL_METHODS, *LANGUAGE_METHODS),
+        help="(bibert for texts, bivit for images, pb-llm with 10 %% salient weights for smollm2)",
+    )
     model.add_argument("--tokens", metavar="N", type=parse_count, help="of each text (128)")
     model.add_argument("--batch", metavar="B", type=parse_count, help="texts or images (1; with --lengths 16)")
     model.add_argument(
@@ -56,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     model.add_argument("--memory", action="store_true", help="peak memory of the packed model, in another process")
     model.add_argument("--peers", action="store_true", help="int8 of OpenVINO (with nncf) and ONNX Runtime (with onnx)")
     bench.set_defaults(run=_bench, error=bench.error)
+    language.add_commands(commands)
 
     options = parser.parse_args(arguments)
     try:
@@ -101,7 +114,7 @@ def collect_info() -> dict[str, Any]:
         "ops": {},
     }
     try:
-        from . import _C
+        from .. import _C
 
         facts["instruction_sets"], facts["compiler"] = _C.instruction_sets(), _C.compiler()
         facts["instruction_set"] = _C.instruction_set()
@@ -110,7 +123,7 @@ def collect_info() -> dict[str, Any]:
     if importlib.util.find_spec("torch") is not None:
         import torch
 
-        from .ops import _library, _machine
+        from ..ops import _library, _machine
 
         facts["libraries"]["_ops_cpu"] = _library.failure("_ops_cpu")
         facts["instruction_set"], facts["threads"] = _machine.instruction_set(), torch.get_num_threads()
@@ -141,7 +154,7 @@ def cpu_name() -> str:
 def _demo(options: argparse.Namespace) -> None:
     if importlib.util.find_spec("torch") is None:
         raise ImportError("it needs torch, which is not installed: pip install torch")
-    from .demo.run import plot, render, run
+    from ..demo.run import plot, render, run
 
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib, which is not installed: pip install matplotlib")
@@ -154,8 +167,11 @@ def _demo(options: argparse.Namespace) -> None:
 LAYER_KINDS = ("binary", "binary-weight", "salient", "fp4", "mxfp4")
 MODELS = ("bert-base", "minilm", "deit-t", "deit-s", "deit-b")
 MODEL_METHODS = ("bibert", "bit", "bipft", "bivit", "bivit_mlp_a32")
+LANGUAGE_MODELS = ("smollm2",)
+LANGUAGE_METHODS = ("pb-llm", "fp4")
 LAYER_OPTIONS = ("layer", "shape", "dtype")
-MODEL_OPTIONS = ("method", "tokens", "batch", "lengths", "profile", "memory", "peers")
+LANGUAGE_OPTIONS = ("method", "tokens")
+MODEL_OPTIONS = (*LANGUAGE_OPTIONS, "batch", "lengths", "profile", "memory", "peers")
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -193,6 +209,10 @@ def _bench(options: argparse.Namespace) -> None:
     given = [f"--{name}" for name in (LAYER_OPTIONS if options.model else MODEL_OPTIONS) if getattr(options, name)]
     if given:
         options.error(f"{given[0]} does not go with --model" if options.model else f"{given[0]} needs --model")
+    if options.model in LANGUAGE_MODELS:
+        given = [f"--{name}" for name in MODEL_OPTIONS if name not in LANGUAGE_OPTIONS and getattr(options, name)]
+        if given:
+            options.error(f"{given[0]} does not go with --model {options.model}")
     if importlib.util.find_spec("torch") is None:
         raise ImportError("it needs torch, which is not installed: pip install torch")
     import torch
@@ -207,7 +227,7 @@ def _bench(options: argparse.Namespace) -> None:
 def _bench_layers(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import torch
 
-    from .bench import layers
+    from ..bench import layers
 
     kinds, dtype = (options.layer,) if options.layer else LAYER_KINDS, getattr(torch, options.dtype or "float32")
     result = layers.run(kinds, options.shape or layers.DEFAULT_SHAPE, dtype, progress=not options.json)
@@ -215,7 +235,12 @@ def _bench_layers(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _bench_model(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from .bench import models
+    if options.model in LANGUAGE_MODELS:
+        from ..bench import language as language_models
+
+        result = language_models.run(options.model, options.method, options.tokens, progress=not options.json)
+        return result, language_models.render(result)
+    from ..bench import models
 
     chosen = {name: getattr(options, name) for name in MODEL_OPTIONS}
     result = models.run(options.model, **chosen, progress=not options.json)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bitmill bench --model smollm2`: a packed language model reads a prompt and decodes. Verified, then timed."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import __version__
+from ..checkpoint import file_size
+from ..config import Config, FP4Config, Int8Config, SalientConfig
+from ..convert import dequantize_, pack_, quantize_
+from ..integrations.generation import Decoder
+from ..integrations.language import int8_tables_
+from ..integrations.transformers import transformers
+from ..recipes.layerwise import decoder_blocks
+from ..timing import Sample, Spread, interleave
+from .layers import relative_error
+from .models import dynamic_int8, one_line
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2": {  # SmolLM2-135M
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    }
+}
+METHODS: dict[str, Callable[[str], Config]] = {
+    "pb-llm": lambda activations: SalientConfig(0.1, activations=activations),
+    "fp4": lambda activations: FP4Config(activations=activations),
+}
+DEFAULT_TOKENS = 128
+STEPS = 16  # that are timed together, after the prompt
+FLOAT32 = "torch float32"
+EXACT = 1e-4  # relative error of the packed model's logits against the float model with the same weights
+
+
+def run(
+    name: str,
+    method: str | None = None,
+    tokens: int | None = None,
+    seconds: float = 8.0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Time a prompt and single steps after it, of a model with random weights, on the threads that torch has.
+
+    Args:
+        name: a key of `SHAPES`.
+        method: a key of `METHODS`; None for PB-LLM with 10 % salient weights.
+        tokens: of the prompt, 128 if None.
+        seconds: the aim for each variant, prompt and steps apart.
+        progress: show a bar if stderr is a terminal.
+    Returns:
+        What `bitmill bench --model NAME --json` prints.
+    Raises:
+        ValueError: for an unknown name or method, or a prompt that is too long.
+        RuntimeError: if the packed model does not compute what a float model with its weights computes.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"model must be one of {', '.join(SHAPES)}, got {name!r}")
+    method = "pb-llm" if method is None else method
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)} for a language model, got {method!r}")
+    tokens, most = DEFAULT_TOKENS if tokens is None else tokens, SHAPES[name]["max_position_embeddings"] - STEPS
+    if not 1 <= tokens <= most:
+        raise ValueError(f"tokens must be between 1 and {most}, got {tokens}")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPES[name])).eval()
+    ids = torch.randint(model.config.vocab_size, (1, tokens + 1))
+    exact, rounded = (packed_model(model, method, activations) for activations in ("float", "int8"))
+    weights = copy.deepcopy(exact)
+    dequantize_(weights)
+    builders: dict[str, Callable[[], tuple[Any, Any, bool]]] = {
+        FLOAT32: lambda: (model, model, False),
+        "torch bfloat16": lambda: (copy.deepcopy(model).bfloat16(), model, False),
+        "torch dynamic int8": lambda: (dynamic_int8(model), model, False),
+        f"{FLOAT32}, compiled": lambda: (model, model, True),
+        "bitmill": lambda: (exact, weights, False),
+        "bitmill, compiled": lambda: (exact, weights, True),
+        "bitmill int8": lambda: (rounded, weights, False),
+        "bitmill int8, compiled": lambda: (rounded, weights, True),
+    }
+    decoders: dict[str, Decoder] = {}
+    errors: dict[str, float] = {}
+    failures: dict[str, str] = {}
+    for variant, build in builders.items():
+        try:
+            timed, reference, compiled = build()
+            decoder = Decoder(timed, tokens + STEPS, compiled)
+            decoder.prefill(ids[:, :-1])
+            got = decoder.step(ids[:, -1:]).float()
+        except Exception as error:  # an engine that is not there, or no compiler
+            failures[variant] = f"failed: {one_line(error)}"
+            continue
+        with torch.inference_mode():
+            errors[variant] = relative_error(got, reference(ids, logits_to_keep=1).logits[:, -1])
+        decoders[variant] = decoder
+        if timed is exact and errors[variant] > EXACT:
+            raise RuntimeError(f"{variant}: logits differ from those of its weights by {errors[variant]:.2g}, relative")
+    samples: dict[str, Sample] = {}
+    for variant, decoder in decoders.items():
+        if not variant.endswith("compiled"):  # a prompt is not compiled
+            samples[f"{variant}: prompt"] = partial(_prompt, decoder, ids[:, :-1])
+        samples[f"{variant}: step"] = partial(_steps, decoder, ids[:, :-1])
+    with tqdm(desc="timing", unit=" rounds", leave=False, disable=None if progress else True) as bar:
+        times = interleave(samples, seconds, bar.update)
+    return {
+        "bitmill": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "model": name,
+        "method": method,
+        "tokens": tokens,
+        "file_bytes": file_size(exact),
+        "float32_bytes": sum(p.nbytes for p in model.parameters()),
+        "disturbed": sum(t.disturbed for t in times.values()) / sum(sum(t[3:]) for t in times.values()),
+        "variants": [_row(variant, failures.get(variant), errors.get(variant), times, tokens) for variant in builders],
+    }
+
+
+def packed_model(model: Any, method: str, activations: str) -> Any:
+    """A packed copy of the model: its decoder blocks, and 8-bit rows for embedding and head."""
+    packed = copy.deepcopy(model)
+    blocks, _ = decoder_blocks(packed)
+    quantize_(packed, METHODS[method](activations), lambda module, name: name.startswith(f"{blocks}."))
+    pack_(packed)
+    int8_tables_(packed, Int8Config(activations))
+    return packed
+
+
+def _prompt(decoder: Decoder, prompt: Tensor) -> float:
+    decoder.reset()
+    start = time.perf_counter()
+    decoder.prefill(prompt)
+    return time.perf_counter() - start
+
+
+def _steps(decoder: Decoder, prompt: Tensor) -> float:
+    """Seconds of a step, the mean of those after the prompt."""
+    decoder.reset()
+    decoder.prefill(prompt)
+    token = prompt[:, -1:]
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        token = decoder.step(token).argmax(-1, keepdim=True)
+    return (time.perf_counter() - start) / STEPS
+
+
+def _row(
+    variant: str, failure: str | None, error: float | None, times: dict[str, Spread], tokens: int
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": variant, "status": failure or "ok", "error": error}
+    for kind, count in (("prompt", tokens), ("step", 1)):
+        spread, base = times.get(f"{variant}: {kind}"), times.get(f"{FLOAT32}: {kind}")
+        numbers = dict.fromkeys(("per_second", "low", "high", "x_float32"))
+        if spread is not None:
+            numbers.update(
+                per_second=count / spread.median,
+                low=count / spread.high,
+                high=count / spread.low,
+                x_float32=base and base.median / spread.median,
+            )
+        row[kind] = numbers
+    return row
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as a person reads it."""
+    lines = [
+        f"{result['model']}, {result['method']}, random weights, {result['threads']} thread(s), torch"
+        f" {result['torch']}, transformers {result['transformers']}, bitmill {result['bitmill']}",
+        f"Tokens a second, with quartiles: a prompt of {result['tokens']}, and single steps after it, with a cache.",
+        "",
+        f"{'variant':<24} {'prompt':>7} {'quartiles':>13} {'x float32':>9} {'decode':>8} {'quartiles':>13}"
+        f" {'x float32':>9} {'error':>8}",
+    ]
+    for row in result["variants"]:
+        if row["status"] != "ok":
+            lines.append(f"{row['name']:<24} {row['status']}")
+            continue
+        line = f"{row['name']:<24}"
+        for kind, width in (("prompt", 7), ("step", 8)):
+            numbers = row[kind]
+            if numbers["per_second"] is None:
+                line += f" {'':>{width}} {'':>13} {'':>9}"
+                continue
+            line += f" {numbers['per_second']:>{width}.1f} {numbers['low']:>6.1f}-{numbers['high']:<6.1f}"
+            line += f" {numbers['x_float32']:>9.2f}" if numbers["x_float32"] else f" {'-':>9}"
+        lines.append(f"{line} {row['error']:>8.1e}")
+    mib = {key: result[f"{key}_bytes"] / 2**20 for key in ("file", "float32")}
+    lines += ["", f"file {mib['file']:.1f} MiB, everything included; float32 {mib['float32']:.0f} MiB"]
+    lines.append("error: of the logits, against the float32 model; of packed ones, against the one with their weights")
+    return "\n".join(lines)

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bitmill quantize`: a causal language model's folder or GGUF file to a packed folder, resumable at every moment.
+
+The folder of a run says in run.json what it is of. Finished decoder blocks are kept in `blocks` until the packed file
+is whole; the same run again goes on from there, or, if all is done, only answers what it found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import FP4Config, Int8Config, SalientConfig, pack_, quantize_, summary
+from ..integrations.language import (
+    PACKED_FILE,
+    LanguageModel,
+    int8_tables_,
+    load_pretrained,
+    read_pretrained,
+    save_pretrained,
+)
+from . import billm, pb_llm
+from .language import measure_perplexity, random_windows, read_ids
+from .layerwise import decoder_blocks
+
+DTYPES = ("float32", "bfloat16", "float16")
+RUN_FILE, BLOCKS = "run.json", "blocks"
+DEFAULT_LENGTH = 2048  # tokens of a window, if the model takes as many
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run does. Those that the method has no use for do not matter.
+
+    Attributes:
+        method: a key of `METHODS`.
+        salient, bits, metric, structure, scale, group_size: of PB-LLM, `SalientConfig`; metric also of BiLLM.
+        rounding: "gptq" or "rtn", of PB-LLM and BiLLM.
+        format: of FP4.
+        activations: "float" or "int8", of PB-LLM and FP4, and of the output head.
+        tables: "int8" rounds the token embedding and the output head to 8-bit rows, "float" leaves them as they are.
+        windows, length, seed: of the calibration text; windows of at most as many tokens as the model takes.
+        dtype: of the model: "float32", "bfloat16" or "float16".
+    """
+
+    method: str = "pb-llm"
+    salient: float = 0.1
+    bits: int = 8
+    metric: str = "hessian"
+    structure: str = "element"
+    scale: str = "unbiased"
+    group_size: int | None = None
+    rounding: str = "gptq"
+    format: str = "e2m1"
+    activations: str = "float"
+    tables: str = "int8"
+    windows: int = 128
+    length: int = 2048
+    seed: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        self.salient_config()
+        self.fp4_config()
+        choices = {"tables": ("int8", "float"), "dtype": DTYPES, "rounding": pb_llm.ROUNDING}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"quantize: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("windows", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"quantize: {name} must be at least 1, got {getattr(self, name)}")
+
+    def salient_config(self) -> SalientConfig:
+        return SalientConfig(
+            self.salient,
+            self.bits,
+            self.metric,
+            self.structure,
+            self.scale,
+            group_size=self.group_size,
+            activations=self.activations,
+        )
+
+    def fp4_config(self) -> FP4Config:
+        return FP4Config(self.format, activations=self.activations)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method looks at a text."""
+        plain = self.rounding == "rtn" and self.metric == "magnitude"
+        return self.method == "billm" or (self.method == "pb-llm" and not plain)
+
+
+def _pb_llm(model: nn.Module, windows: list[Tensor], settings: Settings, folder: Path) -> dict[str, float]:
+    if not settings.calibrated:
+        return _without_calibration(model, settings.salient_config())
+    return pb_llm.quantize_(model, windows, settings.salient_config(), settings.rounding, folder=folder)
+
+
+def _billm(model: nn.Module, windows: list[Tensor], settings: Settings, folder: Path) -> dict[str, float]:
+    return billm.quantize_(model, windows, settings.metric, settings.rounding, folder=folder)
+
+
+def _fp4(model: nn.Module, windows: list[Tensor], settings: Settings, folder: Path) -> dict[str, float]:
+    return _without_calibration(model, settings.fp4_config())
+
+
+def _without_calibration(model: nn.Module, config: SalientConfig | FP4Config) -> dict[str, float]:
+    """Pack the linear layers of the decoder blocks, each by itself."""
+    prefix, _ = decoder_blocks(model)
+    quantize_(model, config, lambda module, name: name.startswith(f"{prefix}."))
+    pack_(model)
+    return {}
+
+
+METHODS: dict[str, Callable[[nn.Module, list[Tensor], Settings, Path], dict[str, float]]] = {
+    "pb-llm": _pb_llm,
+    "billm": _billm,
+    "fp4": _fp4,
+}
+
+
+def quantize_folder(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    settings: Settings,
+    calibration: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Quantise the model at `source` and write the packed folder `out`.
+
+    Args:
+        source: of `integrations.language.read_pretrained`.
+        out: a new folder, or that of the same run, which goes on.
+        calibration: a text of `recipes.language.read_ids`.
+        device: where to compute.
+    Returns:
+        seconds and peak_memory_bytes (of the process that finished the run), file_bytes, bits_per_weight of the layers
+        in the decoder blocks, and errors, |X W^T - X Q^T| / |X W^T| by layer on the calibration text, if there is one.
+    Raises:
+        ValueError: for a missing calibration text, a folder of another run, or what `read_pretrained` and the method
+            refuse.
+        OSError: if something cannot be read or written.
+    """
+    source, out = Path(source), Path(out)
+    text = None if calibration is None or not settings.calibrated else Path(calibration)
+    if settings.calibrated and text is None:
+        raise ValueError(
+            f"quantize: a calibration text must be given for method {settings.method!r}, got none; name one, or take"
+            " rounding 'rtn' and metric 'magnitude' of pb-llm"
+        )
+    run = {"model": source.name, "settings": dataclasses.asdict(settings), "calibration": text and text.name}
+    result = _known(out, run)
+    if result is None:
+        start = time.perf_counter()
+        model, tokenizer = read_pretrained(source, getattr(torch, settings.dtype))
+        model.to(device)
+        windows = [w.to(device) for w in _windows(text, settings, model, tokenizer)] if text else []
+        blocks, _ = decoder_blocks(model)
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out, run)
+        errors = METHODS[settings.method](model, windows, settings, out / BLOCKS)
+        if settings.tables == "int8":
+            int8_tables_(model, Int8Config(settings.activations))
+        save_pretrained(model, tokenizer, out)
+        result = {**_facts(model, blocks, out), "seconds": time.perf_counter() - start, "errors": errors}
+        _write(out, {**run, "result": result})
+    shutil.rmtree(out / BLOCKS, ignore_errors=True)
+    return result
+
+
+def open_folder(path: str | os.PathLike[str]) -> LanguageModel:
+    """The model of a packed folder, or one that `read_pretrained` takes."""
+    packed = any((Path(path) / name).exists() for name in (PACKED_FILE, RUN_FILE))
+    return (load_pretrained if packed else read_pretrained)(path)
+
+
+def evaluate_folder(
+    folder: str | os.PathLike[str],
+    text: str | os.PathLike[str],
+    length: int | None = None,
+    stride: int | None = None,
+    windows: int | None = None,
+    bos: bool = False,
+) -> dict[str, Any]:
+    """Perplexity of a folder of `open_folder`, as `language.measure_perplexity` counts it.
+
+    Args:
+        length: tokens of a window; None for 2048, or what the model takes.
+    Returns:
+        perplexity, tokens (how many were predicted), windows, and the settings length, stride, bos.
+    Raises:
+        ValueError: for a text shorter than a window, or a tokenizer without a BOS token if `bos` asks for one.
+    """
+    model, tokenizer = open_folder(folder)
+    most = getattr(model.config, "max_position_embeddings", DEFAULT_LENGTH)
+    length = min(DEFAULT_LENGTH, most) if length is None else length
+    if length > most:
+        raise ValueError(f"eval: length must be at most {most}, which the model takes, got {length}")
+    if bos and tokenizer.bos_token_id is None:
+        raise ValueError(f"eval: the tokenizer of {folder} has no BOS token; leave it out")
+    found = measure_perplexity(
+        model, read_ids(text, tokenizer), length, stride, windows, tokenizer.bos_token_id if bos else None
+    )
+    return {
+        "perplexity": found.value,
+        "tokens": found.tokens,
+        "windows": found.windows,
+        "length": length,
+        "stride": stride or length - bos,
+        "bos": bos,
+    }
+
+
+def _known(out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of the same run, if it has come to its end in this folder."""
+    if (out / RUN_FILE).exists():
+        known = json.loads((out / RUN_FILE).read_text())
+        result = known.pop("result", None)
+        if known != run:
+            old, new = ({**facts, **facts.get("settings", {})} for facts in (known, run))
+            changed = [key for key in new if key != "settings" and old.get(key) != new[key]]
+            raise ValueError(f"quantize: {out} holds a run with another {', '.join(changed)}; take another folder")
+        return result
+    if (out / PACKED_FILE).exists() or (out / "config.json").exists():
+        raise ValueError(f"quantize: {out} holds a model already; take another folder")
+    return None
+
+
+def _write(out: Path, run: dict[str, Any]) -> None:
+    temporary = out / f"{RUN_FILE}.tmp"
+    temporary.write_text(json.dumps(run, indent=1) + "\n")
+    os.replace(temporary, out / RUN_FILE)
+
+
+def _windows(text: Path, settings: Settings, model: Any, tokenizer: Any) -> list[Tensor]:
+    length = min(settings.length, getattr(model.config, "max_position_embeddings", settings.length))
+    return random_windows(read_ids(text, tokenizer), settings.windows, length, settings.seed)
+
+
+def _facts(model: nn.Module, blocks: str, out: Path) -> dict[str, Any]:
+    """Sizes of the packed file; `blocks` is the name of the decoder blocks."""
+    layers = [layer for layer in summary(model).layers if layer.name.startswith(f"{blocks}.")]
+    weights = [math.prod(layer.shape) for layer in layers]
+    bits = sum(layer.bits_per_weight * count for layer, count in zip(layers, weights, strict=True))
+    file_bytes = (out / PACKED_FILE).stat().st_size
+    return {
+        "file_bytes": file_bytes,
+        "bits_per_weight": bits / sum(weights) if weights else 32.0,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }

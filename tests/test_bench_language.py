@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bitmill bench --model smollm2` and the decoder that it times, on a model of two small layers."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from bitmill import cli, timing
+
+transformers = pytest.importorskip("transformers", minversion="5", reason="needs transformers 5")
+
+from bitmill.bench import language  # noqa: E402
+from bitmill.integrations.generation import Decoder, generate  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is captured as always, and then run as it is."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(language.SHAPES, "smollm2", SMALL)
+    monkeypatch.setattr(timing, "preemptions", lambda: 0)
+    monkeypatch.setattr(language, "interleave", lambda samples, *_: timing.interleave(samples, 0.01))
+    monkeypatch.setattr(timing, "ROUNDS", 5)
+    monkeypatch.setattr(language, "STEPS", 3)
+
+
+def random_llama() -> Any:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, eos_token_id=None)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_generation_is_that_of_transformers(compiled: bool) -> None:
+    model, prompt = random_llama(), torch.randint(50, (1, 9))
+    packed = language.packed_model(model, "pb-llm", "float")
+    for host in (model, packed):
+        want = host.generate(prompt, max_new_tokens=12, do_sample=False)[0, 9:].tolist()
+        assert list(generate(host, prompt, 12, compiled=compiled)) == want
+        drawn = [list(generate(host, prompt, 12, 1.0, seed, compiled)) for seed in (0, 0, 1)]
+        assert drawn[0] == drawn[1] != drawn[2]
+        host.generation_config.eos_token_id = [want[4], 50]
+        assert list(generate(host, prompt, 12, compiled=compiled)) == want[: want.index(want[4])]
+
+
+def test_a_decoder_starts_anew_after_reset() -> None:
+    model, ids = random_llama(), torch.randint(50, (2, 1, 9))
+    for compiled in (False, True):
+        decoder = Decoder(model, 12, compiled)
+        with torch.no_grad():
+            for text in ids:
+                decoder.reset()
+                decoder.prefill(text[:, :-1])
+                torch.testing.assert_close(decoder.step(text[:, -1:]), model(text).logits[:, -1])
+
+
+def test_generation_says_what_is_wrong() -> None:
+    model, prompt = random_llama(), torch.randint(50, (1, 9))
+    for arguments, message in (
+        ((prompt, 60), "the text must have from 1 to 64 tokens, got 69"),
+        ((prompt[:, :0], 4), r"prompt must have shape \[1, length\], length > 0, got \[1, 0\]"),
+        ((prompt, 4, -1.0), "temperature must be at least 0, got -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(generate(model, *arguments))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("method", language.METHODS)
+def test_every_variant_is_measured(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "--model", "smollm2", "--method", method, "--tokens", "17", "--json"]
+    assert cli.main(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["model"], result["method"], result["tokens"]) == ("smollm2", method, 17)
+    rows = {row["name"]: row for row in result["variants"]}
+    assert len(rows) == 8 and all(row["status"] == "ok" for row in rows.values())
+    for name, row in rows.items():
+        assert 0 < row["step"]["low"] <= row["step"]["per_second"] <= row["step"]["high"]
+        assert (row["prompt"]["per_second"] is None) == name.endswith("compiled")
+    assert rows["torch float32"]["step"]["x_float32"] == 1
+    assert rows["bitmill"]["error"] < 1e-4 and rows["bitmill int8, compiled"]["error"] < 0.2
+    text = language.render(result)
+    assert sum(line.startswith(name) for line in text.splitlines() for name in rows) >= 8
+
+
+@pytest.mark.usefixtures("small")
+def test_wrong_requests_and_wrong_results_stop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="method must be one of pb-llm, fp4 for a language model, got 'bit'"):
+        language.run("smollm2", "bit")
+    with pytest.raises(ValueError, match="tokens must be between 1 and 61, got 62"):
+        language.run("smollm2", tokens=62)
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--model", "smollm2", "--profile"])
+    assert "--profile does not go with --model smollm2" in capsys.readouterr().err
+    assert tuple(language.SHAPES) == cli.LANGUAGE_MODELS and tuple(language.METHODS) == cli.LANGUAGE_METHODS
+    monkeypatch.setattr(language, "EXACT", 0.0)
+    with pytest.raises(RuntimeError, match="bitmill: logits differ from those of its weights"):
+        language.run("smollm2", tokens=9)

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bitmill quantize`, `eval` and `generate` on language models of a few thousand parameters."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitmill import cli
+from bitmill.nn import PackedInt8Embedding, PackedInt8Linear, PackedSalientLinear
+
+transformers = pytest.importorskip("transformers", minversion="5", reason="needs transformers 5")
+tokenizers = pytest.importorskip("tokenizers")
+
+from bitmill.integrations.language import load_pretrained  # noqa: E402
+from bitmill.recipes.language import perplexity, read_ids  # noqa: E402
+from bitmill.recipes.scripts import language_table  # noqa: E402
+
+TEXT = " ".join(f"the {a} saw the {b} ." for a in ("cat", "dog", "bird") for b in ("tree", "house")) + " "
+WORDS = ["<unk>", "<s>", *sorted(set(TEXT.split()))]
+Run = Callable[..., dict[str, Any]]
+
+
+def write_model(folder: Path, kind: str = "llama", **options: Any) -> Path:
+    """A random model and a tokenizer of words."""
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>")
+    tokenizer.save_pretrained(folder)
+    sizes: dict[str, Any] = {"vocab_size": len(WORDS), "bos_token_id": 1, "eos_token_id": None}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(**sizes, n_positions=32, n_embd=32, n_layer=2, n_head=4, **options)
+    else:
+        sizes |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = transformers.LlamaConfig(**sizes, max_position_embeddings=32, **options)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # far enough from uniform that quantising shows
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model", tie_word_embeddings=True)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    return tmp_path / "text.txt"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> dict[str, Any]:
+        assert cli.main([*map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+@pytest.fixture
+def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one line that a failure prints."""
+
+    def call(*arguments: object) -> str:
+        assert cli.main([*map(str, arguments)]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        said = [line for line in lines if line.startswith("bitmill ")]
+        assert len(said) == 1 and lines[-1] == said[0], lines
+        return said[0]
+
+    return call
+
+
+METHODS: dict[str, list[str]] = {
+    "pb-llm": ["--salient", "0.3", "--windows", "4"],
+    "pb-llm rtn": ["--rounding", "rtn", "--metric", "magnitude", "--bits", "4"],
+    "billm": ["--windows", "4"],
+    "fp4": ["--format", "mxfp4", "--activations", "int8"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_quantised_folder_evaluates_generates_and_moves(
+    method: str, model: Path, text: Path, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["quantize", model, "--out", out, "--method", method.split()[0], *METHODS[method]]
+    if "--windows" in arguments:
+        arguments += ["--calibration", text]
+    result = run(*arguments)
+    assert len(result["errors"]) == (14 if "--windows" in arguments else 0)
+    assert result["file_bytes"] == (out / "packed.safetensors").stat().st_size and not (out / "blocks").exists()
+    assert run(*arguments) == result  # nothing left to do
+
+    before, after = (run("eval", folder, "--text", text) for folder in (model, out))
+    assert after["perplexity"] != before["perplexity"]
+    assert {**after, "perplexity": 0} == {**before, "perplexity": 0}
+    assert after["windows"] == 22 and after["tokens"] == 22 * 31 and after["stride"] == after["length"] == 32
+    shutil.rmtree(model)
+    moved = tmp_path / "elsewhere" / "moved"
+    shutil.move(out, tmp_path / "elsewhere" / "moved")
+    assert run("eval", moved, "--text", text)["perplexity"] == after["perplexity"]
+    loaded, tokenizer = load_pretrained(moved)
+    assert perplexity(loaded, read_ids(text, tokenizer), 32) == after["perplexity"]
+    assert isinstance(loaded.lm_head, PackedInt8Linear) and loaded.lm_head.high is loaded.model.embed_tokens.high
+    kinds = {type(module) for module in loaded.model.layers.modules()}
+    assert (PackedSalientLinear in kinds) == method.startswith("pb-llm")
+
+    assert cli.main(["generate", str(moved), "--prompt", "the cat", "--tokens", "5"]) == 0
+    printed = capsys.readouterr()
+    ids = loaded.generate(tokenizer("the cat", return_tensors="pt").input_ids, max_new_tokens=5, do_sample=False)
+    assert printed.out.strip() == tokenizer.decode(ids[0]) and "tokens/s" in printed.err
+
+
+def test_eval_counts_as_its_help_says(model: Path, text: Path, run: Run) -> None:
+    found = run("eval", model, "--text", text, "--length", 16, "--stride", 4, "--windows", 3, "--bos")
+    assert (found["tokens"], found["windows"], found["bos"]) == (15 + 4 + 4, 3, True)
+    assert run("eval", model, "--text", text, "--windows", 3)["tokens"] == 3 * 31
+
+
+def test_untied_heads_and_gpt2(text: Path, run: Run, tmp_path: Path) -> None:
+    for kind, options in (("llama", {"tie_word_embeddings": False}), ("gpt2", {})):
+        model, out = write_model(tmp_path / kind, kind, **options), tmp_path / f"{kind}-out"
+        result = run("quantize", model, "--out", out, "--calibration", text, "--windows", 2)
+        assert len(result["errors"]) == (14 if kind == "llama" else 8)
+        loaded, _ = load_pretrained(out)
+        table, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+        assert isinstance(table, PackedInt8Embedding) and isinstance(head, PackedInt8Linear)
+        assert (head.high is table.high) == (kind == "gpt2")
+        assert run("eval", out, "--text", text)["windows"] == 22
+
+
+def test_kill_and_again_gives_the_same_file(model: Path, text: Path, run: Run, tmp_path: Path) -> None:
+    arguments = ["quantize", model, "--calibration", text, "--windows", "4", "--out"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(*arguments, whole)
+    # The process kills itself, as `kill -9` would, when the second block's first layer is done.
+    code = (
+        "import os, signal, sys; from bitmill import cli; from bitmill.recipes import pb_llm; n = 0\n"
+        "def packed(*arguments, original=pb_llm._packed):\n"
+        "    global n; n += 1\n"
+        "    return original(*arguments) if n < 9 else os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pb_llm._packed = packed; cli.main(sys.argv[1:])"
+    )
+    process = subprocess.run([sys.executable, "-c", code, *map(str, arguments), str(killed)], capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert (killed / "blocks" / "block-000.safetensors").exists() and not (killed / "packed.safetensors").exists()
+    run(*arguments, killed)
+    assert (killed / "packed.safetensors").read_bytes() == (whole / "packed.safetensors").read_bytes()
+
+
+def test_wrong_input_is_one_sentence(
+    model: Path, text: Path, tmp_path: Path, complaint: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    start = ["quantize", model, "--out", out]
+    assert "a calibration text must be given for method 'pb-llm', got none" in complaint(*start)
+    assert not out.exists()
+    assert "fraction must be a number in [0, 1], got 2.0" in complaint(*start, "--salient", 2, "--calibration", text)
+    assert "No such file" in complaint(*start, "--calibration", tmp_path / "none.txt")
+    (tmp_path / "short.txt").write_text("the cat")
+    short = complaint(*start, "--calibration", tmp_path / "short.txt")
+    assert "at least 32 tokens, got [2]; take more text or shorter windows" in short
+    assert "at least 32 tokens, got [2]" in complaint("eval", model, "--text", tmp_path / "short.txt")
+    assert "must be a folder with config.json and safetensors, or a .gguf file" in complaint(
+        "eval", tmp_path / "nothing", "--text", text
+    )
+    assert "the text must have from 1 to 32 tokens, got 45" in complaint(
+        "generate", model, "--prompt", "the cat saw the dog", "--tokens", 40
+    )
+    assert not out.exists()
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert "needs accelerate, which is not installed: pip install accelerate" in complaint(
+        "eval", tmp_path / "m.gguf", "--text", text
+    )
+
+
+def test_folders_in_a_wrong_state_are_one_sentence(
+    model: Path, text: Path, run: Run, tmp_path: Path, complaint: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    start = ["quantize", model, "--out", out, "--method", "fp4"]
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail(*_: object, **__: object) -> None:
+        raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bitmill.integrations.language.save", fail)
+        assert "No space left on device" in complaint(*start)
+    assert "packed.safetensors is missing; run `bitmill quantize` to its end" in complaint("eval", out, "--text", text)
+    run(*start)  # the same again goes on
+    assert f"{out} holds a run with another format; take another folder" in complaint(*start, "--format", "e3m0")
+    assert f"{model} holds a model already" in complaint("quantize", model, "--out", model, "--method", "fp4")
+    assert "must not be quantised yet" in complaint("quantize", out, "--out", other, "--method", "fp4")
+    packed = out / "packed.safetensors"
+    packed.write_bytes(packed.read_bytes()[:-100])
+    assert "cannot be loaded" in complaint("eval", out, "--text", text)
+    (out / "config.json").write_text("{")
+    assert f"{out} cannot be read as a causal language model" in complaint("eval", out, "--text", text)
+
+
+def test_models_that_cannot_be_quantised_are_one_sentence(
+    text: Path, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    model = write_model(tmp_path / "model")
+    file = model / "model.safetensors"
+    state = load_file(file)
+    state["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
+    save_file(state, file, {"format": "pt"})
+    arguments = ["quantize", model, "--out", tmp_path / "out", "--calibration", text, "--windows", 2]
+    assert "model.layers.1.mlp" in (said := complaint(*arguments)) and "finite" in said
+    assert "model.layers.1.mlp.up_proj" in complaint("quantize", model, "--out", tmp_path / "b", "--method", "fp4")
+    config = transformers.MambaConfig(vocab_size=len(WORDS), hidden_size=16, state_size=4, num_hidden_layers=0)
+    bare = write_model(tmp_path / "bare")
+    transformers.MambaForCausalLM(config).save_pretrained(bare)
+    assert "must keep blocks with nn.Linear layers in one nn.ModuleList" in complaint(
+        "quantize", bare, "--out", tmp_path / "c", "--method", "fp4"
+    )
+
+
+def test_the_table_keeps_what_is_finished(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ["float32", "fp4", "pb-llm-100-rtn", "pb-llm-30-gptq-hessian"]
+    arguments = ["--model", str(model), "--calibration", str(text), "--text", str(text), "--out", str(tmp_path / "t")]
+    arguments += [
+        "--windows",
+        "2",
+        "--length",
+        "16",
+        "--eval-windows",
+        "5",
+        "--plot",
+        str(tmp_path / "t.png"),
+        "--rows",
+    ]
+    assert language_table.main([*arguments, *rows]) == 0
+    printed = capsys.readouterr().out
+    table = printed[printed.index("\n\n") :].strip().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {row}" for row in rows]
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(language_table, "quantize_folder", None)  # nothing is done twice
+    assert language_table.main([*arguments, *rows[:2]]) == 0
+    assert capsys.readouterr().out.endswith("\n".join(table[:4]) + "\n")
