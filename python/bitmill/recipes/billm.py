@@ -260,9 +260,9 @@ def joined(parts: Sequence[ZonedWeight]) -> ZonedWeight:
     def beside(field: str, dim: int) -> Tensor:
         return torch.cat([getattr(part, field) for part in parts], dim)
 
-    signs = (beside(field, 1) for field in ("first", "second", "sparse"))
     columns = None if parts[0].column_scale is None else beside("column_scale", 0)
-    return ZonedWeight(*signs, beside("salient", 0), beside("scale", 1), columns)
+    first, second, sparse = (beside(field, 1) for field in ("first", "second", "sparse"))
+    return ZonedWeight(first, second, sparse, beside("salient", 0), beside("scale", 1), columns)
 
 
 def quantize_weight(
