@@ -54,10 +54,13 @@ struct Bits {
   __m512i sign, zone, split;
 
   // The next 4 columns of an octet: high products, which leave the units of the lookups to the lookups.
+  // Not before the first 4 columns are done: registers run out.
   [[gnu::always_inline]] Bits next() const {
     const __m512i sixteenth = _mm512_set1_epi16(1 << 12);
-    return {_mm512_mulhi_epu16(sign, sixteenth), _mm512_mulhi_epu16(zone, sixteenth),
-            _mm512_mulhi_epu16(split, sixteenth)};
+    Bits b = *this;
+    asm volatile("" : "+v"(b.sign), "+v"(b.zone), "+v"(b.split));
+    return {_mm512_mulhi_epu16(b.sign, sixteenth), _mm512_mulhi_epu16(b.zone, sixteenth),
+            _mm512_mulhi_epu16(b.split, sixteenth)};
   }
 };
 
