@@ -423,7 +423,7 @@ def test_a_weight_without_packed_form_leaves_the_model_untouched(config: Config,
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_every_layer_of_a_training_model_can_be_without_rows() -> None:
-    for config in (BinaryConfig(), SalientConfig(), OneBitConfig(), *(FP4Config(format=f) for f in FP4Config.FORMATS)):
+    for config in (BinaryConfig(), SalientConfig(), *(FP4Config(format=f) for f in FP4Config.FORMATS)):
         model = nn.Sequential(nn.Linear(8, 0, bias=False))
         assert quantize_(model, config) == ["0"] and pack_(model) == ["0"]
         assert model(torch.randn(3, 8)).shape == (3, 0)

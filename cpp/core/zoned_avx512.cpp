@@ -28,40 +28,50 @@ __m512i octet_of(const int32_t* tile, int64_t octet) {
   return _mm512_srl_epi32(_mm512_loadu_si512(word), _mm_cvtsi32_si128(8 * byte));
 }
 
-// The next 4 columns of an octet: a high product, which leaves the units of the lookups to the lookups.
-__m512i next_four(__m512i bits) { return _mm512_mulhi_epu16(bits, _mm512_set1_epi16(1 << 12)); }
-
 __m512i equal(__m512i a, __m512i b) { return _mm512_ternarylogic_epi32(a, b, b, 0xC3); }
 
-// Adds what 4 bits select. The sum is pinned to its register: otherwise the compiler moves it.
-void look_up(__m512& sum, __m512i bits, __m512 table) {
+// The table of 4 columns, loaded once, not by every lookup.
+[[gnu::always_inline]] inline __m512 table_at(const float* table) {
+  __m512 sums = _mm512_load_ps(table);
+  asm volatile("" : "+v"(sums));
+  return sums;
+}
+
+// Adds what 4 bits select. The sum stays in its register.
+[[gnu::always_inline]] inline void look_up(__m512& sum, __m512i bits, __m512 table) {
   sum = _mm512_add_ps(sum, _mm512_permutexvar_ps(bits, table));
   asm volatile("" : "+v"(sum));
 }
 
 // The same on another unit: additions alone would wait for those that the lookups need.
-void look_up_by_product(__m512& sum, __m512i bits, __m512 table) {
+[[gnu::always_inline]] inline void look_up_by_product(__m512& sum, __m512i bits, __m512 table) {
   sum = _mm512_fmadd_ps(_mm512_permutexvar_ps(bits, table), _mm512_set1_ps(1.0f), sum);
   asm volatile("" : "+v"(sum));
 }
 
+// Bits of a tile's rows, those of 4 columns lowest.
 struct Bits {
   __m512i sign, zone, split;
+
+  // The next 4 columns of an octet: high products, which leave the units of the lookups to the lookups.
+  // Not before the first 4 columns are done: registers run out.
+  [[gnu::always_inline]] Bits next() const {
+    const __m512i sixteenth = _mm512_set1_epi16(1 << 12);
+    Bits b = *this;
+    asm volatile("" : "+v"(b.sign), "+v"(b.zone), "+v"(b.split));
+    return {_mm512_mulhi_epu16(b.sign, sixteenth), _mm512_mulhi_epu16(b.zone, sixteenth),
+            _mm512_mulhi_epu16(b.split, sixteenth)};
+  }
 };
 
 // Sums of +-x over the columns of a block that are not salient: by b1, t and t b1.
 struct OtherSums {
   __m512 sign = _mm512_setzero_ps(), zone = sign, both = sign;
 
-  void add(Bits bits, const float* table) {
-    const __m512 low = _mm512_load_ps(table), high = _mm512_load_ps(table + 16);
-    look_up(sign, bits.sign, low);
-    look_up_by_product(zone, bits.zone, low);
-    look_up(both, equal(bits.sign, bits.zone), low);
-    const __m512i next_sign = next_four(bits.sign), next_zone = next_four(bits.zone);
-    look_up_by_product(sign, next_sign, high);
-    look_up(zone, next_zone, high);
-    look_up_by_product(both, equal(next_sign, next_zone), high);
+  [[gnu::always_inline]] void add(Bits bits, __m512 table) {
+    look_up(sign, bits.sign, table);
+    look_up_by_product(zone, bits.zone, table);
+    look_up(both, equal(bits.sign, bits.zone), table);
   }
 };
 
@@ -69,12 +79,9 @@ struct OtherSums {
 struct SalientSums {
   __m512 first = _mm512_setzero_ps(), second = first;
 
-  void add(Bits bits, const float* table) {
-    const __m512 low = _mm512_load_ps(table), high = _mm512_load_ps(table + 16);
-    look_up(first, bits.sign, low);
-    look_up_by_product(second, bits.zone, low);
-    look_up_by_product(first, next_four(bits.sign), high);
-    look_up(second, next_four(bits.zone), high);
+  [[gnu::always_inline]] void add(Bits bits, __m512 table) {
+    look_up(first, bits.sign, table);
+    look_up_by_product(second, bits.zone, table);
   }
 };
 
@@ -82,13 +89,7 @@ struct SalientSums {
 struct SplitSums {
   __m512 first = _mm512_setzero_ps(), second = first, zone = first, zone_first = first, zone_second = first;
 
-  void add(Bits bits, const float* table) {
-    const __m512 low = _mm512_load_ps(table), high = _mm512_load_ps(table + 16);
-    add_four(bits, low);
-    add_four({next_four(bits.sign), next_four(bits.zone), next_four(bits.split)}, high);
-  }
-
-  void add_four(Bits bits, __m512 table) {
+  [[gnu::always_inline]] void add(Bits bits, __m512 table) {
     look_up(first, bits.sign, table);
     look_up_by_product(second, bits.zone, table);
     look_up(zone, bits.split, table);
@@ -185,31 +186,50 @@ struct FourSums {
   }
 
   template <bool last>
+  static Bits bits(const Tile& tile, int64_t octet, int64_t split) {
+    const __m512i sign = octet_of<last>(tile.sign, octet), zone = octet_of<last>(tile.zone, octet);
+    if constexpr (std::is_same_v<Sums, SplitSums>) return {sign, zone, octet_of<true>(tile.split, split)};
+    return {sign, zone, _mm512_setzero_si512()};
+  }
+
+  // The sums are copied to registers and back: g++ leaves those of an object in memory.
+  template <bool last>
   void add_octets(const Task& task, const Tile (&tile)[kUnits], int64_t octet, int64_t end, int64_t split,
-                  const float*& table) {
+                  const float*& at) {
+    Sums a = s0, b = s1, c = s2, d = s3;
+    const float* table = at;
+    const int64_t row = task.row_floats;
     for (; octet < end; ++octet, ++split, table += kOctetFloats) {
-      const auto bits = [&](const Tile& t) {
-        const __m512i none = _mm512_setzero_si512();
-        constexpr bool splits = std::is_same_v<Sums, SplitSums>;
-        return Bits{octet_of<last>(t.sign, octet), octet_of<last>(t.zone, octet),
-                    splits ? octet_of<true>(t.split, split) : none};
-      };
       if constexpr (rows) {
-        const Bits shared = bits(tile[0]);
-        s0.add(shared, table);
-        s1.add(shared, table + task.row_floats);
-        s2.add(shared, table + 2 * task.row_floats);
-        s3.add(shared, table + 3 * task.row_floats);
+        const Bits low = bits<last>(tile[0], octet, split);
+        add_rows(a, b, c, d, low, table, row);
+        add_rows(a, b, c, d, low.next(), table + 16, row);
       } else {
         if (octet % 4 == 0) {
           for (const Tile& t : tile) t.prefetch(octet);
         }
-        s0.add(bits(tile[0]), table);
-        s1.add(bits(tile[1]), table);
-        s2.add(bits(tile[2]), table);
-        s3.add(bits(tile[3]), table);
+        const __m512 low = table_at(table), high = table_at(table + 16);
+        add_tile(a, bits<last>(tile[0], octet, split), low, high);
+        add_tile(b, bits<last>(tile[1], octet, split), low, high);
+        add_tile(c, bits<last>(tile[2], octet, split), low, high);
+        add_tile(d, bits<last>(tile[3], octet, split), low, high);
       }
     }
+    s0 = a, s1 = b, s2 = c, s3 = d;
+    at = table;
+  }
+
+  [[gnu::always_inline]] static void add_rows(Sums& a, Sums& b, Sums& c, Sums& d, Bits bits, const float* table,
+                                              int64_t row) {
+    a.add(bits, table_at(table));
+    b.add(bits, table_at(table + row));
+    c.add(bits, table_at(table + 2 * row));
+    d.add(bits, table_at(table + 3 * row));
+  }
+
+  [[gnu::always_inline]] static void add_tile(Sums& sums, Bits bits, __m512 low, __m512 high) {
+    sums.add(bits, low);
+    sums.add(bits.next(), high);
   }
 };
 

@@ -73,6 +73,7 @@ Weight make(const Form& f) {
   w.sign.assign(tiles * words * kTileRows, 0);
   w.zone = w.sign;
   std::vector<std::vector<bool>> split_bits(f.n);
+  int64_t width = 0;  // of salient_zone
   w.dense.assign(f.n * f.k, 0.0);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = block * f.block, last = std::min(f.k, first + f.block);
@@ -84,10 +85,11 @@ Weight make(const Form& f) {
     }
     int64_t count = 0;
     while (count < last - first && salient[order[count]]) ++count;
+    const int64_t begin = width;
+    width += 8 * ceil_div(count, 8);
     for (int64_t row = 0; row < f.n; ++row) {
       std::vector<bool>& bits = split_bits[row];
-      const size_t begin = bits.size();
-      bits.resize(begin + 8 * ceil_div(count, 8));
+      bits.resize(width);
       for (int64_t i = 0; i < last - first; ++i) {
         const bool one = next() >> 31, two = next() >> 31, sparse = next() >> 31, is_salient = i < count;
         if (one) set_bit(w.sign, words, row, first + i);
@@ -107,7 +109,6 @@ Weight make(const Form& f) {
       }
     }
   }
-  const int64_t width = f.n > 0 ? static_cast<int64_t>(split_bits[0].size()) : 0;
   w.salient_zone.assign(tiles * word_count(width) * kTileRows, 0);
   for (int64_t row = 0; row < f.n; ++row) {
     for (int64_t i = 0; i < width; ++i) {

@@ -83,32 +83,28 @@ def search_zones(scores: Tensor, most: int = MOST_SALIENT) -> Zones:
         scores: float32 [n, k]: the weight itself, or its Hessian `saliency`.
         most: the largest number of salient columns to try. Not all columns are salient, unless there is one only.
     """
-    n, k = scores.shape
+    k = scores.shape[1]
     ranking = scores.abs().sum(0).argsort(descending=True, stable=True)
 
-    def marked(columns: int) -> Tensor:
-        chosen = torch.zeros(k, dtype=torch.bool, device=scores.device)
-        return chosen.index_fill(0, ranking[:columns], True).expand(n, k)
-
-    def error(*parts: Residual) -> float:
-        left = scores
-        for part in parts:
-            left = left - part.value
-        return left.square().mean().item()
-
     def error_of(columns: int) -> float:
-        salient = marked(columns)
-        return error(residual_binarize(scores, salient, 2), residual_binarize(scores, ~salient, 2))
+        return binarization_error(*(scores[:, part] for part in (ranking[:columns], ranking[columns:])))
 
     columns = min(range(1, max(min(most + 1, k), 2)), key=error_of)
-    salient, magnitude = marked(columns), scores.abs()
-    split = search_split(scores, ~salient, 1, torch.where(salient, 0.0, magnitude))
+    salient, magnitude = torch.zeros(k, dtype=torch.bool, device=scores.device), scores.abs()
+    salient[ranking[:columns]] = True
+    split = search_split(scores[:, ~salient], 1, torch.where(salient, 0.0, magnitude))
     zone = torch.where(magnitude < split, CONCENTRATED, SPARSE).masked_fill(salient, SALIENT)
     return Zones(zone.to(torch.uint8), columns, split)
 
 
-def search_split(scores: Tensor, mask: Tensor, order: int, population: Tensor) -> float:
-    """Where to split the entries of `mask`, bool [n, k], by magnitude, so that both parts are binarised best.
+def binarization_error(*parts: Tensor) -> float:
+    """The squared error of parts [n, columns] of which every one is binarised twice, row by row."""
+    left = (part - residual_binarize(part, torch.ones_like(part, dtype=torch.bool), 2).value for part in parts)
+    return torch.stack([values.square().sum() for values in left]).sum().item()
+
+
+def search_split(scores: Tensor, order: int, population: Tensor) -> float:
+    """Where to split scores [n, columns] by magnitude, so that both parts are binarised best.
 
     Args:
         order: rounds of signs.
@@ -119,11 +115,9 @@ def search_split(scores: Tensor, mask: Tensor, order: int, population: Tensor) -
     quantiles = torch.linspace(0.1, 0.9, QUANTILES, device=scores.device)
 
     def error_at(split: float) -> float:
-        low = mask & (magnitude < split)
-        left = torch.where(mask, scores, 0.0)
-        for part in (low, mask & ~low):
-            left = left - residual_binarize(scores, part, order).value
-        return left.square().mean().item()
+        low = magnitude < split
+        parts = (residual_binarize(scores, mask, order).value for mask in (low, ~low))
+        return (scores - sum(parts)).square().sum().item()
 
     return min(torch.quantile(population.flatten(), quantiles).tolist(), key=error_at)
 
@@ -232,7 +226,8 @@ def quantize_zones(
         sparse = scores.abs() >= found.split
         salient = found.zone == SALIENT
         if split_salient:
-            split = search_split(scores, salient, 2, scores[salient].abs())
+            of_salient = scores[:, salient[0]]
+            split = search_split(of_salient, 2, of_salient.abs())
             sparse = torch.where(salient, scores.abs() >= split, sparse)
         else:
             sparse &= ~salient
@@ -260,9 +255,9 @@ def joined(parts: Sequence[ZonedWeight]) -> ZonedWeight:
     def beside(field: str, dim: int) -> Tensor:
         return torch.cat([getattr(part, field) for part in parts], dim)
 
-    signs = (beside(field, 1) for field in ("first", "second", "sparse"))
     columns = None if parts[0].column_scale is None else beside("column_scale", 0)
-    return ZonedWeight(*signs, beside("salient", 0), beside("scale", 1), columns)
+    first, second, sparse = (beside(field, 1) for field in ("first", "second", "sparse"))
+    return ZonedWeight(first, second, sparse, beside("salient", 0), beside("scale", 1), columns)
 
 
 def quantize_weight(
