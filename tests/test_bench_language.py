@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from bitmill import cli, timing
 transformers = pytest.importorskip("transformers", minversion="5", reason="needs transformers 5")
 
 from bitmill.bench import language  # noqa: E402
-from bitmill.integrations.generation import Decoder, generate  # noqa: E402
+from bitmill.integrations.generation import LEAN, Decoder, generate  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,13 +30,6 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph is captured as always, and then run as it is."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-
-
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(language.SHAPES, "smollm2", SMALL)
@@ -47,40 +39,41 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language, "STEPS", 3)
 
 
-def random_llama() -> Any:
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, eos_token_id=None)).eval()
+def random_model(kind: str = "llama") -> Any:
+    config = transformers.AutoConfig.for_model(kind, **SMALL, eos_token_id=None, sliding_window=None)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3)
+            parameter.mul_(3).add_(0.01 * torch.randn_like(parameter))  # biases are 0 at first
     return model
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_generation_is_that_of_transformers(compiled: bool) -> None:
-    model, prompt = random_llama(), torch.randint(50, (1, 9))
-    packed = language.packed_model(model, "pb-llm", "float")
-    for host in (model, packed):
+@pytest.mark.parametrize(("kind", "lean"), [("llama", False), *((kind, None) for kind in (*LEAN, "gpt2"))])
+def test_generation_is_that_of_transformers(kind: str, lean: bool | None) -> None:
+    model, prompt = random_model(kind), torch.randint(50, (1, 9))
+    hosts = [model] if kind == "gpt2" else [model, language.packed_model(model, "pb-llm", "float")]
+    for host in hosts:
         want = host.generate(prompt, max_new_tokens=12, do_sample=False)[0, 9:].tolist()
-        assert list(generate(host, prompt, 12, compiled=compiled)) == want
-        drawn = [list(generate(host, prompt, 12, 1.0, seed, compiled)) for seed in (0, 0, 1)]
+        assert list(generate(host, prompt, 12, lean=lean)) == want
+        drawn = [list(generate(host, prompt, 12, 1.0, seed, lean)) for seed in (0, 0, 1)]
         assert drawn[0] == drawn[1] != drawn[2]
         host.generation_config.eos_token_id = [want[4], 50]
-        assert list(generate(host, prompt, 12, compiled=compiled)) == want[: want.index(want[4])]
+        assert list(generate(host, prompt, 12, lean=lean)) == want[: want.index(want[4])]
 
 
-def test_a_decoder_starts_anew_after_reset() -> None:
-    model, ids = random_llama(), torch.randint(50, (2, 1, 9))
-    for compiled in (False, True):
-        decoder = Decoder(model, 12, compiled)
-        with torch.no_grad():
-            for text in ids:
-                decoder.reset()
-                decoder.prefill(text[:, :-1])
-                torch.testing.assert_close(decoder.step(text[:, -1:]), model(text).logits[:, -1])
+@pytest.mark.parametrize("kind", LEAN)
+def test_lean_steps_follow_any_prompt(kind: str) -> None:
+    model, texts = random_model(kind), torch.randint(50, (2, 1, 12))
+    decoder = Decoder(model, 12, lean=True)
+    with torch.no_grad():
+        for text, start in zip(texts, (7, 1), strict=True):
+            want = model(text).logits[0]
+            got = [decoder.prefill(text[:, :start]), *(decoder.step(text[:, i : i + 1]) for i in range(start, 12))]
+            torch.testing.assert_close(torch.cat(got), want[start - 1 :], rtol=1e-4, atol=1e-4)
 
 
 def test_generation_says_what_is_wrong() -> None:
-    model, prompt = random_llama(), torch.randint(50, (1, 9))
+    model, prompt = random_model(), torch.randint(50, (1, 9))
     for arguments, message in (
         ((prompt, 60), "the text must have from 1 to 64 tokens, got 69"),
         ((prompt[:, :0], 4), r"prompt must have shape \[1, length\], length > 0, got \[1, 0\]"),
@@ -88,6 +81,10 @@ def test_generation_says_what_is_wrong() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             list(generate(model, *arguments))
+    for other in (random_model("gpt2"), random_model("mistral")):
+        other.config.sliding_window = 8
+        with pytest.raises(ValueError, match="lean must be None or False for a model of type"):
+            Decoder(other, 12, lean=True)
 
 
 @pytest.mark.usefixtures("small")
@@ -98,14 +95,18 @@ def test_every_variant_is_measured(method: str, capsys: pytest.CaptureFixture[st
     result = json.loads(capsys.readouterr().out)
     assert (result["model"], result["method"], result["tokens"]) == ("smollm2", method, 17)
     rows = {row["name"]: row for row in result["variants"]}
-    assert len(rows) == 8 and all(row["status"] == "ok" for row in rows.values())
-    for name, row in rows.items():
-        assert 0 < row["step"]["low"] <= row["step"]["per_second"] <= row["step"]["high"]
-        assert (row["prompt"]["per_second"] is None) == name.endswith("compiled")
-    assert rows["torch float32"]["step"]["x_float32"] == 1
-    assert rows["bitmill"]["error"] < 1e-4 and rows["bitmill int8, compiled"]["error"] < 0.2
+    assert len(rows) == 5 and all(row["status"] == "ok" for row in rows.values())
+    for row in rows.values():
+        for kind in language.KINDS:
+            assert 0 < row[kind]["low"] <= row[kind]["per_second"] <= row[kind]["high"]
+    base, ours = rows["torch float32"], rows["bitmill int8"]
+    assert base["step"]["x_float32"] == 1
+    for kind in language.KINDS:
+        ratio = ours[kind]["per_second"] / base[kind.removeprefix("lean_")]["per_second"]
+        assert ours[kind]["x_float32"] == pytest.approx(ratio)
+    assert rows["bitmill"]["error"] < 1e-4 < ours["error"] < 0.2
     text = language.render(result)
-    assert sum(line.startswith(name) for line in text.splitlines() for name in rows) >= 8
+    assert sum(line.startswith(name) for line in text.splitlines() for name in rows) >= 5
 
 
 @pytest.mark.usefixtures("small")
@@ -114,12 +115,12 @@ def test_wrong_requests_and_wrong_results_stop(
 ) -> None:
     with pytest.raises(ValueError, match="method must be one of pb-llm, fp4 for a language model, got 'bit'"):
         language.run("smollm2", "bit")
-    with pytest.raises(ValueError, match="tokens must be between 1 and 61, got 62"):
-        language.run("smollm2", tokens=62)
+    with pytest.raises(ValueError, match="tokens must be between 1 and 60, got 61"):
+        language.run("smollm2", tokens=61)
     with pytest.raises(SystemExit):
         cli.main(["bench", "--model", "smollm2", "--profile"])
     assert "--profile does not go with --model smollm2" in capsys.readouterr().err
     assert tuple(language.SHAPES) == cli.LANGUAGE_MODELS and tuple(language.METHODS) == cli.LANGUAGE_METHODS
     monkeypatch.setattr(language, "EXACT", 0.0)
-    with pytest.raises(RuntimeError, match="bitmill: logits differ from those of its weights"):
+    with pytest.raises(RuntimeError, match="its logits differ from those of its weights"):
         language.run("smollm2", tokens=9)

@@ -44,6 +44,7 @@ METHODS: dict[str, Callable[[str], Config]] = {
 DEFAULT_TOKENS = 128
 STEPS = 16  # that are timed together, after the prompt
 FLOAT32 = "torch float32"
+KINDS = {"prompt": False, "step": False, "lean_prompt": True, "lean_step": True}  # of what is timed, and whether lean
 EXACT = 1e-4  # relative error of the packed model's logits against the float model with the same weights
 
 
@@ -73,47 +74,47 @@ def run(
     method = "pb-llm" if method is None else method
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)} for a language model, got {method!r}")
-    tokens, most = DEFAULT_TOKENS if tokens is None else tokens, SHAPES[name]["max_position_embeddings"] - STEPS
+    tokens, most = DEFAULT_TOKENS if tokens is None else tokens, SHAPES[name]["max_position_embeddings"] - STEPS - 1
     if not 1 <= tokens <= most:
         raise ValueError(f"tokens must be between 1 and {most}, got {tokens}")
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPES[name])).eval()
-    ids = torch.randint(model.config.vocab_size, (1, tokens + 1))
+    ids = torch.randint(SHAPES[name]["vocab_size"], (1, tokens + 1))
     exact, rounded = (packed_model(model, method, activations) for activations in ("float", "int8"))
     weights = copy.deepcopy(exact)
     dequantize_(weights)
-    builders: dict[str, Callable[[], tuple[Any, Any, bool]]] = {
-        FLOAT32: lambda: (model, model, False),
-        "torch bfloat16": lambda: (copy.deepcopy(model).bfloat16(), model, False),
-        "torch dynamic int8": lambda: (dynamic_int8(model), model, False),
-        f"{FLOAT32}, compiled": lambda: (model, model, True),
-        "bitmill": lambda: (exact, weights, False),
-        "bitmill, compiled": lambda: (exact, weights, True),
-        "bitmill int8": lambda: (rounded, weights, False),
-        "bitmill int8, compiled": lambda: (rounded, weights, True),
+    builders: dict[str, Callable[[], Any]] = {
+        FLOAT32: lambda: model,
+        "torch bfloat16": lambda: copy.deepcopy(model).bfloat16(),
+        "torch dynamic int8": lambda: dynamic_int8(model),
+        "bitmill": lambda: exact,
+        "bitmill int8": lambda: rounded,
     }
-    decoders: dict[str, Decoder] = {}
+    samples: dict[str, Sample] = {}
     errors: dict[str, float] = {}
     failures: dict[str, str] = {}
     for variant, build in builders.items():
+        ours = variant.startswith("bitmill")
         try:
-            timed, reference, compiled = build()
-            decoder = Decoder(timed, tokens + STEPS, compiled)
-            decoder.prefill(ids[:, :-1])
-            got = decoder.step(ids[:, -1:]).float()
-        except Exception as error:  # an engine that is not there, or no compiler
+            timed = build()
+            for lean in (False, True):
+                decoder = Decoder(timed, tokens + 1 + STEPS, lean)
+                decoder.prefill(ids[:, :-1])
+                got = decoder.step(ids[:, -1:]).float()
+                with torch.inference_mode():
+                    wanted = (weights if ours else model)(ids, logits_to_keep=1).logits[:, -1]
+                errors[variant] = relative_error(got, wanted)
+                if timed is exact and errors[variant] > EXACT:
+                    off = f"its logits differ from those of its weights by {errors[variant]:.2g}, relative"
+                    raise RuntimeError(off)
+                for kind, wants_lean in KINDS.items():
+                    if wants_lean is lean:
+                        sample = _prompt if "prompt" in kind else _steps
+                        samples[f"{variant}: {kind}"] = partial(sample, decoder, ids[:, :-1])
+        except Exception as error:  # whatever another engine raises; it must not stop the run
+            if ours:
+                raise
             failures[variant] = f"failed: {one_line(error)}"
-            continue
-        with torch.inference_mode():
-            errors[variant] = relative_error(got, reference(ids, logits_to_keep=1).logits[:, -1])
-        decoders[variant] = decoder
-        if timed is exact and errors[variant] > EXACT:
-            raise RuntimeError(f"{variant}: logits differ from those of its weights by {errors[variant]:.2g}, relative")
-    samples: dict[str, Sample] = {}
-    for variant, decoder in decoders.items():
-        if not variant.endswith("compiled"):  # a prompt is not compiled
-            samples[f"{variant}: prompt"] = partial(_prompt, decoder, ids[:, :-1])
-        samples[f"{variant}: step"] = partial(_steps, decoder, ids[:, :-1])
     with tqdm(desc="timing", unit=" rounds", leave=False, disable=None if progress else True) as bar:
         times = interleave(samples, seconds, bar.update)
     return {
@@ -142,7 +143,6 @@ def packed_model(model: Any, method: str, activations: str) -> Any:
 
 
 def _prompt(decoder: Decoder, prompt: Tensor) -> float:
-    decoder.reset()
     start = time.perf_counter()
     decoder.prefill(prompt)
     return time.perf_counter() - start
@@ -150,7 +150,6 @@ def _prompt(decoder: Decoder, prompt: Tensor) -> float:
 
 def _steps(decoder: Decoder, prompt: Tensor) -> float:
     """Seconds of a step, the mean of those after the prompt."""
-    decoder.reset()
     decoder.prefill(prompt)
     token = prompt[:, -1:]
     start = time.perf_counter()
@@ -162,16 +161,18 @@ def _steps(decoder: Decoder, prompt: Tensor) -> float:
 def _row(
     variant: str, failure: str | None, error: float | None, times: dict[str, Spread], tokens: int
 ) -> dict[str, Any]:
+    """What the JSON holds for a variant; lean ones are compared with plain ones in float32."""
     row: dict[str, Any] = {"name": variant, "status": failure or "ok", "error": error}
-    for kind, count in (("prompt", tokens), ("step", 1)):
-        spread, base = times.get(f"{variant}: {kind}"), times.get(f"{FLOAT32}: {kind}")
+    for kind in KINDS:
         numbers = dict.fromkeys(("per_second", "low", "high", "x_float32"))
-        if spread is not None:
+        if failure is None:
+            count = tokens if "prompt" in kind else 1
+            spread, float32 = times[f"{variant}: {kind}"], times.get(f"{FLOAT32}: {kind.removeprefix('lean_')}")
             numbers.update(
                 per_second=count / spread.median,
                 low=count / spread.high,
                 high=count / spread.low,
-                x_float32=base and base.median / spread.median,
+                x_float32=float32 and float32.median / spread.median,
             )
         row[kind] = numbers
     return row
@@ -182,25 +183,27 @@ def render(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']}, {result['method']}, random weights, {result['threads']} thread(s), torch"
         f" {result['torch']}, transformers {result['transformers']}, bitmill {result['bitmill']}",
-        f"Tokens a second, with quartiles: a prompt of {result['tokens']}, and single steps after it, with a cache.",
+        f"Tokens a second and times float32: a prompt of {result['tokens']}, and single steps after it, as transformers"
+        " runs the model;",
+        "lean: as bitmill.integrations.generation walks it, against float32 as transformers runs it.",
         "",
-        f"{'variant':<24} {'prompt':>7} {'quartiles':>13} {'x float32':>9} {'decode':>8} {'quartiles':>13}"
-        f" {'x float32':>9} {'error':>8}",
+        f"{'variant':<19}" + "".join(f" {kind.replace('_', ' '):>15}" for kind in KINDS) + f" {'error':>8}",
     ]
     for row in result["variants"]:
         if row["status"] != "ok":
-            lines.append(f"{row['name']:<24} {row['status']}")
+            lines.append(f"{row['name']:<19} {row['status']}")
             continue
-        line = f"{row['name']:<24}"
-        for kind, width in (("prompt", 7), ("step", 8)):
-            numbers = row[kind]
-            if numbers["per_second"] is None:
-                line += f" {'':>{width}} {'':>13} {'':>9}"
-                continue
-            line += f" {numbers['per_second']:>{width}.1f} {numbers['low']:>6.1f}-{numbers['high']:<6.1f}"
-            line += f" {numbers['x_float32']:>9.2f}" if numbers["x_float32"] else f" {'-':>9}"
+        line = f"{row['name']:<19}"
+        for kind in KINDS:
+            ratio = row[kind]["x_float32"]
+            line += f" {row[kind]['per_second']:>9,.1f} {f'{ratio:.2f}' if ratio else '-':>5}"
         lines.append(f"{line} {row['error']:>8.1e}")
     mib = {key: result[f"{key}_bytes"] / 2**20 for key in ("file", "float32")}
     lines += ["", f"file {mib['file']:.1f} MiB, everything included; float32 {mib['float32']:.0f} MiB"]
     lines.append("error: of the logits, against the float32 model; of packed ones, against the one with their weights")
+    if result["disturbed"] > 0.2:
+        share = f"{100 * result['disturbed']:.0f} %"
+        lines.append(
+            f"Other processes interrupted {share} of the samples, which were thrown away: better run it alone."
+        )
     return "\n".join(lines)

@@ -98,9 +98,6 @@ def add_commands(commands: Any) -> None:
     generate.add_argument("--tokens", metavar="N", type=int, default=64, help="to add at most")
     generate.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 takes the likeliest token")
     generate.add_argument("--seed", type=int, default=0, help="of the draws with a temperature")
-    generate.add_argument(
-        "--compile", action="store_true", help="compile the step first: a minute, and a C++ compiler, for more speed"
-    )
     generate.add_argument("--threads", metavar="N", type=int, help="threads (default: as torch chooses)")
     generate.set_defaults(run=_generate)
 
@@ -144,7 +141,7 @@ def _generate(options: argparse.Namespace) -> None:
     model, tokenizer = open_folder(options.model)
     prompt = tokenizer(options.prompt, return_tensors="pt").input_ids
     ids, shown, times = prompt[0].tolist(), "", [time.perf_counter()]
-    more = generate(model, prompt, options.tokens, options.temperature, options.seed, options.compile)
+    more = generate(model, prompt, options.tokens, options.temperature, options.seed)
     print(options.prompt, end="", flush=True)
     start = len(tokenizer.decode(ids))
     for token in more:
@@ -155,9 +152,8 @@ def _generate(options: argparse.Namespace) -> None:
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print()
-    steps = len(times) - 3  # the first token waits for the prompt, the second for the compiler
-    if steps > 0:
-        print(f"{steps / (times[-1] - times[2]):.1f} tokens/s after the second", file=sys.stderr)
+    if len(times) > 2:  # the first token waits for the prompt
+        print(f"{(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s after the prompt", file=sys.stderr)
 
 
 def _start(options: argparse.Namespace) -> None:

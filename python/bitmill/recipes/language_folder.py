@@ -148,8 +148,9 @@ def quantize_folder(
         calibration: a text of `recipes.language.read_ids`.
         device: where to compute.
     Returns:
-        seconds and peak_memory_bytes (of the process that finished the run), file_bytes, bits_per_weight of the layers
-        in the decoder blocks, and errors, |X W^T - X Q^T| / |X W^T| by layer on the calibration text, if there is one.
+        seconds, cpu_seconds (of all threads) and peak_memory_bytes of the process that finished the run, file_bytes,
+        bits_per_weight of the layers in the decoder blocks, and errors, |X W^T - X Q^T| / |X W^T| by layer on the
+        calibration text, if there is one.
     Raises:
         ValueError: for a missing calibration text, a folder of another run, or what `read_pretrained` and the method
             refuse.
@@ -165,7 +166,7 @@ def quantize_folder(
     run = {"model": source.name, "settings": dataclasses.asdict(settings), "calibration": text and text.name}
     result = _known(out, run)
     if result is None:
-        start = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         model, tokenizer = read_pretrained(source, getattr(torch, settings.dtype))
         model.to(device)
         windows = [w.to(device) for w in _windows(text, settings, model, tokenizer)] if text else []
@@ -176,7 +177,8 @@ def quantize_folder(
         if settings.tables == "int8":
             int8_tables_(model, Int8Config(settings.activations))
         save_pretrained(model, tokenizer, out)
-        result = {**_facts(model, blocks, out), "seconds": time.perf_counter() - start, "errors": errors}
+        times = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        result = {**_facts(model, blocks, out), **times, "errors": errors}
         _write(out, {**run, "result": result})
     shutil.rmtree(out / BLOCKS, ignore_errors=True)
     return result

@@ -79,16 +79,16 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def _float_facts(model: nn.Module) -> dict[str, Any]:
-    return {"file_bytes": sum(p.nbytes for p in model.parameters()), "bits_per_weight": 32.0, "seconds": 0.0}
+    return {"file_bytes": sum(p.nbytes for p in model.parameters()), "bits_per_weight": 32.0, "cpu_seconds": 0.0}
 
 
 def render(rows: list[dict[str, Any]]) -> str:
     """The table in Markdown."""
-    lines = ["| | perplexity | bits a weight | file, MB | minutes |", "|---|---|---|---|---|"]
+    lines = ["| | perplexity | bits a weight | file, MB | CPU minutes |", "|---|---|---|---|---|"]
     for row in rows:
         value = row["perplexity"]
         text = f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if math.isfinite(value) else "inf"
-        minutes = f"{row['seconds'] / 60:.1f}" if row["seconds"] else ""
+        minutes = f"{row['cpu_seconds'] / 60:.1f}" if row["cpu_seconds"] else ""
         lines.append(
             f"| {row['name']} | {text} | {row['bits_per_weight']:.2f} | {row['file_bytes'] / 1e6:.1f} | {minutes} |"
         )
