@@ -547,7 +547,7 @@ def test_a_file_of_another_form_or_none(tmp_path: Path) -> None:
 def test_kinds_are_the_layers_that_exist() -> None:
     assert set(checkpoint.KINDS) == {
         *("BinaryLinear", "BinaryConv2d", "BinaryEmbedding", "SalientLinear", "FP4Linear"),
-        *("OneBitLinear", "PackedOneBitLinear", "PackedZonedLinear"),
+        *("OneBitLinear", "PackedOneBitLinear", "PackedZonedLinear", "PackedInt8Linear", "PackedInt8Embedding"),
         *("PackedBinaryLinear", "PackedBinaryConv2d", "PackedBinaryEmbedding", "PackedSalientLinear"),
         "PackedFP4Linear",
     }
