@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decision of one row of binary attention whose scores have a bias, 16 keys at a time (the elastic rule: 8).
-// Bit-equal to `decide`: the two rules in float32 take the same steps. The elastic rule compares weights that are exact
-// to one unit, and asks `decide` where a unit could matter.
+// Bit-equal to `decide`: the two rules in float32 take the same steps. The elastic rule compares weights in float32
+// first, in float64 where those are too near its limit, and asks `decide` where a unit of the exact weights could
+// matter.
+#include <cmath>
 #include <limits>
 #include <memory>
 
@@ -136,6 +138,54 @@ int32_t decide_elastic(const BiasedRow<T>& row, uint32_t* bits, double* weight) 
   return sure ? count : -1;
 }
 
+// exp(x) for x <= 0, to a relative 2e-7; a NaN stays, and what is below exp(-64) counts as that.
+__m512 exponential(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-64.0f), x);  // of a NaN and a number the second
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)), 8);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e430p-1f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-0x1.05c610p-29f), r);
+  __m512 y = _mm512_set1_ps(1.0f / 720);  // Taylor's polynomial of degree 6, |r| <= ln(2) / 2
+  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
+  }
+  return _mm512_scalef_ps(y, n);
+}
+
+// decide_elastic in float32, 16 keys at a time: -1 where a decision is too near for that, which is rare.
+template <class T>
+int32_t decide_elastic_roughly(const BiasedRow<T>& row, uint32_t* bits, float* weight) {
+  const __m512 slope = _mm512_set1_ps(static_cast<float>(row.t.p.slope));
+  __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  for (int64_t step = 0; step < row.steps(); ++step) {
+    const __m512 dots = _mm512_cvtepi32_ps(_mm512_loadu_si512(row.dot + step * kTileRows));
+    const __m512 score = _mm512_fmadd_ps(slope, dots, row.biases(step));
+    top = _mm512_mask_max_ps(top, row.attended(step), top, score);
+    _mm512_storeu_ps(weight + step * kTileRows, score);
+  }
+  const float largest = _mm512_reduce_max_ps(top);
+  __m512 sums = _mm512_setzero_ps();
+  for (int64_t step = 0; step < row.steps(); ++step) {
+    float* at = weight + step * kTileRows;
+    const __m512 w = exponential(_mm512_sub_ps(_mm512_loadu_ps(at), _mm512_set1_ps(largest)));
+    sums = _mm512_mask_add_ps(sums, row.attended(step), sums, w);
+    _mm512_storeu_ps(at, w);
+  }
+  const float limit = static_cast<float>(row.t.p.threshold) * _mm512_reduce_add_ps(sums);
+  // Weights that matter are those of scores within 64 of the largest, and a score is off by its rounding; a sum by that
+  // of its additions. All five times what it can be.
+  const float unsure = 2e-5f + 2e-6f * (std::fabs(largest) + 64.0f) + 1e-7f * static_cast<float>(row.t.p.m);
+  const __m512 high = _mm512_set1_ps(limit * (1 + unsure)), low = _mm512_set1_ps(limit * (1 - unsure));
+  bool sure = true;
+  const int32_t count = write_halves(row.t, bits, [&](int64_t step) {
+    const __mmask16 attended = row.attended(step);
+    const __m512 w = _mm512_loadu_ps(weight + step * kTileRows);
+    const __mmask16 above = _mm512_mask_cmp_ps_mask(attended, w, high, _CMP_GT_OQ);
+    sure &= (above | _mm512_mask_cmp_ps_mask(attended, w, low, _CMP_LT_OQ)) == attended;
+    return above;
+  });
+  return sure ? count : -1;
+}
+
 }  // namespace
 
 int32_t decide_biased_avx512(const AttentionTask& t, int64_t batch, int64_t row, const int32_t* dot, uint32_t* bits,
@@ -147,7 +197,8 @@ int32_t decide_biased_avx512(const AttentionTask& t, int64_t batch, int64_t row,
     const BiasedRow<T> biased{t, bias, dot, t.keep_of(batch, row)};
     if (t.p.rule == AttentionRule::bool_) return decide_bool(biased, bits);
     if (t.p.rule == AttentionRule::softmax_aware) return decide_softmax_aware(biased, bits);
-    return decide_elastic(biased, bits, weight);
+    const int32_t count = decide_elastic_roughly(biased, bits, reinterpret_cast<float*>(weight));
+    return count < 0 ? decide_elastic(biased, bits, weight) : count;
   });
   return count < 0 ? decide(t, batch, row, dot, bits) : count;
 }
