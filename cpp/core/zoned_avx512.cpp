@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The zoned product by table lookup (lookup_tables_avx512.h): three lookups for every 4 columns that are not salient
-// (the signs b1, the zones t, and t b1), two for salient ones, five if they are split too; the scales come in once a
-// block. 4 rows share the bits of a tile; a single row takes 4 tiles. The arithmetic of an output is the same either
-// way.
+// (the signs b1, the zones t, and t b1), two for salient ones, and three more if they are split too; the scales come in
+// once a block. 4 rows share the bits of a tile; a single row takes 4 tiles. The arithmetic of an output is the same
+// either way.
 #include <new>
 #include <type_traits>
 
@@ -85,16 +85,14 @@ struct SalientSums {
   }
 };
 
-// Of salient columns that are split: also by t, t b1 and t b2.
+// Of salient columns that are split, besides: by t, t b1 and t b2.
 struct SplitSums {
-  __m512 first = _mm512_setzero_ps(), second = first, zone = first, zone_first = first, zone_second = first;
+  __m512 zone = _mm512_setzero_ps(), first = zone, second = zone;
 
   [[gnu::always_inline]] void add(Bits bits, __m512 table) {
-    look_up(first, bits.sign, table);
-    look_up_by_product(second, bits.zone, table);
     look_up(zone, bits.split, table);
-    look_up_by_product(zone_first, equal(bits.sign, bits.split), table);
-    look_up(zone_second, equal(bits.zone, bits.split), table);
+    look_up_by_product(first, equal(bits.sign, bits.split), table);
+    look_up(second, equal(bits.zone, bits.split), table);
   }
 };
 
@@ -138,14 +136,14 @@ __m512 scaled(__m512 result, SalientSums s, Scales<S>& scales, bool centred, con
 }
 
 template <class S>
-__m512 scaled(__m512 result, SplitSums s, Scales<S>& scales, bool centred, const float* totals) {
+__m512 scaled(__m512 result, SalientSums s, SplitSums z, Scales<S>& scales, bool centred, const float* totals) {
   const __m512 total = _mm512_set1_ps(totals[0]);
-  if (centred) result = _mm512_fmadd_ps(scales.next(), half_difference(total, s.zone), result);
-  result = _mm512_fmadd_ps(scales.next(), half_difference(s.first, s.zone_first), result);
-  result = _mm512_fmadd_ps(scales.next(), half_difference(s.second, s.zone_second), result);
-  if (centred) result = _mm512_fmadd_ps(scales.next(), half_sum(total, s.zone), result);
-  result = _mm512_fmadd_ps(scales.next(), half_sum(s.first, s.zone_first), result);
-  return _mm512_fmadd_ps(scales.next(), half_sum(s.second, s.zone_second), result);
+  if (centred) result = _mm512_fmadd_ps(scales.next(), half_difference(total, z.zone), result);
+  result = _mm512_fmadd_ps(scales.next(), half_difference(s.first, z.first), result);
+  result = _mm512_fmadd_ps(scales.next(), half_difference(s.second, z.second), result);
+  if (centred) result = _mm512_fmadd_ps(scales.next(), half_sum(total, z.zone), result);
+  result = _mm512_fmadd_ps(scales.next(), half_sum(s.first, z.first), result);
+  return _mm512_fmadd_ps(scales.next(), half_sum(s.second, z.second), result);
 }
 
 // The bits of a tile.
@@ -244,7 +242,7 @@ void finish(const Task& task, int64_t row, int64_t tile, __m512 value) {
 }
 
 // 4 rows from `row` on of one tile, or one row of 4 tiles from `tile` on. totals: [blocks][2] of a row.
-template <bool rows, class T, class S, class Salient>
+template <bool rows, bool split, class T, class S>
 void block(const Task& task, int64_t row, int64_t tile, const float* tables, const float* totals) {
   const ZonedWeight& w = task.p.weight;
   const int64_t count = static_cast<int64_t>(task.plan.blocks.size()), step = rows ? 0 : 1;
@@ -253,19 +251,26 @@ void block(const Task& task, int64_t row, int64_t tile, const float* tables, con
   for (int64_t i = 0; i < count; ++i, totals += 2) {
     const ZonedBlock& b = task.plan.blocks[i];
     const int64_t first = b.first / 8, others_begin = first + b.others_begin();
-    FourSums<rows, Salient> salient;
-    salient.add(task, tiles, first, first + b.salient_octets(), b.split_first / 8, tables);
+    FourSums<rows, SplitSums> splits;
+    if constexpr (split) {
+      const float* same = tables;
+      splits.add(task, tiles, first, first + b.salient_octets(), b.split_first / 8, same);
+    }
+    FourSums<rows, SalientSums> salient;
+    salient.add(task, tiles, first, first + b.salient_octets(), 0, tables);
     FourSums<rows, OtherSums> others;
     others.add(task, tiles, others_begin, others_begin + b.other_octets(), 0, tables);
-    const auto add = [&](int64_t unit, __m512 result, const OtherSums& other, const Salient& more) {
+    const auto add = [&](int64_t unit, __m512 result, const OtherSums& other, const SalientSums& more,
+                         const SplitSums& zones) {
       const int64_t at = tile + unit * step < task.end ? tile + unit * step : task.end - 1;
       Scales<S> scales{static_cast<const S*>(w.scale) + (at * count + i) * w.scales() * kTileRows};
       const float* of_row = totals + (rows ? unit * 2 * count : 0);
       result = scaled(result, other, scales, w.centred, of_row);
+      if constexpr (split) return scaled(result, more, zones, scales, w.centred, of_row);
       return scaled(result, more, scales, w.centred, of_row);
     };
-    r0 = add(0, r0, others.s0, salient.s0), r1 = add(1, r1, others.s1, salient.s1);
-    r2 = add(2, r2, others.s2, salient.s2), r3 = add(3, r3, others.s3, salient.s3);
+    r0 = add(0, r0, others.s0, salient.s0, splits.s0), r1 = add(1, r1, others.s1, salient.s1, splits.s1);
+    r2 = add(2, r2, others.s2, salient.s2, splits.s2), r3 = add(3, r3, others.s3, salient.s3, splits.s3);
   }
   const auto put = [&](int64_t unit, __m512 result) {
     finish<T>(task, row + (rows ? unit : 0), tile + unit * step, result);
@@ -307,7 +312,7 @@ class Row {
   std::vector<float> slots_, scale_;
 };
 
-template <class T, class S, class Salient>
+template <bool split, class T, class S>
 void multiply(const Task& task, int64_t begin) {
   const ZonedMatmulParams& p = task.p;
   const int64_t k = p.weight.k, row_totals = 2 * static_cast<int64_t>(task.plan.blocks.size());
@@ -322,22 +327,16 @@ void multiply(const Task& task, int64_t begin) {
   for (; row + kUnits <= p.m; row += kUnits) {
     for (int64_t unit = 0; unit < kUnits; ++unit) prepare(row + unit, unit);
     for (int64_t tile = begin; tile < task.end; ++tile) {
-      block<true, T, S, Salient>(task, row, tile, tables, totals.data());
+      block<true, split, T, S>(task, row, tile, tables, totals.data());
     }
   }
   for (; row < p.m; ++row) {
     prepare(row, 0);
     for (int64_t tile = begin; tile < task.end; tile += kUnits) {
-      block<false, T, S, Salient>(task, row, tile, tables, totals.data());
+      block<false, split, T, S>(task, row, tile, tables, totals.data());
     }
   }
   ::operator delete[](tables, std::align_val_t{64});
-}
-
-template <class T, class S>
-void multiply(const Task& task, int64_t begin) {
-  if (task.p.weight.split) return multiply<T, S, SplitSums>(task, begin);
-  multiply<T, S, SalientSums>(task, begin);
 }
 
 }  // namespace
@@ -347,7 +346,10 @@ void zoned_tiles_avx512(const ZonedMatmulParams& p, const ZonedPlan& plan, int64
   const int64_t floats = word_count(static_cast<int64_t>(plan.slots.size())) * kTableFloats;
   const Task task{p, plan, word_count(w.k), w.salient_zone_words, end, floats};
   with_dtype(p.dtype, p.x, [&]<class T>(const T*) {
-    w.scale_dtype == Dtype::f32 ? multiply<T, float>(task, begin) : multiply<T, Float16>(task, begin);
+    const auto run = [&]<class S>(const S*) {
+      w.split ? multiply<true, T, S>(task, begin) : multiply<false, T, S>(task, begin);
+    };
+    w.scale_dtype == Dtype::f32 ? run(static_cast<const float*>(nullptr)) : run(static_cast<const Float16*>(nullptr));
   });
 }
 
