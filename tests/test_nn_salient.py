@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -479,3 +480,37 @@ def test_salient_quantiles_take_both_ends() -> None:
         assert low.max() < weight[~mask].min() and high.min() > weight[~mask].max()
     assert not salient_quantiles(weight, 0.0).any() and not salient_quantiles(torch.ones(3, 4), 0.5).any()
     assert salient_quantiles(torch.ones(0, 4), 0.5).shape == (0, 4)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_joined_layers_are_all_of_them_side_by_side(fraction: float, activations: str) -> None:
+    config = SalientConfig(fraction, group_size=32, activations=activations)
+    layers = [PackedSalientLinear.from_linear(nn.Linear(70, n), config) for n in (32, 16, 19)]
+    x = torch.randn(3, 70)
+    want = [layer(x) for layer in layers]
+    before = [layer.state_dict() for layer in copy.deepcopy(layers)]
+    whole = PackedSalientLinear.joined(layers)
+    assert whole is not None and torch.equal(whole(x), torch.cat(want, 1)) and torch.equal(whole.bound()(x), whole(x))
+    whole.validate()
+    for layer, output, state in zip(layers, want, before, strict=True):
+        assert torch.equal(layer(x), output)
+        for name, t in state.items():
+            assert torch.equal(layer.state_dict()[name], t)
+            assert name == "start" or layer.state_dict()[name].untyped_storage().data_ptr() == (
+                whole.state_dict()[name].untyped_storage().data_ptr()
+            )
+
+
+def test_layers_that_cannot_be_joined() -> None:
+    def packed(n: int = 16, k: int = 70, bias: bool = True, **options: Any) -> PackedSalientLinear:
+        return PackedSalientLinear.from_linear(nn.Linear(k, n, bias), SalientConfig(**options))
+
+    for first, second in (
+        (packed(17), packed()),
+        (packed(k=64), packed()),
+        (packed(bias=False), packed()),
+        (packed(fraction=0.2), packed()),
+        (packed(structure="column"), packed(structure="column")),
+    ):
+        assert PackedSalientLinear.joined([first, second]) is None

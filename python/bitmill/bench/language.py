@@ -52,7 +52,7 @@ def run(
     name: str,
     method: str | None = None,
     tokens: int | None = None,
-    seconds: float = 8.0,
+    seconds: float = 2.0,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Time a prompt and single steps after it, of a model with random weights, on the threads that torch has.

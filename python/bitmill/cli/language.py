@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -157,8 +158,6 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _start(options: argparse.Namespace) -> None:
-    import importlib.util
-
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"it needs {package}, which is not installed: pip install {package}")

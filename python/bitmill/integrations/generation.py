@@ -9,30 +9,54 @@ Other models run as transformers has them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache, PreTrainedModel
+
+from ..nn import PackedSalientLinear
+from .transformers import PreTrainedModel, transformers
 
 LEAN = ("llama", "mistral", "qwen2")  # model types whose blocks are all like Llama's
 
 
-class _Block(NamedTuple):
-    """The modules of a decoder block, and its part of the cache: keys and values [key heads, capacity, head_dim]."""
+class _Norm:
+    """RMSNorm of Llama's kind in few calls: x rsqrt(sum x^2 + n eps), times sqrt(n) weight."""
 
-    norm: Any
-    query: Any
-    key: Any
-    value: Any
-    output: Any
-    mlp_norm: Any
-    gate: Any
-    up: Any
-    down: Any
-    activation: Any
+    def __init__(self, norm: Any) -> None:
+        n = norm.weight.numel()
+        self.eps, self.weight = n * norm.variance_epsilon, norm.weight.detach().float() * n**0.5
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values = x.float()
+        scale = (values * values).sum(-1, keepdim=True).add_(self.eps).rsqrt_()
+        return (values * scale).mul_(self.weight).to(x.dtype)
+
+
+Rows = Callable[[Tensor], Tensor]
+
+
+def _side_by_side(layers: list[Any]) -> Rows:
+    """Rows of x to the outputs of all layers, one after another; in one product where they can be joined."""
+    if all(isinstance(layer, PackedSalientLinear) for layer in layers):
+        whole = PackedSalientLinear.joined(layers) if len(layers) > 1 else layers[0]
+        if whole is not None:
+            return whole.bound()
+    return layers[0] if len(layers) == 1 else lambda x: torch.cat([layer(x) for layer in layers], 1)
+
+
+class _Block(NamedTuple):
+    """A decoder block in pieces, and its part of the cache: keys and values [key heads, capacity, head_dim]."""
+
+    norm: Rows
+    projections: Rows  # queries, keys, values
+    output: Rows
+    mlp_norm: Rows
+    widen: Rows  # gate, up
+    activation: Rows
+    down: Rows
     keys: Tensor
     values: Tensor
 
@@ -41,7 +65,8 @@ class _Walk:
     """A model of `LEAN` and the cache of one text: a prompt first, then token after token."""
 
     def __init__(self, model: Any, capacity: int) -> None:
-        self.model, self.body, config = model, model.model, model.config
+        self.body, self.head, config = model.model, model.lm_head, model.config
+        self.norm = _Norm(self.body.norm)
         self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         attention = self.body.layers[0].self_attn
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
@@ -49,21 +74,19 @@ class _Walk:
         cache = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.blocks = [
             _Block(
-                norm=block.input_layernorm,
-                query=block.self_attn.q_proj,
-                key=block.self_attn.k_proj,
-                value=block.self_attn.v_proj,
-                output=block.self_attn.o_proj,
-                mlp_norm=block.post_attention_layernorm,
-                gate=block.mlp.gate_proj,
-                up=block.mlp.up_proj,
-                down=block.mlp.down_proj,
+                norm=_Norm(block.input_layernorm),
+                projections=_side_by_side([getattr(block.self_attn, f"{name}_proj") for name in "qkv"]),
+                output=_side_by_side([block.self_attn.o_proj]),
+                mlp_norm=_Norm(block.post_attention_layernorm),
+                widen=_side_by_side([block.mlp.gate_proj, block.mlp.up_proj]),
                 activation=block.mlp.act_fn,
+                down=_side_by_side([block.mlp.down_proj]),
                 keys=keys,
                 values=values,
             )
             for block, (keys, values) in zip(self.body.layers, cache, strict=True)
         ]
+        self.nothing = cache.new_zeros(1, 1, 1)
         self.length = 0
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -74,23 +97,25 @@ class _Walk:
         cos, sin = (table[0].unsqueeze(1) for table in self.body.rotary_emb(hidden, places))  # [m, 1, head_dim]
         half = self.head_dim // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # for halves that have changed places
+        turning = self.heads + self.key_heads
         for block in self.blocks:
-            x = _normalised(block.norm, hidden)
-            joined = torch.cat((block.query(x), block.key(x)), 1).unflatten(1, (-1, self.head_dim))
-            turned = torch.addcmul(joined * cos, joined.roll(half, 2), sin)
+            rows = block.projections(block.norm(hidden)).unflatten(1, (-1, self.head_dim))
+            straight = rows[:, :turning]
+            turned = torch.addcmul(straight * cos, straight.roll(half, 2), sin)
             block.keys[:, start : self.length] = turned[:, self.heads :].transpose(0, 1)
-            block.values[:, start : self.length] = block.value(x).unflatten(1, (-1, self.head_dim)).transpose(0, 1)
+            block.values[:, start : self.length] = rows[:, turning:].transpose(0, 1)
             hidden = hidden + block.output(self._attend(turned[:, : self.heads], block))
-            x = _normalised(block.mlp_norm, hidden)
-            hidden = hidden + block.down(block.activation(block.gate(x)) * block.up(x))
-        return self.model.lm_head(_normalised(self.body.norm, hidden[-1:]))
+            gate, up = block.widen(block.mlp_norm(hidden)).chunk(2, 1)
+            hidden = hidden + block.down(block.activation(gate) * up)
+        return self.head(self.norm(hidden[-1:]))
 
     def _attend(self, queries: Tensor, block: _Block) -> Tensor:
         """Context [m, heads head_dim] of queries [m, heads, head_dim]."""
         keys, values = block.keys[:, : self.length], block.values[:, : self.length]
         if len(queries) == 1:  # the queries that share a key head are rows of one product
-            rows = queries.view(self.key_heads, -1, self.head_dim) * self.scaling
-            return ((rows @ keys.transpose(1, 2)).softmax(-1) @ values).view(1, -1)
+            rows = queries.view(self.key_heads, -1, self.head_dim)
+            scores = torch.baddbmm(self.nothing, rows, keys.transpose(1, 2), beta=0, alpha=self.scaling)
+            return torch.bmm(scores.softmax(-1), values).view(1, -1)
         context = scaled_dot_product_attention(
             queries.transpose(0, 1).unsqueeze(0),
             keys.unsqueeze(0),
@@ -102,20 +127,14 @@ class _Walk:
         return context[0].transpose(0, 1).flatten(1)
 
 
-def _normalised(norm: Any, x: Tensor) -> Tensor:
-    """RMSNorm as Llama's module has it, in fewer calls."""
-    values = x.float()
-    scale = values.square().mean(-1, keepdim=True).add_(norm.variance_epsilon).rsqrt_()
-    return norm.weight * (values * scale).to(x.dtype)
-
-
 class Decoder:
     """A model in the middle of a text.
 
     Args:
         model: in eval mode.
         capacity: the most tokens that the text will have.
-        lean: walk the blocks here, without hooks; None where that is possible.
+        lean: walk the blocks here, without hooks, and with packed layers joined that share their input; None where that
+            is possible.
     Raises:
         ValueError: for a capacity that the model does not have, or one that is not of `LEAN` with lean=True.
     """
@@ -146,7 +165,7 @@ class Decoder:
         if self._walk is not None:
             self._walk.length = 0
         else:
-            self._cache: Any = DynamicCache(config=self.model.config)
+            self._cache: Any = transformers.DynamicCache(config=self.model.config)
         return self._logits(ids)
 
     @torch.inference_mode()

@@ -16,14 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint import load, save
 from ..config import Int8Config
 from ..convert import replace_modules
 from ..nn import PackedInt8Embedding, PackedInt8Linear
-from .transformers import transformers
+from .transformers import PreTrainedModel, transformers
 
 PACKED_FILE = "packed.safetensors"
 
@@ -59,11 +57,11 @@ def read_pretrained(path: str | os.PathLike[str], dtype: torch.dtype = torch.flo
     elif (path / PACKED_FILE).exists():
         raise ValueError(f"the model must not be quantised yet, {path} has a {PACKED_FILE}; take the original")
     with _reading(path):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         # Newer transformers multiply with GGUF's blocks as they are, unless told not to.
         if options and hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     _conv1d_to_linear_(model)
@@ -127,10 +125,10 @@ def load_pretrained(folder: str | os.PathLike[str]) -> LanguageModel:
             f"{folder} must hold a packed model, {missing[0]} is missing; run `bitmill quantize` to its end"
         )
     with _reading(folder):
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     _conv1d_to_linear_(model)
     for module in model.modules():  # tables that no file holds, such as those of rotary embeddings
         for name in module._non_persistent_buffers_set:
@@ -145,6 +143,8 @@ def load_pretrained(folder: str | os.PathLike[str]) -> LanguageModel:
 
 def _conv1d_to_linear_(model: nn.Module) -> None:
     """y = x W + b with W [k, n] is nn.Linear with W^T."""
+    from transformers.pytorch_utils import Conv1D
+
     replacements: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if type(module) is Conv1D:

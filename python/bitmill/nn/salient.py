@@ -8,7 +8,7 @@ outputs differ by summation order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..binarize.levels import with_slope
 from ..config import SalientConfig
 from ..ops import int8_fake_quant, tile_pack
-from ..ops._checks import ceil_div, tile_shape
+from ..ops._checks import TILE_ROWS, ceil_div, tile_shape
 from ..ops._groups import columns_of_groups
 from ..ops._library import without_autocast
 from ..ops._salient_encoding import (
@@ -339,6 +339,39 @@ class PackedSalientLinear(PackedModule):
         packed.value_scale, packed.value_zero = scales.scale, scales.zero
         packed.bias = None if bias is None else bias.detach().float().clone()
         return packed
+
+    @classmethod
+    @torch.no_grad()
+    def joined(cls, layers: Sequence[PackedSalientLinear]) -> PackedSalientLinear | None:
+        """One layer with the outputs of all, one after another; None if their arrays cannot be put together.
+
+        That takes one input width, one config, one encoding other than whole columns, and whole tiles of outputs in all
+        but the last. The layers keep working: their arrays become parts of the new one's, so nothing is stored twice.
+        """
+        first = layers[0]
+        encoding = encoding_of(cls.__name__, first.index)
+        kinds = {(x.in_features, x.config, x.bias is None, encoding_of(cls.__name__, x.index)) for x in layers}
+        if len(kinds) > 1 or encoding == "columns" or any(x.out_features % TILE_ROWS for x in layers[:-1]):
+            return None
+        n, lengths = sum(x.out_features for x in layers), [len(x.value) for x in layers]
+        whole = cls(first.in_features, n, first.bias is not None, first.config, encoding, sum(lengths), "meta")
+        for name in (*ARRAYS, "bias"):
+            parts = [t for x in layers if (t := x._buffers[name]) is not None]
+            if name == "start":
+                ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+                whole.start = torch.cat([parts[0][:1], *(t[1:] + end for t, end in zip(parts, ends, strict=False))])
+            elif parts:
+                together = torch.cat(parts)
+                setattr(whole, name, together)
+                for x, part in zip(layers, together.split([len(t) for t in parts]), strict=True):
+                    setattr(x, name, part)
+        return whole.train(first.training)
+
+    def bound(self) -> Callable[[Tensor], Tensor]:
+        """`forward` with the buffers as they are now, for loops in which a module's look-ups take as long as its op."""
+        tensors = self._buffers
+        arguments = [*(tensors[name] for name in ARRAYS), tensors["bias"], self.config.group_size or 0]
+        return lambda x: _salient_linear(x, *arguments, self.config.activations)
 
     def arguments(self) -> dict[str, Any]:
         encoding = encoding_of("PackedSalientLinear", self.index)
