@@ -97,6 +97,13 @@ def test_the_recipe_says_what_is_wrong() -> None:
         binarize_(model, MAGNITUDE, {"layers.0.norm": torch.ones(1, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"layers\.0\.wq: .* mask must be bool \[32, 32\], got bool \[1\]"):
         binarize_(model, MAGNITUDE, {"layers.0.wq": torch.ones(1, dtype=torch.bool)})
+    kept = model.layers[1].w1.weight[0, 0].item()
+    with torch.no_grad():
+        model.layers[1].w1.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.w1: SalientLinear: weight must be finite"):
+        binarize_(model, MAGNITUDE)
+    with torch.no_grad():
+        model.layers[1].w1.weight[0, 0] = kept
     model.layers[1].w3.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"layers\.1\.w3: it has hooks"):
         binarize_(model, MAGNITUDE)
