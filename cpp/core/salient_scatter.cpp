@@ -126,35 +126,6 @@ bool row_is_consistent(const SalientWeight& w, int64_t row) {
   return !signs;
 }
 
-// 4-bit codes as bytes in `bytes`, and the same weight with these: what the AVX-512 forms read.
-SalientWeight widen_codes(const SalientWeight& w, ParallelFor parallel_for, std::unique_ptr<uint8_t[]>& bytes) {
-  constexpr double kNanoseconds = 0.1;  // of a code
-  const auto* pairs = static_cast<const uint8_t*>(w.value);
-  SalientWeight wide = w;
-  wide.code_bits = 8;
-  if (w.encoding != SalientEncoding::columns) {
-    const int64_t count = w.encoding == SalientEncoding::list ? w.entries * kTileRows / 2 : w.entries / 2;
-    bytes = std::make_unique_for_overwrite<uint8_t[]>(2 * count);
-    split(parallel_for, count, 2 * kNanoseconds, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) bytes[2 * i] = pairs[i] & 15, bytes[2 * i + 1] = pairs[i] >> 4;
-    });
-  } else {
-    const int64_t words = word_count(w.entries, 8), pair_words = word_count(w.entries, 4);
-    bytes = std::make_unique_for_overwrite<uint8_t[]>(4 * tile_count(w.n) * words * kTileRows);
-    split(parallel_for, tile_count(w.n), 64 * kNanoseconds * static_cast<double>(words),
-          [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin * words * kTileRows; i < end * words * kTileRows; ++i) {
-              const int64_t lane = i % kTileRows, word = i / kTileRows % words, tile = i / kTileRows / words;
-              const uint8_t* from = pairs + 4 * ((tile * pair_words + word / 2) * kTileRows + lane) + word % 2 * 2;
-              uint8_t* to = bytes.get() + 4 * i;
-              to[0] = from[0] & 15, to[1] = from[0] >> 4, to[2] = from[1] & 15, to[3] = from[1] >> 4;
-            }
-          });
-  }
-  wide.value = bytes.get();
-  return wide;
-}
-
 // Rows of x as float32, or as int8, and the sign plane's part of the product.
 struct Rows {
   std::vector<float> values, scale, signs;
@@ -224,6 +195,63 @@ Kernel choose_kernel([[maybe_unused]] const SalientMatmulParams& p) {
   return {detail::salient_tiles_generic, 1.0, false};
 }
 
+// 4-bit codes as bytes. Apart from their users, so that the compiler sees that nothing overlaps.
+void spread_codes(const uint8_t* __restrict pairs, int64_t count, uint8_t* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) out[2 * i] = pairs[i] & 15, out[2 * i + 1] = pairs[i] >> 4;
+}
+
+// One tile of columns, from words of 8 codes to words of 4.
+void spread_columns(const uint32_t* __restrict pairs, int64_t words, uint32_t* __restrict out) {
+  for (int64_t word = 0; word < words; ++word) {
+    for (int64_t lane = 0; lane < kTileRows; ++lane) {
+      uint32_t four = pairs[word / 2 * kTileRows + lane] >> (word % 2 * 16) & 0xFFFF;
+      four = (four | four << 8) & 0x00FF00FF;
+      out[word * kTileRows + lane] = (four | four << 4) & 0x0F0F0F0F;
+    }
+  }
+}
+
+// The codes, as bytes, that lie before a tile.
+int64_t codes_before(const SalientWeight& w, int64_t tile) {
+  if (w.encoding == SalientEncoding::columns) return 4 * tile * word_count(w.entries, 8) * kTileRows;
+  return w.encoding == SalientEncoding::list ? w.start[tile] * kTileRows : w.start[std::min(tile * kTileRows, w.n)];
+}
+
+// Tiles [begin, end) of a weight with 4-bit codes, for a kernel that reads bytes. A few rows of activations take some
+// tiles at a time, whose bytes stay in the cache; many rows take all at once, because a kernel prepares them anew in
+// every call.
+void multiply_spread(const Kernel& kernel, const detail::SalientTask& task, int64_t begin, int64_t end) {
+  constexpr int64_t kFewRows = 8, kCachedCodes = 1 << 16;
+  const SalientWeight& w = task.weight;
+  const int64_t most = task.m < kFewRows ? kCachedCodes : codes_before(w, end), words = word_count(w.entries, 8);
+  std::unique_ptr<uint8_t[]> bytes;
+  int64_t room = 0;
+  for (int64_t first = begin, last; first < end; first = last) {
+    const int64_t base = codes_before(w, first) / 2 * 2;
+    last = first + 1;
+    while (last < end && codes_before(w, last + 1) - base <= most) ++last;
+    const int64_t codes = ceil_div(codes_before(w, last) - base, 2) * 2;
+    if (codes > room) bytes = std::make_unique_for_overwrite<uint8_t[]>(room = codes);
+    SalientWeight wide = w;
+    wide.code_bits = 8;
+    if (w.encoding == SalientEncoding::columns) {
+      const auto* pairs = static_cast<const uint32_t*>(w.value);
+      for (int64_t tile = first; tile < last; ++tile) {
+        spread_columns(pairs + tile * word_count(w.entries, 4) * kTileRows, words,
+                       reinterpret_cast<uint32_t*>(bytes.get()) + (tile - first) * words * kTileRows);
+      }
+    } else {
+      spread_codes(static_cast<const uint8_t*>(w.value) + base / 2, codes / 2, bytes.get());
+      if (w.encoding == SalientEncoding::bitmap) wide.entries = base + codes;
+    }
+    // The kernels count codes from the first one of all.
+    wide.value = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(bytes.get()) - static_cast<uintptr_t>(base));
+    kernel.tiles({wide, task.m, task.groups, task.group_width, task.x, task.q, task.row_scale, task.total, task.signs,
+                  task.bias, task.dtype, task.out},
+                 first, last);
+  }
+}
+
 double salient_weights(const SalientWeight& w) {
   const double entries = static_cast<double>(w.entries);
   if (w.encoding == SalientEncoding::list) return entries * kTileRows;
@@ -282,9 +310,7 @@ Status salient_matmul(const SalientMatmulParams& p) {
   const Status status = p.m == 0 ? salient_check(w, p.parallel_for) : check_outline(w);
   if (status != Status::ok || p.m == 0 || w.n == 0) return status;
   const Kernel kernel = choose_kernel(p);
-  std::unique_ptr<uint8_t[]> bytes;
-  const bool narrow = w.value_scale && w.code_bits == 4 && kernel.tiles != detail::salient_tiles_generic;
-  const SalientWeight of_kernel = narrow ? widen_codes(w, p.parallel_for, bytes) : w;
+  const bool spreads = w.value_scale && w.code_bits == 4 && kernel.tiles != detail::salient_tiles_generic;
   const int64_t row_bytes_of_x = w.k * bytes_of(p.dtype), row_bytes = w.n * bytes_of(p.dtype);
   for (int64_t row = 0; row < p.m; row += kRowBlock) {
     const int64_t m = std::min(kRowBlock, p.m - row);
@@ -293,7 +319,7 @@ Status salient_matmul(const SalientMatmulParams& p) {
     const Status signs = multiply_signs(p, x, m, p.int8 && !kernel.reads_int8, rows);
     if (signs != Status::ok) return signs;
     const bool direct = !p.int8 && p.dtype == Dtype::f32;
-    const detail::SalientTask task{of_kernel,
+    const detail::SalientTask task{w,
                                    m,
                                    group_count(w),
                                    group_width(w),
@@ -307,7 +333,9 @@ Status salient_matmul(const SalientMatmulParams& p) {
                                    static_cast<char*>(p.out) + row * row_bytes};
     const double salient = (salient_weights(w) / static_cast<double>(w.n) + 2.0) * kTileRows;
     split(p.parallel_for, tile_count(w.n), salient * static_cast<double>(m + 4) * kernel.nanoseconds,
-          [&](int64_t begin, int64_t end) { kernel.tiles(task, begin, end); });
+          [&](int64_t begin, int64_t end) {
+            spreads ? multiply_spread(kernel, task, begin, end) : kernel.tiles(task, begin, end);
+          });
   }
   return Status::ok;
 }

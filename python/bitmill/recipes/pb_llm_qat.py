@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..config import SalientConfig
 from ..convert import Filter, replace_modules, require_bare
 from ..nn import PackedSalientLinear, SalientLinear
+from ..nn._module import require_finite
 from .layerwise import decoder_blocks
 from .pb_llm import WITHOUT_ACTIVATIONS
 
@@ -58,7 +59,8 @@ def binarize_(
         The names that were swapped.
     Raises:
         ValueError: for a metric that needs activations without masks, a mask of a layer that the model does not have or
-            of another shape, or a model in which nothing matches. The model is unchanged then.
+            of another shape, a weight that is not finite, or a model in which nothing matches. The model is unchanged
+            then.
     """
     if masks is None and config.metric not in WITHOUT_ACTIVATIONS:
         raise ValueError(
@@ -80,6 +82,7 @@ def binarize_(
             raise ValueError(f"binarize_: masks must be of nn.Linear layers of the model, it has none named {name!r}")
         try:
             require_bare(linears[name])
+            require_finite("SalientLinear", linears[name].weight)
             mask = None if masks is None else masks[name]
             replacements[linears[name]] = SalientLinear.from_linear(linears[name], config, mask)
         except ValueError as error:
