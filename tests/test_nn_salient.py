@@ -125,7 +125,7 @@ def test_salient_linear_gradients(config: SalientConfig, dtype: torch.dtype) -> 
     expected = g.float().flatten(0, 1).T @ (int8_fake_quant(rows) if config.activations == "int8" else rows)
     got, scales, w = layer.weight.grad, layer.scales(), layer.weight.detach().float()
     centred = w - (0 if scales.mu is None else columns_of_groups(scales.mu, 70, config.group_size))
-    window = {"identity": 1.0, "clip": (centred.abs() <= 1).float(), "tanh": 1 - torch.tanh(0.1 * centred) ** 2}
+    window = {"identity": 1.0, "clip": (centred.abs() <= 1).float(), "ede": 1 - torch.tanh(0.1 * centred) ** 2}
     expected = expected * columns_of_groups(scales.alpha, 70, config.group_size) * window[config.surrogate]
     assert got is not None and got.dtype == dtype
     assert (got[layer.mask] == 0).all()
@@ -512,5 +512,6 @@ def test_layers_that_cannot_be_joined() -> None:
         (packed(bias=False), packed()),
         (packed(fraction=0.2), packed()),
         (packed(structure="column"), packed(structure="column")),
+        (packed(bits=4), packed(bits=4)),
     ):
         assert PackedSalientLinear.joined([first, second]) is None

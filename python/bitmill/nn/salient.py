@@ -345,13 +345,15 @@ class PackedSalientLinear(PackedModule):
     def joined(cls, layers: Sequence[PackedSalientLinear]) -> PackedSalientLinear | None:
         """One layer with the outputs of all, one after another; None if their arrays cannot be put together.
 
-        That takes one input width, one config, one encoding other than whole columns, and whole tiles of outputs in all
-        but the last. The layers keep working: their arrays become parts of the new one's, so nothing is stored twice.
+        That takes one input width, one config with codes of whole bytes, one encoding other than whole columns, and
+        whole tiles of outputs in all but the last. The layers keep working: their arrays become parts of the new one's,
+        so nothing is stored twice.
         """
         first = layers[0]
         encoding = encoding_of(cls.__name__, first.index)
         kinds = {(x.in_features, x.config, x.bias is None, encoding_of(cls.__name__, x.index)) for x in layers}
-        if len(kinds) > 1 or encoding == "columns" or any(x.out_features % TILE_ROWS for x in layers[:-1]):
+        fit = encoding != "columns" and first.config.bits != 4
+        if len(kinds) > 1 or not fit or any(x.out_features % TILE_ROWS for x in layers[:-1]):
             return None
         n, lengths = sum(x.out_features for x in layers), [len(x.value) for x in layers]
         whole = cls(first.in_features, n, first.bias is not None, first.config, encoding, sum(lengths), "meta")
@@ -371,7 +373,8 @@ class PackedSalientLinear(PackedModule):
         """`forward` with the buffers as they are now, for loops in which a module's look-ups take as long as its op."""
         tensors = self._buffers
         arguments = [*(tensors[name] for name in ARRAYS), tensors["bias"], self.config.group_size or 0]
-        return lambda x: _salient_linear(x, *arguments, self.config.activations)
+        activations, bits = self.config.activations, self.code_bits
+        return lambda x: _salient_linear(x, *arguments, activations, bits)
 
     def arguments(self) -> dict[str, Any]:
         encoding = encoding_of("PackedSalientLinear", self.index)
