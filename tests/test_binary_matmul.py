@@ -309,7 +309,7 @@ LINEAR_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"levels": "signs"}, 'levels must be "sign", "plus" or "bool", got "signs"'),
     (
         {"surrogate": "ste"},
-        'surrogate must be "identity", "clip", "clip_open", "polynomial", "tanh", "unit" or "fourier", got "ste"',
+        'surrogate must be "identity", "clip", "clip_open", "polynomial", "unit", "fourier", "ede" or "tanh", got ',
     ),
 ]
 

@@ -93,6 +93,7 @@ METHODS: dict[str, list[str]] = {
     "pb-llm": ["--salient", "0.3", "--windows", "4"],
     "pb-llm rtn": ["--rounding", "rtn", "--metric", "magnitude", "--bits", "4"],
     "billm": ["--windows", "4"],
+    "arb-rc": ["--windows", "4"],
     "fp4": ["--format", "mxfp4", "--activations", "int8"],
 }
 

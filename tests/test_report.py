@@ -99,7 +99,7 @@ def test_an_embedding_multiplies_nothing() -> None:
     pack_(model)
     layer = layer_of(model)
     assert layer.bits_per_weight == 8 * (PLANE + 4 * N) / (N * K)
-    assert (layer.macs, layer.operations) == (0, 0) and layer.kernel == kernel_of("bitunpack")
+    assert (layer.macs, layer.operations) == (0, 0) and layer.kernel == kernel_of("binary_embedding")
 
 
 def test_large_layers_come_close_to_their_name() -> None:

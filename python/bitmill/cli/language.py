@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-METHODS = ("pb-llm", "billm", "fp4")
+METHODS = ("pb-llm", "billm", "arb", "arb-x", "arb-rc", "fp4")
 EVAL_LENGTH = 2048
 
 PERPLEXITY = (
@@ -55,7 +55,7 @@ def add_commands(commands: Any) -> None:
         "--metric",
         default="hessian",
         choices=("magnitude", "hessian", "hessian_paper"),
-        help="pb-llm, billm: how salience is measured",
+        help="pb-llm, billm, arb: how salience is measured",
     )
     methods.add_argument("--structure", default="element", choices=("element", "column"), help="pb-llm: of the salient")
     methods.add_argument("--scale", default="unbiased", choices=("unbiased", "official"), help="pb-llm: of the signs")
@@ -64,7 +64,7 @@ def add_commands(commands: Any) -> None:
         "--rounding",
         default="gptq",
         choices=("gptq", "rtn"),
-        help="pb-llm, billm: whether later columns make up for errors; rtn with metric magnitude needs no text",
+        help="pb-llm, billm, arb: whether later columns make up for errors; rtn with metric magnitude needs no text",
     )
     methods.add_argument("--format", default="e2m1", choices=("e2m1", "e1m2", "e3m0", "mxfp4"), help="fp4: the format")
     methods.add_argument(

@@ -30,12 +30,13 @@ from ..integrations.language import (
     read_pretrained,
     save_pretrained,
 )
-from . import billm, pb_llm
+from . import arb_llm, billm, pb_llm
 from .language import measure_perplexity, random_windows, read_ids
 from .layerwise import decoder_blocks
 
 DTYPES = ("float32", "bfloat16", "float16")
 RUN_FILE, BLOCKS = "run.json", "blocks"
+ARB_LLM = {"arb": "arb", "arb-x": "arb_x", "arb-rc": "arb_rc"}  # methods, and what `arb_llm` calls them
 DEFAULT_LENGTH = 2048  # tokens of a window, if the model takes as many
 
 
@@ -45,8 +46,8 @@ class Settings:
 
     Attributes:
         method: a key of `METHODS`.
-        salient, bits, metric, structure, scale, group_size: of PB-LLM, `SalientConfig`; metric also of BiLLM.
-        rounding: "gptq" or "rtn", of PB-LLM and BiLLM.
+        salient, bits, metric, structure, scale, group_size: of PB-LLM, `SalientConfig`.
+        metric, rounding ("gptq" or "rtn"): of BiLLM and ARB-LLM too.
         format: of FP4.
         activations: "float" or "int8", of PB-LLM and FP4, and of the output head.
         tables: "int8" rounds the token embedding and the output head to 8-bit rows, "float" leaves them as they are.
@@ -101,7 +102,7 @@ class Settings:
     def calibrated(self) -> bool:
         """Whether the method looks at a text."""
         plain = self.rounding == "rtn" and self.metric == "magnitude"
-        return self.method == "billm" or (self.method == "pb-llm" and not plain)
+        return self.method in ("billm", *ARB_LLM) or (self.method == "pb-llm" and not plain)
 
 
 def _pb_llm(model: nn.Module, windows: list[Tensor], settings: Settings, folder: Path) -> dict[str, float]:
@@ -112,6 +113,11 @@ def _pb_llm(model: nn.Module, windows: list[Tensor], settings: Settings, folder:
 
 def _billm(model: nn.Module, windows: list[Tensor], settings: Settings, folder: Path) -> dict[str, float]:
     return billm.quantize_(model, windows, settings.metric, settings.rounding, folder=folder)
+
+
+def _arb_llm(model: nn.Module, windows: list[Tensor], settings: Settings, folder: Path) -> dict[str, float]:
+    variant = ARB_LLM[settings.method]
+    return arb_llm.quantize_(model, windows, variant, metric=settings.metric, rounding=settings.rounding, folder=folder)
 
 
 def _fp4(model: nn.Module, windows: list[Tensor], settings: Settings, folder: Path) -> dict[str, float]:
@@ -129,6 +135,7 @@ def _without_calibration(model: nn.Module, config: SalientConfig | FP4Config) ->
 METHODS: dict[str, Callable[[nn.Module, list[Tensor], Settings, Path], dict[str, float]]] = {
     "pb-llm": _pb_llm,
     "billm": _billm,
+    **dict.fromkeys(ARB_LLM, _arb_llm),
     "fp4": _fp4,
 }
 

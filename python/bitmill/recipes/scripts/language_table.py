@@ -39,6 +39,7 @@ ROWS: dict[str, dict[str, Any]] = {
         for percent in FRACTIONS
     },
     "billm": {"method": "billm"},
+    "arb-rc": {"method": "arb-rc"},
 }
 
 

@@ -29,7 +29,7 @@ from ...demo.text import encode_pieces, read_text, split_stories
 from ...demo.text import perplexity as perplexity_of_pieces
 from ...demo.tokenizer import Tokenizer
 from .. import pb_llm, pb_llm_qat
-from ..language import perplexity, random_windows
+from ..language import perplexity, random_windows, read_ids
 from ..training import Batches, Run, cosine_schedule, fit
 from .common import prepare
 
@@ -90,7 +90,6 @@ def demo_material() -> Material:
 
 def folder_material(args: argparse.Namespace) -> Material:
     from ...integrations.transformers import transformers
-    from .pb_llm import read_ids
 
     if args.text is None:
         raise SystemExit("--text must name the text to train on")
