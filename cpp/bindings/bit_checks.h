@@ -56,9 +56,9 @@ inline BitpackParams pack_rows(const char* op, const Rows& rows, const std::opti
   return p;
 }
 
-// What a product reads of rows that were packed with all their planes.
-inline Operand operand_of(Levels levels) {
-  return levels == Levels::sign ? Operand::ternary : levels == Levels::plus ? Operand::sign : Operand::bool_;
+// What a product reads of packed rows; `zeros`: they have a plane of nonzero bits.
+inline Operand operand_of(Levels levels, bool zeros) {
+  return levels == Levels::bool_ ? Operand::bool_ : zeros ? Operand::ternary : Operand::sign;
 }
 
 // A checked weight of n x k bits, as tiles.

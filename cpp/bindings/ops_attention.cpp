@@ -2,9 +2,7 @@
 // The CPU ops of binary attention: check, allocate, call. Schemas: python/bitmill/ops/binary_attention.py and
 // binary_attention_bits.py.
 #include <algorithm>
-#include <cmath>
 #include <functional>
-#include <limits>
 #include <numeric>
 
 #include "attention_checks.h"

@@ -93,7 +93,7 @@ Operands operands(const char* op, const Tensor& a, const Tensor& weight, int64_t
   o.params = o.weight.product(o.rows.m);
   o.params.a = data<int32_t>(o.rows.x);
   o.params.a_nonzero = data_or_null<int32_t>(o.nonzero);
-  o.params.operand = kind == Levels::bool_ ? Operand::bool_ : o.nonzero ? Operand::ternary : Operand::sign;
+  o.params.operand = operand_of(kind, o.nonzero.has_value());
   return o;
 }
 
@@ -164,7 +164,7 @@ Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Te
   BinaryMatmulParams p = tiles.product(rows.m);
   p.a = pack.sign;
   p.a_nonzero = pack.nonzero;
-  p.operand = operand_of(kind);
+  p.operand = operand_of(kind, pack.nonzero != nullptr);
   p.out = out.mutable_data_ptr();
   p.out_dtype = float_dtype(op, rows.x);
   p.scale = data<float>(scale_rows);

@@ -18,7 +18,7 @@ struct PackedRows {
   void read_by(BinaryMatmulParams& product, Levels levels) const {
     product.a = sign.get();
     product.a_nonzero = nonzero.get();
-    product.operand = levels == Levels::bool_ ? Operand::bool_ : nonzero ? Operand::ternary : Operand::sign;
+    product.operand = operand_of(levels, nonzero != nullptr);
   }
 };
 

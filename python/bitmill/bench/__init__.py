@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bitmill bench`: packed layers against nn.Linear (`layers`), whole packed models against float ones (`models`)."""
+"""`bitmill bench`: packed layers against nn.Linear (`layers`), whole models (`models`) and decoding (`language`)."""
