@@ -188,23 +188,30 @@ class EncoderChain(nn.Module):
         plain = not layer.is_decoder and not layer.chunk_size_feed_forward
         return chained and plain and attention.self.config is config
 
-    def holds(self, most: int) -> bool:
-        """Whether the layers are as they were planned, for sequences of up to `most` tokens."""
-        implementation = self.config._attn_implementation
-        for layer in self.layers:
-            attention: Any = layer.attention._modules.get("chain")
-            if attention is None or "chain" not in layer._modules:  # loading other weights took it off
-                return False
-            if attention.implementation != implementation or most > attention.most_keys:
-                return False
-        return not any(module.training or has_hooks(module) for module in self.skipped)
+    def steps(self, most: int) -> list[tuple[Any, ...]] | None:
+        """Of each layer its two chains, each with the normalisation after it.
 
-    def forward(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """The last hidden states; arguments as `AttentionChain.forward`."""
+        None if one of them is not as it was planned, for sequences of up to `most` tokens.
+        """
+        implementation = self.config._attn_implementation
+        steps = []
         for layer in self.layers:
-            attention = layer.attention
-            x = _normalised(attention.output.LayerNorm, attention.chain.forward(x, mask, lengths, x))
-            x = _normalised(layer.output.LayerNorm, layer.chain.forward(x, x))
+            parts = layer._modules  # ten times faster than attributes
+            inner = parts["attention"]._modules
+            attention = inner.get("chain")
+            if attention is None or "chain" not in parts:  # loading other weights took it off
+                return None
+            if attention.implementation != implementation or most > attention.most_keys:
+                return None
+            norm, last_norm = (block["output"]._modules["LayerNorm"] for block in (inner, parts))
+            steps.append((attention, norm, parts["chain"], last_norm))
+        return None if any(module.training or has_hooks(module) for module in self.skipped) else steps
+
+    def forward(self, steps: list[tuple[Any, ...]], x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """The last hidden states. mask, lengths: as of `AttentionChain.forward`."""
+        for attention, norm, mlp, last_norm in steps:
+            x = _normalised(norm, attention.forward(x, mask, lengths, x))
+            x = _normalised(last_norm, mlp.forward(x, x))
         return x
 
 
@@ -245,20 +252,22 @@ class BertEncoderMixin(Chained):
         x, mask = hidden_states, attention_mask
         if any(other is not None for other in others) or torch.compiler.is_compiling() or not self.runs(x):
             return self.plain.forward(self, x, mask, *others, **kwargs)
-        whole = self.chain if isinstance(self.chain, EncoderChain) and self.chain.holds(x.shape[-2]) else None
-        kept = self._kept(x, mask, whole is not None)
+        steps = self.chain.steps(x.shape[-2]) if isinstance(self.chain, EncoderChain) else None
+        kept = self._kept(x, mask, steps is not None)
         if kept is None:
-            if whole is None:
+            if steps is None:
                 return self.plain.forward(self, x, mask, *others, **kwargs)
-            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=whole(x, as_bool(mask), None))
+            last = self.chain(steps, x, as_bool(mask), None)
+            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
         lengths = kept.sum(-1)
         rows = kept.flatten().nonzero().squeeze(-1)
         tokens = x.flatten(0, 1)[rows]
-        if whole is None:
+        if steps is None:
             sequences = Sequences(lengths, int(lengths.max()))
             output = self.plain.forward(self, tokens, sequences, *others, **kwargs)
         else:
-            output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=whole(tokens, None, lengths))
+            last = self.chain(steps, tokens, None, lengths)
+            output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
         padded = torch.zeros_like(x)
         padded.flatten(0, 1)[rows] = output.last_hidden_state
         output.last_hidden_state = padded
