@@ -33,7 +33,7 @@ struct Chunk {
   alignas(64) int32_t column[kChunkSteps * kTileRows];
   alignas(64) float difference[kChunkSteps * kTileRows];
 };
-static_assert(kSegmentColumns + 16 <= kChunkSteps * kTileRows);
+static_assert(kSegmentColumns + 64 <= kChunkSteps * kTileRows);
 
 // Adds `count` entries that lie `stride` apart to the 32 sums of one output. x: [width][32].
 void add_entries(const int32_t* column, const float* difference, int64_t count, int64_t stride, const float* x,

@@ -86,21 +86,30 @@ static inline uint32_t mask_word(const SalientWeight& w, int64_t tile, int64_t l
   return columns >= 32 ? bits : bits & ((1u << columns) - 1);
 }
 
-// The columns of the mask bits of words [begin, end), ascending, to `column`, which has room for 16 more than there
-// can be. Returns how many.
+// The columns of the mask bits of words [begin, end), ascending, to `column`, which has room for 64 more than there
+// can be; begin and kSegmentWords are even. Returns how many.
 static inline int64_t columns_of_words(const SalientWeight& w, int64_t tile, int64_t lane, int64_t begin, int64_t end,
                                        int32_t* column) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i bytes =  // 0, 1, 2, ... 63
+      _mm512_setr_epi64(0x0706050403020100, 0x0F0E0D0C0B0A0908, 0x1716151413121110, 0x1F1E1D1C1B1A1918,
+                        0x2726252423222120, 0x2F2E2D2C2B2A2928, 0x3736353433323130, 0x3F3E3D3C3B3A3938);
   int64_t count = 0;
-  for (int64_t word = begin; word < end; ++word) {
-    const uint32_t bits = mask_word(w, tile, lane, word);
-    const __m512i low = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(32 * word)));
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16));
-    _mm512_storeu_si512(column + count, _mm512_mask_compress_epi32(fresh_zeros(), static_cast<__mmask16>(bits), low));
-    count += __builtin_popcount(bits & 0xFFFFu);
-    _mm512_storeu_si512(column + count,
-                        _mm512_mask_compress_epi32(fresh_zeros(), static_cast<__mmask16>(bits >> 16), high));
-    count += __builtin_popcount(bits >> 16);
+  for (int64_t word = begin; word < end; word += 2) {
+    const uint64_t high = word + 1 < end ? mask_word(w, tile, lane, word + 1) : 0;
+    const uint64_t bits = high << 32 | mask_word(w, tile, lane, word);
+    const __m512i found = _mm512_mask_compress_epi8(fresh_zeros(), bits, bytes);
+    const __m512i first = _mm512_set1_epi32(static_cast<int>(32 * word));
+    const int64_t ones = __builtin_popcountll(bits);
+    const auto put = [&](int64_t at, __m128i offsets) {
+      _mm512_storeu_si512(column + count + at, _mm512_add_epi32(_mm512_cvtepu8_epi32(offsets), first));
+    };
+    put(0, _mm512_castsi512_si128(found));
+    if (ones > 16) {
+      put(16, _mm512_extracti32x4_epi32(found, 1));
+      put(32, _mm512_extracti32x4_epi32(found, 2));
+      put(48, _mm512_extracti32x4_epi32(found, 3));
+    }
+    count += ones;
   }
   return count;
 }

@@ -7,9 +7,9 @@
 namespace bitmill::detail {
 namespace {
 
-constexpr int64_t kFewRows = 8;      // from so many rows on they are transposed
-constexpr int64_t kBlockRows = 64;   // rows transposed together
-constexpr int64_t kChunkSteps = 64;  // steps of a list that are decoded together
+constexpr int64_t kFewRows = 8, kFewRowsOfBitmap = 10;  // from so many rows on they are transposed
+constexpr int64_t kBlockRows = 64;                      // rows transposed together
+constexpr int64_t kChunkSteps = 64;                     // steps of a list that are decoded together
 
 struct Rows {
   const SalientTask& task;
@@ -76,42 +76,50 @@ Integers columns_single(const Rows& rows, int64_t tile, const int8_t* q, int32_t
   return {_mm512_add_epi32(even, odd), _mm512_set1_epi32(total)};
 }
 
-// Row by row: the codes of 64 columns move apart to where their activations are. q: with zeros up to a
-// multiple of 64, which is why bits past k do not matter.
-Integers bitmap_single(const SalientWeight& w, int64_t tile, const int8_t* q) {
+// Output by output: the codes of 64 columns move apart to where their activations are, for `count` rows of activations.
+// q: [count][width] with zeros up to the width, a multiple of 64, which is why bits past k do not matter.
+template <int count>
+void bitmap_rows(const SalientWeight& w, int64_t tile, const int8_t* q, int64_t width, Integers* sums) {
   const int64_t words = word_count(w.k);
   const uint8_t* value = static_cast<const uint8_t*>(w.value);
   const int32_t* mask_of_tile = w.mask + tile * words * kTileRows;
   const int32_t* next_mask = tile + 1 < tile_count(w.n) ? mask_of_tile + words * kTileRows : mask_of_tile;
   const __m512i ones = _mm512_set1_epi8(1);
-  alignas(64) int32_t code[kTileRows] = {}, plain[kTileRows] = {};
+  alignas(64) int32_t code[count][kTileRows] = {}, plain[count][kTileRows] = {};
   for (int64_t lane = 0; lane < kTileRows && tile * kTileRows + lane < w.n; ++lane) {
     for (int64_t word = lane; word < words; word += kTileRows) prefetch(next_mask + word * kTileRows);
     const int64_t row = tile * kTileRows + lane;
     int64_t entry = w.start[row];
-    __m512i c = _mm512_setzero_si512(), t = c;
-    const auto add = [&](int64_t word, uint64_t mask) {
-      const int64_t left = w.entries - entry;
-      __m512i codes = left >= 64 ? _mm512_loadu_si512(value + entry)
-                      : left > 0 ? _mm512_maskz_loadu_epi8((__mmask64{1} << left) - 1, value + entry)
-                                 : _mm512_setzero_si512();
-      asm("" : "+v"(codes));  // an expansion from memory is many times slower
-      prefetch(value + entry);
-      const __m512i activations = _mm512_load_si512(q + 32 * word);
-      c = _mm512_dpbusd_epi32(c, _mm512_mask_expand_epi8(fresh_zeros(), mask, codes), activations);
-      t = _mm512_dpbusd_epi32(t, _mm512_maskz_mov_epi8(mask, ones), activations);
-      entry += __builtin_popcountll(mask);
-    };
+    __m512i c[count], t[count];
+#pragma GCC unroll 4
+    for (int r = 0; r < count; ++r) c[r] = t[r] = _mm512_setzero_si512();
     const auto bits = [&](int64_t word) {
       return uint64_t{static_cast<uint32_t>(mask_of_tile[word * kTileRows + lane])};
     };
-    int64_t word = 0;
-    for (; word + 2 <= words; word += 2) add(word, bits(word + 1) << 32 | bits(word));
-    if (word < words) add(word, bits(word));
-    code[lane] = _mm512_reduce_add_epi32(c);
-    plain[lane] = _mm512_reduce_add_epi32(t);
+    for (int64_t word = 0; word < words; word += 2) {
+      const uint64_t mask = word + 1 < words ? bits(word + 1) << 32 | bits(word) : bits(word);
+      const int64_t left = w.entries - entry;
+      const __mmask64 there = left >= 64 ? ~__mmask64{0} : left > 0 ? (__mmask64{1} << left) - 1 : 0;
+      __m512i codes = _mm512_maskz_loadu_epi8(there, value + entry);
+      asm("" : "+v"(codes));  // an expansion from memory is many times slower
+      prefetch(value + entry);
+      const __m512i apart = _mm512_mask_expand_epi8(fresh_zeros(), mask, codes);
+      const __m512i salient = _mm512_maskz_mov_epi8(mask, ones);
+#pragma GCC unroll 4
+      for (int r = 0; r < count; ++r) {
+        const __m512i activations = _mm512_load_si512(q + r * width + 32 * word);
+        c[r] = _mm512_dpbusd_epi32(c[r], apart, activations);
+        t[r] = _mm512_dpbusd_epi32(t[r], salient, activations);
+      }
+      entry += __builtin_popcountll(mask);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < count; ++r) {
+      code[r][lane] = _mm512_reduce_add_epi32(c[r]);
+      plain[r][lane] = _mm512_reduce_add_epi32(t[r]);
+    }
   }
-  return {_mm512_load_si512(code), _mm512_load_si512(plain)};
+  for (int r = 0; r < count; ++r) sums[r] = {_mm512_load_si512(code[r]), _mm512_load_si512(plain[r])};
 }
 
 // Sums of a tile for 64 rows of activations.
@@ -197,7 +205,7 @@ void columns_block(const Rows& rows, int64_t tile, const int8_t* q, const int32_
 
 void bitmap_block(const SalientWeight& w, int64_t tile, const int8_t* q, Sums& sums) {
   const int64_t words = word_count(w.k);
-  alignas(64) int32_t column[kSegmentColumns + 16], codes[kSegmentColumns / 4];
+  alignas(64) int32_t column[kSegmentColumns + 64], codes[kSegmentColumns / 4];
   for (int64_t lane = 0; lane < kTileRows && tile * kTileRows + lane < w.n; ++lane) {
     const int64_t row = tile * kTileRows + lane;
     int64_t entry = w.start[row];
@@ -207,9 +215,10 @@ void bitmap_block(const SalientWeight& w, int64_t tile, const int8_t* q, Sums& s
       if (count > w.start[row + 1] - entry) count = w.start[row + 1] - entry;  // contradictory arrays
       const int64_t fours = ceil_div(count, 4);
       for (int64_t i = count; i < 4 * fours; ++i) column[i] = static_cast<int32_t>(w.k);
-      if (count > 0) {
-        codes[fours - 1] = 0;
-        __builtin_memcpy(codes, static_cast<const uint8_t*>(w.value) + entry, static_cast<size_t>(count));
+      const uint8_t* value = static_cast<const uint8_t*>(w.value) + entry;
+      for (int64_t i = 0; i < count; i += 64) {
+        const __mmask64 here = count - i < 64 ? (__mmask64{1} << (count - i)) - 1 : ~__mmask64{0};
+        _mm512_store_si512(codes + i / 4, _mm512_maskz_loadu_epi8(here, value + i));
       }
       add_entries(column, 1, codes, 1, fours, q, sums.code[lane], sums.plain[lane]);
       entry += count;
@@ -250,33 +259,50 @@ void transpose_rows(const int8_t* q, int64_t width, int64_t count, int8_t* out) 
   for (int64_t i = 0; i < kBlockRows; ++i) out[width * kBlockRows + i] = 0;
 }
 
+// A bitmap, some rows of activations at a time: what a word costs is shared by them.
+void multiply_few_by_bitmap(const Rows& rows, int64_t begin, int64_t end, TileFactors& factors) {
+  const SalientTask& task = rows.task;
+  const SalientWeight& w = task.weight;
+  constexpr int64_t kTogether = 4;
+  const int64_t width = ceil_div(rows.width, 64) * 64;
+  int8_t* q = new_scratch<int8_t>((task.m < kTogether ? task.m : kTogether) * width);
+  for (int64_t row = 0; row < task.m;) {
+    const int64_t left = task.m - row, count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    for (int64_t r = 0; r < count; ++r) {
+      __builtin_memcpy(q + r * width, rows.q + (row + r) * rows.width, static_cast<size_t>(rows.width));
+      for (int64_t i = rows.width; i < width; ++i) q[r * width + i] = 0;
+    }
+    auto* multiply = count == 4 ? bitmap_rows<4> : count == 2 ? bitmap_rows<2> : bitmap_rows<1>;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      factors.load(task, tile);
+      Integers sums[kTogether];
+      multiply(w, tile, q, width, sums);
+      for (int64_t r = 0; r < count; ++r) {
+        const float all = static_cast<float>(task.total[row + r]);
+        finish(task, row + r, tile, to_sum(sums[r], factors), factors, &all);
+      }
+    }
+    row += count;
+  }
+  delete_scratch(q);
+}
+
 void multiply_few(const Rows& rows, int64_t begin, int64_t end, TileFactors& factors) {
   const SalientTask& task = rows.task;
   const SalientWeight& w = task.weight;
   float* wide = new_scratch<float>(rows.width);
-  int8_t* padded = new_scratch<int8_t>(ceil_div(rows.width, 64) * 64);
   for (int64_t row = 0; row < task.m; ++row) {
     const int8_t* q = rows.q + row * rows.width;
     int32_t total = 0;
-    for (int64_t i = 0; i < rows.width; ++i) total += q[i], padded[i] = q[i], wide[i] = static_cast<float>(q[i]);
+    for (int64_t i = 0; i < rows.width; ++i) total += q[i], wide[i] = static_cast<float>(q[i]);
     const float all = static_cast<float>(task.total[row]);
     for (int64_t tile = begin; tile < end; ++tile) {
       factors.load(task, tile);
-      Integers sums;
-      switch (w.encoding) {
-        case SalientEncoding::list:
-          sums = list_single(w, tile, wide);
-          break;
-        case SalientEncoding::columns:
-          sums = columns_single(rows, tile, padded, total);
-          break;
-        default:
-          sums = bitmap_single(w, tile, padded);
-      }
+      const Integers sums =
+          w.encoding == SalientEncoding::list ? list_single(w, tile, wide) : columns_single(rows, tile, q, total);
       finish(task, row, tile, to_sum(sums, factors), factors, &all);
     }
   }
-  delete_scratch(padded);
   delete_scratch(wide);
 }
 
@@ -327,7 +353,12 @@ void salient_tiles_avx512vnni(const SalientTask& task, int64_t begin, int64_t en
   float factor[2 * kTileRows];
   TileFactors factors{{}, {}, factor, w.mu ? factor + kTileRows : nullptr};
   const Rows rows{task, width, columns ? chosen : task.q};
-  task.m < kFewRows ? multiply_few(rows, begin, end, factors) : multiply_many(rows, begin, end, factors);
+  const bool bitmap = w.encoding == SalientEncoding::bitmap;
+  if (task.m >= (bitmap ? kFewRowsOfBitmap : kFewRows)) {
+    multiply_many(rows, begin, end, factors);
+  } else {
+    bitmap ? multiply_few_by_bitmap(rows, begin, end, factors) : multiply_few(rows, begin, end, factors);
+  }
   delete_scratch(chosen);
 }
 

@@ -2,8 +2,8 @@
 """The three encodings of salient weights (cpp/core/layout.h): a bitmap, a list, and whole columns.
 
 Encoded arrays are (index, value, start); `index` tells the encoding: int32 tiles [ceil(n/16), ceil(k/32), 16] are a
-bitmap, uint8 gaps [steps, 16] a list, int32 [c] columns. Bitmap and list hold the same weights: `encode` takes the
-smaller one. Values are codes of 8 bits, codes of 4 bits, two to a byte, or float16: `bits` is 8, 4 or 16.
+bitmap, uint8 gaps [steps, 16] a list, int32 [c] columns. Bitmap and list hold the same weights: `encode` chooses.
+Values are codes of 8 bits, codes of 4 bits, two to a byte, or float16: `bits` is 8, 4 or 16.
 """
 
 from __future__ import annotations
@@ -61,18 +61,21 @@ def start_length(encoding: str, n: int) -> int:
     return (ceil_div(n, TILE_ROWS) if encoding == "list" else n) + 1
 
 
-def encode(salient: Tensor, value: Tensor, bits: int) -> Encoded:
-    """The salient ones of value [n, k], uint8 or float16, as a list or a bitmap, whichever is smaller.
+def encode(salient: Tensor, value: Tensor, bits: int, faster: str = "list") -> Encoded:
+    """The salient ones of value [n, k], uint8 or float16, as a list or a bitmap.
 
     A list takes 1 + bits / 8 bytes a step and row, a bitmap a bit a weight and bits / 8 bytes an entry: the list is
-    smaller up to about 11 % of codes and 9 % of float16 values, if the rows of a tile have about as many.
+    smaller up to about 11 % of codes and 9 % of float16 values, if the rows of a tile have about as many. Of the two,
+    `faster` is taken unless the whole weight becomes more than a sixteenth larger than with the other one.
     """
     n, k = salient.shape
     tiles, words, lanes = tile_shape(n, k)
-    bitmap_bytes = 4 * tiles * words * lanes + ceil_div(int(salient.sum()) * bits, 8) + 4 * (n + 1)
+    plane = 4 * tiles * words * lanes
+    bitmap_bytes = 2 * plane + ceil_div(int(salient.sum()) * bits, 8) + 4 * (n + 1)
     if k <= MAX_LIST_COLUMNS:
         steps = int(_list_positions(salient)[1][-1])
-        if steps * TILE_ROWS * (8 + bits) // 8 + 4 * (tiles + 1) < bitmap_bytes:
+        list_bytes = plane + steps * TILE_ROWS * (8 + bits) // 8 + 4 * (tiles + 1)
+        if 16 * list_bytes < 17 * bitmap_bytes if faster == "list" else 17 * list_bytes < 16 * bitmap_bytes:
             return encode_list(salient, value, bits)
     return encode_bitmap(salient, value, bits)
 
