@@ -269,7 +269,7 @@ void multiply_few_by_bitmap(const Rows& rows, int64_t begin, int64_t end, TileFa
   for (int64_t row = 0; row < task.m;) {
     const int64_t left = task.m - row, count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
     for (int64_t r = 0; r < count; ++r) {
-      __builtin_memcpy(q + r * width, rows.q + (row + r) * rows.width, static_cast<size_t>(rows.width));
+      for (int64_t i = 0; i < rows.width; ++i) q[r * width + i] = rows.q[(row + r) * rows.width + i];
       for (int64_t i = rows.width; i < width; ++i) q[r * width + i] = 0;
     }
     auto* multiply = count == 4 ? bitmap_rows<4> : count == 2 ? bitmap_rows<2> : bitmap_rows<1>;
