@@ -29,7 +29,7 @@
 //     c columns, [ceil(n / 16), ceil(c / v), 16].
 //   With codes of 8 bits a list takes 2 bytes a step and row, 1.05 to 1.2 steps an entry; a bitmap 1/8 byte a weight
 //   and 1 an entry. The list is the smaller one up to 11 % salient weights. One row of activations is multiplied faster
-//   from a list up to 25 % (float activations) or 6 % (int8); the packer weighs both.
+//   from a list up to 25 % (float activations) or 6 % (int8). The packer takes the smaller, for int8 rather the faster.
 // Zoned weights (BiLLM, ARB-LLM): in every block of columns some are salient, for all rows; the others lie in the
 //   concentrated or the sparse zone of their row. salient, int32 [ceil(k / 32)]: a row of bits, 1 for a salient column.
 //   sign and zone, tiles of b = 1: the columns of a block stand in another order, the salient ones first, each part

@@ -329,9 +329,8 @@ class PackedSalientLinear(PackedModule):
                 )
             index, value, start = encode_columns(columns, value, config.bits)
         else:
-            # int8 activations meet the codes of a bitmap where they are; floats are gathered for either encoding.
             integers = config.activations == "int8" and config.bits != 16 and not config.group_size
-            index, value, start = encode(mask, value, config.bits, "bitmap" if integers else "list")
+            index, value, start = encode(mask, value, config.bits, integers)
         encoding = encoding_of("SalientLinear", index)
         entries = entries_of(encoding, index, value, config.bits)
         packed = cls(k, n, bias is not None, config, encoding, entries, "meta")

@@ -61,12 +61,13 @@ def start_length(encoding: str, n: int) -> int:
     return (ceil_div(n, TILE_ROWS) if encoding == "list" else n) + 1
 
 
-def encode(salient: Tensor, value: Tensor, bits: int, faster: str = "list") -> Encoded:
-    """The salient ones of value [n, k], uint8 or float16, as a list or a bitmap.
+def encode(salient: Tensor, value: Tensor, bits: int, integers: bool = False) -> Encoded:
+    """The salient ones of value [n, k], uint8 or float16, as a list or a bitmap, whichever is smaller.
 
     A list takes 1 + bits / 8 bytes a step and row, a bitmap a bit a weight and bits / 8 bytes an entry: the list is
-    smaller up to about 11 % of codes and 9 % of float16 values, if the rows of a tile have about as many. Of the two,
-    `faster` is taken unless the whole weight becomes more than a sixteenth larger than with the other one.
+    smaller up to about 11 % of codes and 9 % of float16 values, if the rows of a tile have about as many.
+    `integers`: the weight will meet int8 activations, which a bitmap multiplies faster; so a list has to make the whole
+    weight smaller by a sixteenth.
     """
     n, k = salient.shape
     tiles, words, lanes = tile_shape(n, k)
@@ -75,7 +76,7 @@ def encode(salient: Tensor, value: Tensor, bits: int, faster: str = "list") -> E
     if k <= MAX_LIST_COLUMNS:
         steps = int(_list_positions(salient)[1][-1])
         list_bytes = plane + steps * TILE_ROWS * (8 + bits) // 8 + 4 * (tiles + 1)
-        if 16 * list_bytes < 17 * bitmap_bytes if faster == "list" else 17 * list_bytes < 16 * bitmap_bytes:
+        if list_bytes * (17 if integers else 16) < bitmap_bytes * 16:
             return encode_list(salient, value, bits)
     return encode_bitmap(salient, value, bits)
 
