@@ -87,7 +87,7 @@ static inline uint32_t mask_word(const SalientWeight& w, int64_t tile, int64_t l
 }
 
 // The columns of the mask bits of words [begin, end), ascending, to `column`, which has room for 64 more than there
-// can be; begin and kSegmentWords are even. Returns how many.
+// can be. Returns how many.
 static inline int64_t columns_of_words(const SalientWeight& w, int64_t tile, int64_t lane, int64_t begin, int64_t end,
                                        int32_t* column) {
   const __m512i bytes =  // 0, 1, 2, ... 63
