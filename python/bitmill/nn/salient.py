@@ -247,7 +247,8 @@ class PackedSalientLinear(PackedModule):
 
     Buffers: weight int32 [ceil(n/16), ceil(k/32), 16]; index, value and start (None for columns) in one of the
     encodings of `bitmill.ops.salient_scatter`; alpha and mu (None without `centre`) float32 [n, groups]; value_scale
-    and value_zero (None for 16 bits) float32 [n]; bias [n]. `pack` takes the smaller of a list and a bitmap.
+    and value_zero (None for 16 bits) float32 [n]; bias [n]. `pack` takes a list or a bitmap: the smaller,
+    or for int8 activations the faster unless it is a sixteenth larger.
     """
 
     config: SalientConfig
