@@ -35,7 +35,16 @@ struct Chunk {
 };
 static_assert(kSegmentColumns + 64 <= kChunkSteps * kTileRows);
 
-// Adds `count` entries that lie `stride` apart to the 32 sums of one output. x: [width][32].
+// Rows of activations, 32 at a time: `count` blocks of `size` = (width + 1) x 32 floats, columns first. The last column
+// is 0.
+struct Blocks {
+  const float* x;
+  int64_t size, count;
+};
+
+constexpr int64_t kSums = kTileRows * kBlockRows;  // of a tile and a block: [16][32]
+
+// Adds `count` entries that lie `stride` apart to the 32 sums of one output. x: a block.
 void add_entries(const int32_t* column, const float* difference, int64_t count, int64_t stride, const float* x,
                  float* sums) {
   __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + 16);
@@ -49,14 +58,15 @@ void add_entries(const int32_t* column, const float* difference, int64_t count, 
   _mm512_store_ps(sums + 16, high);
 }
 
-void add_chunk(const Chunk& chunk, int64_t steps, const float* x, float* sums) {
-  for (int64_t lane = 0; lane < kTileRows; ++lane) {
-    add_entries(chunk.column + lane, chunk.difference + lane, steps, kTileRows, x, sums + lane * kBlockRows);
+void add_entries(const int32_t* column, const float* difference, int64_t count, int64_t stride, const Blocks& blocks,
+                 int64_t lane, float* sums) {
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    add_entries(column, difference, count, stride, blocks.x + i * blocks.size, sums + i * kSums + lane * kBlockRows);
   }
 }
 
 template <bool codes, bool grouped>
-void list_block(const SalientTask& task, int64_t tile, const float* x, const TileFactors& factors, float* sums) {
+void add_list(const SalientTask& task, int64_t tile, const Blocks& blocks, const TileFactors& factors, float* sums) {
   const SalientWeight& w = task.weight;
   const __m256i last = _mm256_set1_epi16(static_cast<int16_t>(w.k - 1));
   ListStep<codes, grouped> s;
@@ -70,7 +80,9 @@ void list_block(const SalientTask& task, int64_t tile, const float* x, const Til
       _mm512_store_si512(chunk.column + steps * kTileRows, column);
       _mm512_store_ps(chunk.difference + steps * kTileRows, _mm512_maskz_mov_ps(s.entries, s.difference));
     }
-    add_chunk(chunk, steps, x, sums);
+    for (int64_t lane = 0; lane < kTileRows; ++lane) {
+      add_entries(chunk.column + lane, chunk.difference + lane, steps, kTileRows, blocks, lane, sums);
+    }
   }
 }
 
@@ -85,7 +97,7 @@ void add_column(Pair& sum, float difference, __m512 low, __m512 high) {
 }
 
 // Adds `steps` columns, which all outputs have, to the sums of 4 outputs. difference: [steps][16].
-void add_columns(const float* difference, int64_t steps, const float* x, float* sums) {
+void add_to_four(const float* difference, int64_t steps, const float* x, float* sums) {
   const auto load = [sums](int64_t i) {
     return Pair{_mm512_load_ps(sums + i * kBlockRows), _mm512_load_ps(sums + i * kBlockRows + 16)};
   };
@@ -105,7 +117,7 @@ void add_columns(const float* difference, int64_t steps, const float* x, float* 
 }
 
 template <bool codes>
-void columns_block(const SalientRows& rows, int64_t tile, const float* x, const TileFactors& factors, float* sums) {
+void add_columns(const SalientRows& rows, int64_t tile, const Blocks& blocks, const TileFactors& factors, float* sums) {
   const int32_t* values = values_of_tile<codes>(rows.task.weight, tile);
   alignas(64) float differences[kChunkSteps * kTileRows];
   for (int64_t j = 0; j < rows.width; j += kChunkSteps) {
@@ -113,14 +125,17 @@ void columns_block(const SalientRows& rows, int64_t tile, const float* x, const 
     for (int64_t i = 0; i < steps; ++i) {
       _mm512_store_ps(differences + i * kTileRows, column_difference<codes>(rows, values, j + i, factors));
     }
-    for (int64_t lane = 0; lane < kTileRows; lane += 4) {
-      add_columns(differences + lane, steps, x + j * kBlockRows, sums + lane * kBlockRows);
+    for (int64_t i = 0; i < blocks.count; ++i) {
+      const float* x = blocks.x + i * blocks.size + j * kBlockRows;
+      for (int64_t lane = 0; lane < kTileRows; lane += 4) {
+        add_to_four(differences + lane, steps, x, sums + i * kSums + lane * kBlockRows);
+      }
     }
   }
 }
 
 template <bool codes>
-void bitmap_block(const SalientTask& task, int64_t tile, const float* x, const TileFactors& factors, float* sums) {
+void add_bitmap(const SalientTask& task, int64_t tile, const Blocks& blocks, const TileFactors& factors, float* sums) {
   const SalientWeight& w = task.weight;
   const int64_t words = word_count(w.k);
   Chunk chunk;
@@ -141,7 +156,7 @@ void bitmap_block(const SalientTask& task, int64_t tile, const float* x, const T
         return _mm512_load_ps(each);
       };
       row_differences<codes>(w, row, entry, count, base, chunk.difference);
-      add_entries(chunk.column, chunk.difference, count, 1, x, sums + lane * kBlockRows);
+      add_entries(chunk.column, chunk.difference, count, 1, blocks, lane, sums);
       entry += count;
     }
   }
@@ -172,36 +187,42 @@ void transpose_rows(const float* x, int64_t width, int64_t count, float* out) {
 }
 
 template <bool codes>
-void block(const SalientRows& rows, int64_t tile, const float* x, const TileFactors& factors, float* sums) {
+void add_tile(const SalientRows& rows, int64_t tile, const Blocks& blocks, const TileFactors& factors, float* sums) {
   const SalientTask& task = rows.task;
   switch (task.weight.encoding) {
     case SalientEncoding::list:
-      if (task.groups == 1) return list_block<codes, false>(task, tile, x, factors, sums);
-      return list_block<codes, true>(task, tile, x, factors, sums);
+      if (task.groups == 1) return add_list<codes, false>(task, tile, blocks, factors, sums);
+      return add_list<codes, true>(task, tile, blocks, factors, sums);
     case SalientEncoding::columns:
-      return columns_block<codes>(rows, tile, x, factors, sums);
+      return add_columns<codes>(rows, tile, blocks, factors, sums);
     default:
-      return bitmap_block<codes>(task, tile, x, factors, sums);
+      return add_bitmap<codes>(task, tile, blocks, factors, sums);
   }
 }
 
 template <bool codes>
 void multiply(const SalientRows& rows, int64_t begin, int64_t end, TileFactors& factors) {
   const SalientTask& task = rows.task;
-  const __m512i lane_of = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                             _mm512_set1_epi32(kBlockRows));
-  float* x = new_scratch<float>((rows.width + 1) * kBlockRows);
-  float* sums = new_scratch<float>(kTileRows * kBlockRows);
-  for (int64_t row = 0; row < task.m; row += kBlockRows) {
-    const int64_t count = task.m - row < kBlockRows ? task.m - row : kBlockRows;
-    transpose_rows(rows.x + row * rows.width, rows.width, count, x);
+  const int64_t size = (rows.width + 1) * kBlockRows, all = ceil_div(task.m, kBlockRows);
+  const int64_t most = blocks_together(size * int64_t{sizeof(float)}), together = most < all ? most : all;
+  float* x = new_scratch<float>(together * size);
+  float* sums = new_scratch<float>(together * kSums);
+  for (int64_t row = 0; row < task.m; row += together * kBlockRows) {
+    const int64_t left = ceil_div(task.m - row, kBlockRows);
+    const Blocks blocks{x, size, left < together ? left : together};
+    const int64_t last = row + together * kBlockRows < task.m ? row + together * kBlockRows : task.m;
+    for (int64_t i = 0; i < blocks.count; ++i) {
+      const int64_t first = row + i * kBlockRows, count = last - first < kBlockRows ? last - first : kBlockRows;
+      transpose_rows(rows.x + first * rows.width, rows.width, count, x + i * size);
+    }
     for (int64_t tile = begin; tile < end; ++tile) {
       factors.load(task, tile);
-      for (int64_t i = 0; i < kTileRows * kBlockRows; ++i) sums[i] = 0.0f;
-      block<codes>(rows, tile, x, factors, sums);
-      for (int64_t r = 0; r < count; ++r) {
-        const __m512 sum = _mm512_i32gather_ps(lane_of, sums + r, 4);
-        finish(task, row + r, tile, sum, factors, rows.totals + (row + r) * task.groups);
+      for (int64_t i = 0; i < blocks.count * kSums; ++i) sums[i] = 0.0f;
+      add_tile<codes>(rows, tile, blocks, factors, sums);
+      for (int64_t first = row; first < last; first += 16) {
+        const int64_t i = first - row, count = last - first < 16 ? last - first : 16;
+        const float* from = sums + i / kBlockRows * kSums + i % kBlockRows;
+        finish_rows(task, first, count, tile, from, kBlockRows, factors, rows.totals + first * task.groups);
       }
     }
   }

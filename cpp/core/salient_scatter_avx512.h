@@ -79,6 +79,23 @@ static inline void finish(const SalientTask& task, int64_t row, int64_t tile, __
   with_dtype(task.dtype, task.out, [&](auto* out) { store16(out + row * w.n + column, lanes, value); });
 }
 
+// The same for `count` <= 16 rows whose sums lie output by output, `stride` apart. `totals`: [count][groups].
+static inline void finish_rows(const SalientTask& task, int64_t row, int64_t count, int64_t tile, const float* sums,
+                               int64_t stride, const TileFactors& factors, const float* totals) {
+  alignas(64) float turned[16 * kTileRows];
+  transpose16(sums, stride, turned, kTileRows);
+  for (int64_t r = 0; r < count; ++r) {
+    finish(task, row + r, tile, _mm512_load_ps(turned + r * kTileRows), factors, totals + r * task.groups);
+  }
+}
+
+// How many blocks of rows, each of `bytes`, are multiplied together, so that a salient weight is decoded once for all:
+// as many as the second-level cache holds beside the weights.
+static inline int64_t blocks_together(int64_t bytes) {
+  constexpr int64_t kCache = 1 << 19;
+  return bytes < kCache ? kCache / bytes : 1;
+}
+
 // The mask of row 16 tile + lane, one word; bits past k are 0.
 static inline uint32_t mask_word(const SalientWeight& w, int64_t tile, int64_t lane, int64_t word) {
   const uint32_t bits = static_cast<uint32_t>(w.mask[(tile * word_count(w.k) + word) * kTileRows + lane]);

@@ -76,50 +76,127 @@ Integers columns_single(const Rows& rows, int64_t tile, const int8_t* q, int32_t
   return {_mm512_add_epi32(even, odd), _mm512_set1_epi32(total)};
 }
 
-// Output by output: the codes of 64 columns move apart to where their activations are, for `count` rows of activations.
-// q: [count][width] with zeros up to the width, a multiple of 64, which is why bits past k do not matter.
-template <int count>
-void bitmap_rows(const SalientWeight& w, int64_t tile, const int8_t* q, int64_t width, Integers* sums) {
-  const int64_t words = word_count(w.k);
-  const uint8_t* value = static_cast<const uint8_t*>(w.value);
-  const int32_t* mask_of_tile = w.mask + tile * words * kTileRows;
-  const int32_t* next_mask = tile + 1 < tile_count(w.n) ? mask_of_tile + words * kTileRows : mask_of_tile;
+// The codes from `entry` on, one for each bit of a mask, at the places of the bits. Unless `whole`, the array may end
+// before 64 more.
+template <bool whole>
+__m512i spread_codes(const SalientWeight& w, int64_t entry, uint64_t mask) {
+  const auto* value = static_cast<const uint8_t*>(w.value) + entry;
+  __m512i codes;
+  if constexpr (whole) {
+    codes = _mm512_loadu_si512(value);
+  } else {
+    const int64_t left = w.entries - entry;
+    codes = _mm512_maskz_loadu_epi8(left >= 64 ? ~__mmask64{0} : left > 0 ? (__mmask64{1} << left) - 1 : 0, value);
+  }
+  asm("" : "+v"(codes));  // an expansion from memory is many times slower
+  return _mm512_mask_expand_epi8(fresh_zeros(), mask, codes);
+}
+
+// Sums of some outputs, one after another, for some rows of activations.
+// mask: [outputs][stride], 64 columns each. entry: [outputs], where their codes begin. q: [rows][64 steps].
+// sums: [rows][16 outputs][C, T], from the first of the outputs on.
+template <int outputs, int rows, bool whole>
+void add_outputs(const SalientWeight& w, const int32_t* entry, const uint64_t* mask, int64_t stride, int64_t steps,
+                 const int8_t* q, int32_t* sums) {
   const __m512i ones = _mm512_set1_epi8(1);
-  alignas(64) int32_t code[count][kTileRows] = {}, plain[count][kTileRows] = {};
-  for (int64_t lane = 0; lane < kTileRows && tile * kTileRows + lane < w.n; ++lane) {
-    for (int64_t word = lane; word < words; word += kTileRows) prefetch(next_mask + word * kTileRows);
-    const int64_t row = tile * kTileRows + lane;
-    int64_t entry = w.start[row];
-    __m512i c[count], t[count];
+  __m512i c[outputs][rows], t[outputs][rows];
+  int64_t at[outputs];
 #pragma GCC unroll 4
-    for (int r = 0; r < count; ++r) c[r] = t[r] = _mm512_setzero_si512();
-    const auto bits = [&](int64_t word) {
-      return uint64_t{static_cast<uint32_t>(mask_of_tile[word * kTileRows + lane])};
-    };
-    for (int64_t word = 0; word < words; word += 2) {
-      const uint64_t mask = word + 1 < words ? bits(word + 1) << 32 | bits(word) : bits(word);
-      const int64_t left = w.entries - entry;
-      const __mmask64 there = left >= 64 ? ~__mmask64{0} : left > 0 ? (__mmask64{1} << left) - 1 : 0;
-      __m512i codes = _mm512_maskz_loadu_epi8(there, value + entry);
-      asm("" : "+v"(codes));  // an expansion from memory is many times slower
-      prefetch(value + entry);
-      const __m512i apart = _mm512_mask_expand_epi8(fresh_zeros(), mask, codes);
-      const __m512i salient = _mm512_maskz_mov_epi8(mask, ones);
+  for (int o = 0; o < outputs; ++o) {
+    at[o] = entry[o];
 #pragma GCC unroll 4
-      for (int r = 0; r < count; ++r) {
-        const __m512i activations = _mm512_load_si512(q + r * width + 32 * word);
-        c[r] = _mm512_dpbusd_epi32(c[r], apart, activations);
-        t[r] = _mm512_dpbusd_epi32(t[r], salient, activations);
-      }
-      entry += __builtin_popcountll(mask);
+    for (int r = 0; r < rows; ++r) c[o][r] = t[o][r] = _mm512_setzero_si512();
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    __m512i activations[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      activations[r] = _mm512_load_si512(q + 64 * (r * steps + step));
+      asm("" : "+v"(activations[r]));  // one load for all outputs
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < count; ++r) {
-      code[r][lane] = _mm512_reduce_add_epi32(c[r]);
-      plain[r][lane] = _mm512_reduce_add_epi32(t[r]);
+    for (int o = 0; o < outputs; ++o) {
+      const uint64_t bits = mask[o * stride + step];
+      const __m512i codes = spread_codes<whole>(w, at[o], bits);
+      const __m512i salient = _mm512_maskz_mov_epi8(bits, ones);
+      at[o] += __builtin_popcountll(bits);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        c[o][r] = _mm512_dpbusd_epi32(c[o][r], codes, activations[r]);
+        t[o][r] = _mm512_dpbusd_epi32(t[o][r], salient, activations[r]);
+      }
     }
   }
-  for (int r = 0; r < count; ++r) sums[r] = {_mm512_load_si512(code[r]), _mm512_load_si512(plain[r])};
+#pragma GCC unroll 4
+  for (int o = 0; o < outputs; ++o) {
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const __m512i low = _mm512_unpacklo_epi32(c[o][r], t[o][r]), high = _mm512_unpackhi_epi32(c[o][r], t[o][r]);
+      const __m512i eight = _mm512_add_epi32(low, high);
+      const __m256i four = _mm256_add_epi32(_mm512_castsi512_si256(eight), _mm512_extracti64x4_epi64(eight, 1));
+      const __m128i two = _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+      const __m128i pair = _mm_add_epi32(two, _mm_unpackhi_epi64(two, two));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(sums + 2 * (r * kTileRows + o)), pair);
+    }
+  }
+}
+
+// The masks of a tile, output by output: [16][stride], 64 columns each, and zeros up to the stride, a multiple of 8.
+void masks_of_outputs(const SalientWeight& w, int64_t tile, int64_t stride, uint64_t* out) {
+  const int64_t words = word_count(w.k);
+  const auto* mask = reinterpret_cast<const float*>(w.mask + tile * words * kTileRows);
+  auto* half = reinterpret_cast<float*>(out);
+  for (int64_t word = 0; word < words; word += 16) {
+    const float* rows = mask + word * kTileRows;
+    alignas(64) float last[16 * kTileRows];
+    if (word + 16 > words) {
+      for (int64_t i = 0; i < 16; ++i) {
+        const bool there = word + i < words;
+        _mm512_store_ps(last + i * kTileRows, there ? _mm512_loadu_ps(rows + i * kTileRows) : _mm512_setzero_ps());
+      }
+      rows = last;
+    }
+    transpose16(rows, kTileRows, half + word, 2 * stride);
+  }
+}
+
+// A tile for some rows of activations. q: [rows][64 steps] with zeros up to the end, which is why mask bits past k do
+// not matter. masks: room for [16][8 ceil(steps / 8)].
+template <int rows>
+void bitmap_tile(const SalientWeight& w, int64_t tile, const int8_t* q, int64_t steps, uint64_t* masks,
+                 Integers* sums) {
+  constexpr int outputs = rows == 1 ? 2 : 1;  // together: a single sum would wait for itself
+  const int64_t words = word_count(w.k), last = tile_count(w.n) - 1, stride = ceil_div(steps, 8) * 8;
+  const int32_t* next_mask = w.mask + (tile < last ? tile + 1 : tile) * words * kTileRows;
+  masks_of_outputs(w, tile, stride, masks);
+  const int64_t count = w.n - tile * kTileRows < kTileRows ? w.n - tile * kTileRows : kTileRows;
+  const int32_t* entry = w.start + tile * kTileRows;
+  alignas(64) int32_t pairs[rows * 2 * kTileRows] = {};
+  for (int64_t lane = 0; lane < count; lane += outputs) {
+    const bool alone = lane + outputs > count;
+    const int64_t next = alone ? count : lane + outputs;
+    for (int64_t word = lane / outputs; word < words; word += kTileRows / outputs) {
+      prefetch(next_mask + word * kTileRows);
+    }
+    for (int64_t i = entry[lane]; i < entry[next]; i += 64) prefetch(static_cast<const uint8_t*>(w.value) + i);
+    const bool whole = entry[next - 1] + 64 * (steps + 1) <= w.entries;
+    const uint64_t* mask = masks + lane * stride;
+    int32_t* to = pairs + 2 * lane;
+    if (alone) {
+      add_outputs<1, rows, false>(w, entry + lane, mask, stride, steps, q, to);
+    } else if (whole) {
+      add_outputs<outputs, rows, true>(w, entry + lane, mask, stride, steps, q, to);
+    } else {
+      add_outputs<outputs, rows, false>(w, entry + lane, mask, stride, steps, q, to);
+    }
+  }
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  for (int r = 0; r < rows; ++r) {
+    const int32_t* from = pairs + r * 2 * kTileRows;
+    const __m512i low = _mm512_load_si512(from), high = _mm512_load_si512(from + kTileRows);
+    sums[r] = {_mm512_permutex2var_epi32(low, even, high), _mm512_permutex2var_epi32(low, odd, high)};
+  }
 }
 
 // Sums of a tile for 64 rows of activations.
@@ -127,8 +204,15 @@ struct Sums {
   alignas(64) int32_t code[kTileRows][kBlockRows], plain[kTileRows][kBlockRows];
 };
 
+// Rows of activations, 64 at a time: `count` blocks of `size` = (width + 1) x 64 bytes, columns first. The last column
+// is 0.
+struct Blocks {
+  const int8_t* q;
+  int64_t size, count;
+};
+
 // Adds 4 x `fours` entries to the sums of one output. Columns lie `stride` apart, their codes in words that lie
-// `word_stride` apart. q: [width][64].
+// `word_stride` apart. q: a block.
 void add_entries(const int32_t* column, int64_t stride, const int32_t* codes, int64_t word_stride, int64_t fours,
                  const int8_t* q, int32_t* code, int32_t* plain) {
   __m512i c0 = _mm512_load_si512(code), c1 = _mm512_load_si512(code + 16);
@@ -155,7 +239,15 @@ void add_entries(const int32_t* column, int64_t stride, const int32_t* codes, in
   _mm512_store_si512(plain + 32, t2), _mm512_store_si512(plain + 48, t3);
 }
 
-void list_block(const SalientWeight& w, int64_t tile, const int8_t* q, Sums& sums) {
+void add_entries(const int32_t* column, int64_t stride, const int32_t* codes, int64_t word_stride, int64_t fours,
+                 const Blocks& blocks, int64_t lane, Sums* sums) {
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    add_entries(column, stride, codes, word_stride, fours, blocks.q + i * blocks.size, sums[i].code[lane],
+                sums[i].plain[lane]);
+  }
+}
+
+void add_list(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums* sums) {
   const __m256i last = _mm256_set1_epi16(static_cast<int16_t>(w.k - 1));
   const __m512i zeros = _mm512_set1_epi32(static_cast<int>(w.k));  // the row of zeros after the last column
   __m256i column = _mm256_set1_epi16(-1);
@@ -188,22 +280,21 @@ void list_block(const SalientWeight& w, int64_t tile, const int8_t* q, Sums& sum
       _mm_store_si128(out + 3, _mm_unpackhi_epi16(b, d));
     }
     for (int64_t lane = 0; lane < kTileRows; ++lane) {
-      add_entries(columns[0] + lane, kTileRows, codes[0] + lane, kTileRows, fours, q, sums.code[lane],
-                  sums.plain[lane]);
+      add_entries(columns[0] + lane, kTileRows, codes[0] + lane, kTileRows, fours, blocks, lane, sums);
     }
   }
 }
 
 // `every`: 0, 1, 2, ... up to the width.
-void columns_block(const Rows& rows, int64_t tile, const int8_t* q, const int32_t* every, Sums& sums) {
+void add_columns(const Rows& rows, int64_t tile, const Blocks& blocks, const int32_t* every, Sums* sums) {
   const int64_t words = rows.width / 4;
   const int32_t* value = static_cast<const int32_t*>(rows.task.weight.value) + tile * words * kTileRows;
   for (int64_t lane = 0; lane < kTileRows; ++lane) {
-    add_entries(every, 1, value + lane, kTileRows, words, q, sums.code[lane], sums.plain[lane]);
+    add_entries(every, 1, value + lane, kTileRows, words, blocks, lane, sums);
   }
 }
 
-void bitmap_block(const SalientWeight& w, int64_t tile, const int8_t* q, Sums& sums) {
+void add_bitmap(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums* sums) {
   const int64_t words = word_count(w.k);
   alignas(64) int32_t column[kSegmentColumns + 64], codes[kSegmentColumns / 4];
   for (int64_t lane = 0; lane < kTileRows && tile * kTileRows + lane < w.n; ++lane) {
@@ -220,7 +311,7 @@ void bitmap_block(const SalientWeight& w, int64_t tile, const int8_t* q, Sums& s
         const __mmask64 here = count - i < 64 ? (__mmask64{1} << (count - i)) - 1 : ~__mmask64{0};
         _mm512_store_si512(codes + i / 4, _mm512_maskz_loadu_epi8(here, value + i));
       }
-      add_entries(column, 1, codes, 1, fours, q, sums.code[lane], sums.plain[lane]);
+      add_entries(column, 1, codes, 1, fours, blocks, lane, sums);
       entry += count;
     }
   }
@@ -264,19 +355,20 @@ void multiply_few_by_bitmap(const Rows& rows, int64_t begin, int64_t end, TileFa
   const SalientTask& task = rows.task;
   const SalientWeight& w = task.weight;
   constexpr int64_t kTogether = 4;
-  const int64_t width = ceil_div(rows.width, 64) * 64;
+  const int64_t steps = ceil_div(rows.width, 64), width = 64 * steps;
   int8_t* q = new_scratch<int8_t>((task.m < kTogether ? task.m : kTogether) * width);
+  uint64_t* masks = new_scratch<uint64_t>(kTileRows * ceil_div(steps, 8) * 8);
   for (int64_t row = 0; row < task.m;) {
     const int64_t left = task.m - row, count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t i = 0; i < rows.width; ++i) q[r * width + i] = rows.q[(row + r) * rows.width + i];
       for (int64_t i = rows.width; i < width; ++i) q[r * width + i] = 0;
     }
-    auto* multiply = count == 4 ? bitmap_rows<4> : count == 2 ? bitmap_rows<2> : bitmap_rows<1>;
+    auto* multiply = count == 4 ? bitmap_tile<4> : count == 2 ? bitmap_tile<2> : bitmap_tile<1>;
     for (int64_t tile = begin; tile < end; ++tile) {
       factors.load(task, tile);
       Integers sums[kTogether];
-      multiply(w, tile, q, width, sums);
+      multiply(w, tile, q, steps, masks, sums);
       for (int64_t r = 0; r < count; ++r) {
         const float all = static_cast<float>(task.total[row + r]);
         finish(task, row + r, tile, to_sum(sums[r], factors), factors, &all);
@@ -284,6 +376,7 @@ void multiply_few_by_bitmap(const Rows& rows, int64_t begin, int64_t end, TileFa
     }
     row += count;
   }
+  delete_scratch(masks);
   delete_scratch(q);
 }
 
@@ -306,36 +399,63 @@ void multiply_few(const Rows& rows, int64_t begin, int64_t end, TileFactors& fac
   delete_scratch(wide);
 }
 
+// A block's sums, from integers to results. `totals`: of the block's rows.
+void finish_block(const SalientTask& task, int64_t row, int64_t count, int64_t tile, const Sums& sums,
+                  const TileFactors& factors, const float* totals) {
+  alignas(64) float scale[kTileRows], zero[kTileRows], sum[kTileRows * 16];
+  _mm512_store_ps(scale, factors.scale);
+  _mm512_store_ps(zero, factors.zero);
+  for (int64_t first = 0; first < count; first += 16) {
+    for (int64_t lane = 0; lane < kTileRows; ++lane) {
+      const __m512 c = _mm512_cvtepi32_ps(_mm512_load_si512(sums.code[lane] + first));
+      const __m512 t = _mm512_cvtepi32_ps(_mm512_load_si512(sums.plain[lane] + first));
+      const __m512 value =
+          _mm512_mul_ps(_mm512_set1_ps(scale[lane]), _mm512_fnmadd_ps(_mm512_set1_ps(zero[lane]), t, c));
+      _mm512_store_ps(sum + lane * 16, _mm512_fnmadd_ps(_mm512_set1_ps(factors.base[lane]), t, value));
+    }
+    const int64_t here = count - first < 16 ? count - first : 16;
+    finish_rows(task, row + first, here, tile, sum, 16, factors, totals + first);
+  }
+}
+
 void multiply_many(const Rows& rows, int64_t begin, int64_t end, TileFactors& factors) {
   const SalientTask& task = rows.task;
   const SalientWeight& w = task.weight;
   const bool columns = w.encoding == SalientEncoding::columns;
-  const __m512i lane_of = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                             _mm512_set1_epi32(kBlockRows));
-  int8_t* q = new_scratch<int8_t>((rows.width + 1) * kBlockRows);
+  const int64_t size = (rows.width + 1) * kBlockRows, all = ceil_div(task.m, kBlockRows);
+  const int64_t together = blocks_together(size) < all ? blocks_together(size) : all;
+  int8_t* q = new_scratch<int8_t>(together * size);
   int32_t* every = new_scratch<int32_t>(columns ? rows.width : 0);
   for (int64_t i = 0; columns && i < rows.width; ++i) every[i] = static_cast<int32_t>(i);
-  Sums* sums = new_scratch<Sums>(1);
-  for (int64_t row = 0; row < task.m; row += kBlockRows) {
-    const int64_t count = task.m - row < kBlockRows ? task.m - row : kBlockRows;
-    transpose_rows(rows.q + row * rows.width, rows.width, count, q);
+  float* totals = new_scratch<float>(task.m);
+  for (int64_t i = 0; i < task.m; ++i) totals[i] = static_cast<float>(task.total[i]);
+  Sums* sums = new_scratch<Sums>(together);
+  for (int64_t row = 0; row < task.m; row += together * kBlockRows) {
+    const int64_t left = ceil_div(task.m - row, kBlockRows);
+    const Blocks blocks{q, size, left < together ? left : together};
+    const auto rows_of = [&](int64_t i) {
+      const int64_t rest = task.m - row - i * kBlockRows;
+      return rest < kBlockRows ? rest : kBlockRows;
+    };
+    for (int64_t i = 0; i < blocks.count; ++i) {
+      transpose_rows(rows.q + (row + i * kBlockRows) * rows.width, rows.width, rows_of(i), q + i * size);
+    }
     for (int64_t tile = begin; tile < end; ++tile) {
       factors.load(task, tile);
-      *sums = Sums{};
+      for (int64_t i = 0; i < blocks.count; ++i) sums[i] = Sums{};
       if (columns) {
-        columns_block(rows, tile, q, every, *sums);
+        add_columns(rows, tile, blocks, every, sums);
       } else {
-        w.encoding == SalientEncoding::list ? list_block(w, tile, q, *sums) : bitmap_block(w, tile, q, *sums);
+        w.encoding == SalientEncoding::list ? add_list(w, tile, blocks, sums) : add_bitmap(w, tile, blocks, sums);
       }
-      for (int64_t r = 0; r < count; ++r) {
-        const float all = static_cast<float>(task.total[row + r]);
-        const Integers pair{_mm512_i32gather_epi32(lane_of, sums->code[0] + r, 4),
-                            _mm512_i32gather_epi32(lane_of, sums->plain[0] + r, 4)};
-        finish(task, row + r, tile, to_sum(pair, factors), factors, &all);
+      for (int64_t i = 0; i < blocks.count; ++i) {
+        const int64_t first = row + i * kBlockRows;
+        finish_block(task, first, rows_of(i), tile, sums[i], factors, totals + first);
       }
     }
   }
   delete_scratch(sums);
+  delete_scratch(totals);
   delete_scratch(every);
   delete_scratch(q);
 }
