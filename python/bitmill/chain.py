@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -67,13 +67,19 @@ def chainable(layer: nn.Module, what: str) -> PackedBinaryLinear:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether someone looks at what this module computes, or has put a forward of its own into it."""
+    own = module.__dict__  # twice as fast as attributes
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
+
+
+def undisturbed(modules: Iterable[nn.Module]) -> bool:
+    """Whether all of them are in eval mode, and nobody looks at what they compute."""
+    return not any(module.__dict__.get("training", True) or has_hooks(module) for module in modules)
 
 
 def ranges_of(level: Callable[[Tensor], Tensor], n: int, k: int, levels: str, device: torch.device) -> BitRanges:
@@ -323,7 +329,7 @@ class Chained:
             x.dtype == torch.float32
             and not self.training
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others)))
-            and not any(module.training or has_hooks(module) for module in self.chain.passed)
+            and undisturbed(self.chain.passed)
         )
 
 

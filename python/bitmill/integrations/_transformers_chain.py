@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer, BertSelfAttention
 from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 
-from ..chain import Attention, AttentionChain, Chained, MlpChain, NotChained, has_hooks, register_chain
+from ..chain import Attention, AttentionChain, Chained, MlpChain, NotChained, has_hooks, register_chain, undisturbed
 from ..nn import BinaryAttention
 from .transformers import CHILD, PREFIX, chained_kind
 
@@ -173,12 +173,13 @@ class EncoderChain(nn.Module):
         super().__init__()
         self.layers: tuple[Any, ...] = tuple(layers)
         self.config = config
-        self.skipped = {
+        skipped = {
             module
             for layer in self.layers
             for chained in (layer, layer.attention)
             for module in (chained, chained.chain, *chained.chain.passed)
         }
+        self.skipped = tuple(sorted(skipped, key=id))  # as they lie in memory: hundreds are looked at in every call
 
     @staticmethod
     def fits(layer: Any, config: Any) -> bool:
@@ -205,7 +206,7 @@ class EncoderChain(nn.Module):
                 return None
             norm, last_norm = (block["output"]._modules["LayerNorm"] for block in (inner, parts))
             steps.append((attention, norm, parts["chain"], last_norm))
-        return None if any(module.training or has_hooks(module) for module in self.skipped) else steps
+        return steps if undisturbed(self.skipped) else None
 
     def forward(self, steps: list[tuple[Any, ...]], x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
         """The last hidden states. mask, lengths: as of `AttentionChain.forward`."""
