@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bitmill
 from bitmill import BinaryConfig, pack_
-from bitmill.chain import Chained, chain_, chains, unchain_
+from bitmill.chained import Chained, chain_, chains, unchain_
 
 transformers = pytest.importorskip("transformers")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bitmill
 from bitmill import BinaryConfig, pack_, quantize_
-from bitmill.chain import Chained, chains, unchain_
+from bitmill.chained import Chained, chains, unchain_
 from bitmill.recipes import bivit
 from timm_host import import_timm
 

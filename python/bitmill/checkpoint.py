@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checkpoint_file import DTYPES, FORMAT_VERSION, KEY, as_bytes, canonical, digest, file_dtype, load_error, read
-from .chain import chain_, unchain_
+from .chained import chain_, unchain_
 from .config import BinaryConfig, Config, FP4Config, Int8Config, OneBitConfig, SalientConfig, ZonedConfig, shorten
 from .convert import LATENT, PACKED, replace_modules, require_bare
 from .nn import BinaryConv2d, BinaryEmbedding, PackedBinaryConv2d, PackedBinaryEmbedding, PackedInt8Embedding

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .chain import chain_, unchain_
+from .chained import chain_, unchain_
 from .config import BinaryConfig, Config, FP4Config, OneBitConfig, SalientConfig
 from .nn import (
     BinaryConv2d,

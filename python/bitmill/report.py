@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .chain import chains
+from .chained import chains
 from .checkpoint import file_size
 from .config import BinaryConfig, FP4Config, Int8Config, OneBitConfig, SalientConfig
 from .convert import LATENT, PACKED

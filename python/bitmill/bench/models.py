@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import __version__
-from ..chain import chain_
+from ..chained import chain_
 from ..checkpoint import file_size
 from ..convert import pack_
 from ..integrations.transformers import transformers

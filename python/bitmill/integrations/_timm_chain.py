@@ -11,7 +11,8 @@ from typing import Any
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
-from ..chain import Attention, AttentionChain, Chained, MlpChain, NotChained, register_chain
+from ..chain import Attention, AttentionChain, MlpChain, NotChained
+from ..chained import Chained, register_chain
 from .timm import BinarySelfAttention, BinaryWindowAttention
 
 

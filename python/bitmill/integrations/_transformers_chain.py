@@ -18,7 +18,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer, BertSelfAttention
 from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 
-from ..chain import Attention, AttentionChain, Chained, MlpChain, NotChained, has_hooks, register_chain, undisturbed
+from ..chain import Attention, AttentionChain, MlpChain, NotChained, has_hooks, undisturbed
+from ..chained import Chained, register_chain
 from ..nn import BinaryAttention
 from .transformers import CHILD, PREFIX, chained_kind
 

@@ -27,7 +27,7 @@ from transformers.models.xlm_roberta.modeling_xlm_roberta import (
     XLMRobertaSelfAttention,
 )
 
-from ..chain import register_chain
+from ..chained import register_chain
 from ._transformers_chain import (
     BertAttentionMixin,
     BertEncoderMixin,
