@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bitmill.config import BinaryConfig, SalientConfig
-from bitmill.nn.salient import PackedSalientLinear, SalientLinear
+from bitmill.nn import PackedSalientLinear, SalientLinear
 from bitmill.ops import int8_fake_quant
 from bitmill.ops._groups import columns_of_groups
 from bitmill.ops._salient_encoding import decode

@@ -9,7 +9,8 @@ from .fp4 import FP4Linear, PackedFP4Linear
 from .int8 import PackedInt8Embedding, PackedInt8Linear
 from .onebit import OneBitLinear, PackedOneBitLinear
 from .packed_binary import PackedBinaryLinear
-from .salient import PackedSalientLinear, SalientLinear
+from .packed_salient import PackedSalientLinear
+from .salient import SalientLinear
 from .zoned import PackedZonedLinear
 
 __all__ = [
