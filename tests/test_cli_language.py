@@ -19,12 +19,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitmill import cli
+from bitmill import cli, timing
 from bitmill.nn import PackedInt8Embedding, PackedInt8Linear, PackedSalientLinear
+from bitmill.nn._module import PackedModule
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="needs transformers 5")
 tokenizers = pytest.importorskip("tokenizers")
 
+from bitmill.bench import folders, language  # noqa: E402
+from bitmill.bench.memory import measure_folder  # noqa: E402
 from bitmill.integrations.language import load_pretrained  # noqa: E402
 from bitmill.recipes.language import perplexity, read_ids  # noqa: E402
 from bitmill.recipes.scripts import language_table  # noqa: E402
@@ -129,6 +132,34 @@ def test_a_quantised_folder_evaluates_generates_and_moves(
     printed = capsys.readouterr()
     ids = loaded.generate(tokenizer("the cat", return_tensors="pt").input_ids, max_new_tokens=5, do_sample=False)
     assert printed.out.strip() == tokenizer.decode(ids[0]) and "tokens/s" in printed.err
+
+
+@pytest.mark.parametrize(
+    "method", [["fp4"], ["pb-llm", "--salient", "0.3", "--rounding", "rtn", "--metric", "magnitude"]]
+)
+def test_a_folder_loads_for_other_activations(method: list[str], model: Path, run: Run, tmp_path: Path) -> None:
+    ids = torch.randint(len(WORDS), (1, 9))
+    logits: dict[tuple[str, str | None], torch.Tensor] = {}
+    for made in ("float", "int8"):
+        out = tmp_path / made
+        run("quantize", model, "--out", out, "--activations", made, "--method", *method)
+        for wanted in (None, "float", "int8"):
+            loaded = load_pretrained(out, wanted).model
+            assert {m.config.activations for m in loaded.modules() if isinstance(m, PackedModule)} == {wanted or made}
+            with torch.inference_mode():
+                logits[made, wanted] = loaded(ids).logits
+    for one, other in ((("float", None), ("int8", "float")), (("int8", None), ("float", "int8"))):
+        assert torch.equal(logits[one], logits[other])
+    assert not torch.equal(logits["float", None], logits["int8", None])
+    with pytest.raises(ValueError, match="activations must be one of 'float', 'int8', got 'int4'"):
+        load_pretrained(tmp_path / "float", "int4")
+
+
+def test_layers_without_a_choice_of_activations(model: Path, text: Path, run: Run, tmp_path: Path) -> None:
+    arguments = ["--calibration", text, "--windows", 2, "--tables", "float", "--rounding", "rtn"]
+    run("quantize", model, "--out", tmp_path / "out", "--method", "billm", *arguments)
+    with pytest.raises(ValueError, match="activations must be None for layers that have no choice of them, got 'int8'"):
+        load_pretrained(tmp_path / "out", "int8")
 
 
 def test_eval_counts_as_its_help_says(model: Path, text: Path, run: Run) -> None:
@@ -239,27 +270,74 @@ def test_models_that_cannot_be_quantised_are_one_sentence(
     )
 
 
+@pytest.fixture
+def table(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """The lines that `language_table` prints last."""
+    places = {"model": model, "calibration": text, "text": text, "out": tmp_path / "table"}
+    sizes = {"windows": 2, "length": 16, "eval-windows": 5, "prompt": 9}
+    arguments = [word for key, value in {**places, **sizes}.items() for word in (f"--{key}", str(value))]
+
+    def call(*more: object) -> list[str]:
+        assert language_table.main([*arguments, *map(str, more)]) == 0
+        printed = capsys.readouterr().out
+        return printed[printed.index("\n\n") :].strip().splitlines()
+
+    return call
+
+
 def test_the_table_keeps_what_is_finished(
-    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    table: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = ["float32", "fp4", "pb-llm-100-rtn", "pb-llm-30-gptq-hessian"]
-    arguments = ["--model", str(model), "--calibration", str(text), "--text", str(text), "--out", str(tmp_path / "t")]
-    arguments += [
-        "--windows",
-        "2",
-        "--length",
-        "16",
-        "--eval-windows",
-        "5",
-        "--plot",
-        str(tmp_path / "t.png"),
-        "--rows",
-    ]
-    assert language_table.main([*arguments, *rows]) == 0
-    printed = capsys.readouterr().out
-    table = printed[printed.index("\n\n") :].strip().splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {row}" for row in rows]
-    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    rows, picture = ["float32", "fp4", "pb-llm-100-rtn", "pb-llm-30-gptq-hessian"], tmp_path / "t.png"
+    lines = table("--plot", picture, "--rows", *rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [line.split()[1] for line in lines[2:]] == rows
+    assert {len(line) for line in lines} == {110}
+    assert all(line.split(" | ")[-3:] == ["           -", "          -", "       - |"] for line in lines[2:])
     monkeypatch.setattr(language_table, "quantize_folder", None)  # nothing is done twice
-    assert language_table.main([*arguments, *rows[:2]]) == 0
-    assert capsys.readouterr().out.endswith("\n".join(table[:4]) + "\n")
+    assert table("--rows", *rows[:2]) == lines[:4]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        table("--plot", picture, "--rows", *rows)
+    assert "--plot needs matplotlib, which is not installed: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_the_table_measures_speed_and_memory(
+    table: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "interleave", lambda samples, *_: timing.interleave(samples, 0.01))
+    monkeypatch.setattr(timing, "ROUNDS", 5)
+    monkeypatch.setattr(folders, "TOGETHER", 2)
+    for module in (folders, language):
+        monkeypatch.setattr(module, "STEPS", 3)
+    monkeypatch.setattr(folders, "measure_folder", lambda *_: {"imports": 1, "peak": 98_765_432})
+    rows = ["float32", "fp4", "pb-llm-30-rtn", "billm"]
+    table("--rows", *rows)
+    monkeypatch.setattr(language_table, "quantize_folder", None)
+    lines = table("--speed", "--rows", *rows)
+    named = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:8]] == [
+        *("float32", "fp4", "int8 activations", "pb-llm-30-rtn", "int8 activations", "billm")
+    ]
+    assert len({len(line) for line in lines[:8]}) == 1 and "a prompt of 9 and of 3 steps" in lines[9]
+    assert all(line.split()[-2] == "99" for name, line in named.items() if name in rows)
+    found = {row: json.loads((tmp_path / "table" / f"{row}.json").read_text())["inference"] for row in rows}
+    assert {(row["tokens"], row["torch"], row["threads"]) for row in found.values()} == {
+        (9, torch.__version__, torch.get_num_threads())
+    }
+    assert [row for row in rows if found[row]["int8"] is None] == ["float32", "billm"]
+    for read in ("prompt", "step"):
+        base, ours = found["float32"]["float"][read], found["billm"]["float"][read]  # of the last group
+        assert base["x_float32"] == 1
+        assert ours["x_float32"] == pytest.approx(ours["per_second"] / base["per_second"])
+    assert table("--rows", *rows) == lines  # from the files
+    monkeypatch.setattr(language, "EXACT", 0.0)
+    with pytest.raises(RuntimeError, match="torch float32: its logits differ from those of its weights"):
+        table("--speed", "--rows", *rows)
+
+
+def test_memory_of_a_folder_in_a_process_of_its_own(model: Path, run: Run, tmp_path: Path) -> None:
+    run("quantize", model, "--out", tmp_path / "out", "--method", "fp4")
+    found = measure_folder(tmp_path / "out", 9, 3)
+    assert found["imports"] > 100 << 20
+    assert 1 << 18 < found["peak"] < 60 << 20

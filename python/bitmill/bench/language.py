@@ -44,7 +44,7 @@ METHODS: dict[str, Callable[[str], Config]] = {
 DEFAULT_TOKENS = 128
 STEPS = 16  # that are timed together, after the prompt
 FLOAT32 = "torch float32"
-KINDS = {"prompt": False, "step": False, "lean_prompt": True, "lean_step": True}  # of what is timed, and whether lean
+KINDS = ("prompt", "step", "lean_prompt", "lean_step")  # of what is timed
 EXACT = 1e-4  # relative error of the packed model's logits against the float model with the same weights
 
 
@@ -97,20 +97,10 @@ def run(
         ours = variant.startswith("bitmill")
         try:
             timed = build()
+            wanted = last_logits(weights if ours else model, ids)
             for lean in (False, True):
-                decoder = Decoder(timed, tokens + 1 + STEPS, lean)
-                decoder.prefill(ids[:, :-1])
-                got = decoder.step(ids[:, -1:]).float()
-                with torch.inference_mode():
-                    wanted = (weights if ours else model)(ids, logits_to_keep=1).logits[:, -1]
-                errors[variant] = relative_error(got, wanted)
-                if timed is exact and errors[variant] > EXACT:
-                    off = f"its logits differ from those of its weights by {errors[variant]:.2g}, relative"
-                    raise RuntimeError(off)
-                for kind, wants_lean in KINDS.items():
-                    if wants_lean is lean:
-                        sample = _prompt if "prompt" in kind else _steps
-                        samples[f"{variant}: {kind}"] = partial(sample, decoder, ids[:, :-1])
+                taken, errors[variant] = verified(timed, ids, wanted, lean, exact=timed is exact)
+                samples |= {f"{variant}: {'lean_' * lean}{kind}": sample for kind, sample in taken.items()}
         except Exception as error:  # whatever another engine raises; it must not stop the run
             if ours:
                 raise
@@ -142,6 +132,44 @@ def packed_model(model: Any, method: str, activations: str) -> Any:
     return packed
 
 
+def last_logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits [1, vocabulary] after ids int64 [1, m], as transformers runs the model, without a cache."""
+    with torch.inference_mode():
+        return model(ids, logits_to_keep=1).logits[:, -1]
+
+
+def verified(
+    model: Any, ids: Tensor, wanted: Tensor, lean: bool | None, exact: bool
+) -> tuple[dict[str, Sample], float]:
+    """Samples of a prompt, all of `ids` int64 [1, m] but the last, and of single steps after it.
+
+    Args:
+        wanted: what the logits after `ids` should be, [1, vocabulary].
+        lean: of `Decoder`.
+        exact: whether they must be that, within `EXACT`.
+    Returns:
+        "prompt" and "step" to their samples, and the relative error of the logits.
+    Raises:
+        RuntimeError: if they are off.
+    """
+    decoder, prompt = Decoder(model, ids.shape[1] + STEPS, lean), ids[:, :-1]
+    decoder.prefill(prompt)
+    error = relative_error(decoder.step(ids[:, -1:]).float(), wanted)
+    if exact and not error <= EXACT:
+        raise RuntimeError(f"its logits differ from those of its weights by {error:.2g}, relative")
+    return {"prompt": partial(_prompt, decoder, prompt), "step": partial(_steps, decoder, prompt)}, error
+
+
+def rates(spread: Spread, float32: Spread | None, tokens: int) -> dict[str, float | None]:
+    """Tokens a second of a sample that reads so many, with quartiles, and how many times float32's that is."""
+    return {
+        "per_second": tokens / spread.median,
+        "low": tokens / spread.high,
+        "high": tokens / spread.low,
+        "x_float32": float32 and float32.median / spread.median,
+    }
+
+
 def _prompt(decoder: Decoder, prompt: Tensor) -> float:
     start = time.perf_counter()
     decoder.prefill(prompt)
@@ -164,17 +192,10 @@ def _row(
     """What the JSON holds for a variant; lean ones are compared with plain ones in float32."""
     row: dict[str, Any] = {"name": variant, "status": failure or "ok", "error": error}
     for kind in KINDS:
-        numbers = dict.fromkeys(("per_second", "low", "high", "x_float32"))
+        row[kind] = dict.fromkeys(("per_second", "low", "high", "x_float32"))
         if failure is None:
-            count = tokens if "prompt" in kind else 1
-            spread, float32 = times[f"{variant}: {kind}"], times.get(f"{FLOAT32}: {kind.removeprefix('lean_')}")
-            numbers.update(
-                per_second=count / spread.median,
-                low=count / spread.high,
-                high=count / spread.low,
-                x_float32=float32 and float32.median / spread.median,
-            )
-        row[kind] = numbers
+            float32 = times.get(f"{FLOAT32}: {kind.removeprefix('lean_')}")
+            row[kind] = rates(times[f"{variant}: {kind}"], float32, tokens if "prompt" in kind else 1)
     return row
 
 

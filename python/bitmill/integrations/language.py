@@ -8,6 +8,7 @@ A packed folder holds the config and the tokenizer as transformers writes them, 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from ..checkpoint import load, save
 from ..config import Int8Config
 from ..convert import replace_modules
 from ..nn import PackedInt8Embedding, PackedInt8Linear
+from ..nn._module import PackedModule
 from .transformers import PreTrainedModel, transformers
 
 PACKED_FILE = "packed.safetensors"
@@ -112,11 +114,16 @@ def save_pretrained(model: PreTrainedModel, tokenizer: Any, folder: str | os.Pat
     save(model, folder / PACKED_FILE)
 
 
-def load_pretrained(folder: str | os.PathLike[str]) -> LanguageModel:
+def load_pretrained(folder: str | os.PathLike[str], activations: str | None = None) -> LanguageModel:
     """The model and the tokenizer of a packed folder.
 
+    Args:
+        activations: "float" or "int8" (faster, less exact) for every packed layer that has the choice, whatever the
+            folder was made for; None for what it was made for. The buffers are the same either way: a folder that was
+            made for int8 activations may store salient weights in the encoding that is faster with them.
     Raises:
-        ValueError: for a folder that is not complete, or whose files were altered.
+        ValueError: for a folder that is not complete, or whose files were altered, or for activations that its layers
+            do not take.
     """
     folder = Path(folder)
     missing = [name for name in ("config.json", PACKED_FILE) if not (folder / name).is_file()]
@@ -136,9 +143,22 @@ def load_pretrained(folder: str | os.PathLike[str]) -> LanguageModel:
         if module._non_persistent_buffers_set:
             model._init_weights(module)
     load(model, folder / PACKED_FILE)
+    if activations is not None:
+        _set_activations_(model, activations)
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return LanguageModel(model.eval(), tokenizer)
+
+
+def _set_activations_(model: nn.Module, activations: str) -> None:
+    layers = [module for module in model.modules() if isinstance(module, PackedModule)]
+    choosing = [layer for layer in layers if hasattr(layer.config, "activations")]
+    if not choosing:
+        raise ValueError(
+            f"load_pretrained: activations must be None for layers that have no choice of them, got {activations!r}"
+        )
+    for layer in choosing:
+        layer.config = dataclasses.replace(layer.config, activations=activations)
 
 
 def _conv1d_to_linear_(model: nn.Module) -> None:

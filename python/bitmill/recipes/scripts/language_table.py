@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One causal language model quantised in every way: perplexity, bits a weight, bytes.
+"""One causal language model quantised in every way: perplexity, bits a weight, bytes, speed and memory.
 
     python -m bitmill.recipes.scripts.language_table --model smollm2.gguf --calibration valid.gz --text test.gz \
         --out table
 
 Each row is a run of `bitmill quantize` in a folder of its own under `--out`, and of `bitmill eval`. What is finished is
-not done again, so a table that was stopped, or that gets more rows, goes on.
+not done again, so a table that was stopped, or that gets more rows, goes on. `--speed` then measures tokens a second
+and peak memory of the rows, against the float32 model in the same run, and again whenever it is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
+import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ...bench.folders import measure as measure_folders
+from ...bench.language import DEFAULT_TOKENS, FLOAT32
 from ...integrations.language import read_pretrained
 from ..language_folder import Settings, evaluate_folder, quantize_folder
 
@@ -43,6 +48,49 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
+class Family(NamedTuple):
+    """Rows that look alike in the plot: those whose names end in `way`."""
+
+    name: str
+    way: str
+    marker: str
+    colour: str
+    side: str  # of a point where its label stands
+
+    def label(self, row: str) -> str:
+        """The salient percentage, or the family's name."""
+        return f"{row.split('-')[2]} %" if row.startswith("pb-llm") else self.name
+
+
+# The sides keep labels apart: at one file size the three of PB-LLM stand in this order, from above.
+FAMILIES = (
+    Family("PB-LLM, rounded", "-rtn", "o", "tab:blue", "above"),
+    Family("PB-LLM, GPTQ, by magnitude", "-gptq-magnitude", "s", "tab:orange", "right"),
+    Family("PB-LLM, GPTQ, by the Hessian", "-gptq-hessian", "^", "tab:green", "below"),
+    Family("FP4", "fp4", "D", "tab:purple", "left"),
+    Family("BiLLM", "billm", "v", "tab:red", "left"),
+    Family("ARB-RC", "arb-rc", "P", "tab:brown", "left"),
+)
+# Where a label stands, in points from its point, and how it is aligned there.
+SIDES = {
+    "above": ((2, 6), "left", "bottom"),
+    "below": ((-2, -6), "right", "top"),
+    "left": ((-8, 0), "right", "center"),
+    "right": ((7, 2), "left", "bottom"),
+}
+# Columns and their widths, at least.
+COLUMNS = {
+    "": 24,
+    "perplexity": 10,
+    "bits": 5,
+    "file, MB": 8,
+    "CPU min": 7,
+    "prompt/s": 12,
+    "decode/s": 11,
+    "peak, MB": 8,
+}
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description="Quantise a causal language model in every way, and measure what is left.",
@@ -56,7 +104,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--windows", type=int, default=64, help="windows to calibrate on")
     p.add_argument("--length", type=int, default=1024, help="tokens of every window")
     p.add_argument("--eval-windows", type=int, default=20, help="windows of the text to measure, one after another")
-    p.add_argument("--plot", type=Path, default=None, help="PNG of perplexity over file size")
+    p.add_argument(
+        "--speed", action="store_true", help="measure speed and peak memory of the rows, or measure them again"
+    )
+    p.add_argument("--prompt", type=int, default=DEFAULT_TOKENS, help="tokens of the prompt that is timed")
+    p.add_argument("--plot", type=Path, default=None, help="PNG of perplexity over file size; needs matplotlib")
     p.add_argument("--threads", type=int, default=None, help="CPU threads; the default is torch's")
     return p
 
@@ -75,62 +127,136 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         facts = quantize_folder(args.model, folder, settings, args.calibration)
     found = evaluate_folder(folder, args.text, args.length, windows=args.eval_windows)
     row = {"name": name, "asked": asked, **facts, **found}
-    file.write_text(json.dumps(row, indent=1) + "\n")
+    _write(args.out, row)
     return row
+
+
+def _write(out: Path, row: dict[str, Any]) -> None:
+    (out / f"{row['name']}.json").write_text(json.dumps(row, indent=1) + "\n")
 
 
 def _float_facts(model: nn.Module) -> dict[str, Any]:
     return {"file_bytes": sum(p.nbytes for p in model.parameters()), "bits_per_weight": 32.0, "cpu_seconds": 0.0}
 
 
+def measure_speeds(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Put what `bench.folders.measure` finds into the rows and their files, under the key "inference"."""
+    named = {FLOAT32 if row["name"] == ORIGINAL else row["name"]: row for row in rows}
+    folders = {name: args.out / name for name in named if name != FLOAT32}
+    for group in measure_folders(args.model, folders, args.prompt, progress=True):
+        for name in [name for name in group if name in named]:
+            named[name]["inference"] = group[name]
+            _write(args.out, named[name])
+            report(named[name])
+        if (disturbed := group[FLOAT32]["disturbed"]) > 0.2:
+            print(f"Other processes interrupted {100 * disturbed:.0f} % of the samples: better run it alone.")
+
+
 def render(rows: list[dict[str, Any]]) -> str:
-    """The table in Markdown."""
-    lines = ["| | perplexity | bits a weight | file, MB | CPU minutes |", "|---|---|---|---|---|"]
+    """The table in Markdown, and below it how its speeds were measured, if they were."""
+    lines = [[*COLUMNS], *(line for row in rows for line in _lines(row))]
+    widths = [max(least, *map(len, cells)) for least, *cells in zip(COLUMNS.values(), *lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    table = [_join(line, widths) for line in (lines[0], rule, *lines[1:])]
+    conditions = dict.fromkeys(_conditions(row["inference"]) for row in rows if "inference" in row)
+    return "\n".join([*table, *(f"\n{text}" for text in conditions)])
+
+
+def report(row: dict[str, Any]) -> None:
+    """Print the row alone."""
+    print("\n".join(_join(line, [*COLUMNS.values()]) for line in _lines(row)), flush=True)
+
+
+def _join(cells: list[str], widths: list[int]) -> str:
+    numbers = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return f"| {' | '.join([cells[0].ljust(widths[0]), *numbers])} |"
+
+
+def _lines(row: dict[str, Any]) -> list[list[str]]:
+    """The cells of the row, and those of a second line for int8 activations where they were measured."""
+    value, found = row["perplexity"], row.get("inference", {})
+    memory, int8 = found.get("memory"), found.get("int8")
+    line = [
+        row["name"],
+        f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if math.isfinite(value) else "inf",
+        f"{row['bits_per_weight']:.2f}",
+        f"{row['file_bytes'] / 1e6:.1f}",
+        f"{row['cpu_seconds'] / 60:.1f}" if row["cpu_seconds"] else "-",
+        *_speeds(found.get("float")),
+        f"{memory['peak'] / 1e6:,.0f}" if memory else "-",
+    ]
+    return [line, ["  int8 activations", *[""] * 4, *_speeds(int8), ""]] if int8 else [line]
+
+
+def _speeds(found: dict[str, Any] | None) -> list[str]:
+    """Tokens a second of the prompt and of the steps."""
+    if found is None:
+        return ["-", "-"]
+    rates = found["prompt"], found["step"]
+    return [f"{rate['per_second']:,.0f} ({rate['x_float32']:.1f}x)" for rate in rates]
+
+
+def _conditions(found: dict[str, Any]) -> str:
+    return textwrap.fill(
+        f"prompt/s, decode/s: tokens a second of a prompt of {found['tokens']} and of {found['steps']} steps after it,"
+        f" and how many times float32's that is, as transformers runs it, in the same run. peak: memory of loading and"
+        f" of this, on top of Python, torch and transformers. {found['cpu']}, {found['threads']} thread(s), torch"
+        f" {found['torch']}, transformers {found['transformers']}, bitmill {found['bitmill']}.",
+        110,
+    )
+
+
+def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Perplexity over file size: a labelled point a row, joined where only the salient fraction differs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
     for row in rows:
-        value = row["perplexity"]
-        text = f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if math.isfinite(value) else "inf"
-        minutes = f"{row['cpu_seconds'] / 60:.1f}" if row["cpu_seconds"] else ""
-        lines.append(
-            f"| {row['name']} | {text} | {row['bits_per_weight']:.2f} | {row['file_bytes'] / 1e6:.1f} | {minutes} |"
-        )
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Perplexity over file size, a line for each way of rounding."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for way in PB_LLM:
+        if row["name"] == ORIGINAL:
+            label = f"{ORIGINAL}, {row['file_bytes'] / 1e6:.0f} MB"
+            axes.axhline(row["perplexity"], color="0.5", linestyle="--", linewidth=1, label=label)
+    for family in FAMILIES:
         points = sorted(
-            (row["file_bytes"] / 1e6, row["perplexity"])
+            (row["file_bytes"] / 1e6, row["perplexity"], family.label(row["name"]))
             for row in rows
-            if row["name"].endswith(way) and not row["name"].startswith("pb-llm-100")
+            if row["name"].endswith(family.way) and math.isfinite(row["perplexity"])
         )
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"PB-LLM, {way}") if points else None
-    for row in rows:
-        if not row["name"].startswith("pb-llm"):
-            axes.plot(row["file_bytes"] / 1e6, row["perplexity"], "s", label=row["name"])
-    axes.set(xscale="log", yscale="log", xlabel="file, MB", ylabel="perplexity")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.tight_layout()
+        if not points:
+            continue
+        sizes, values, labels = zip(*points, strict=True)
+        width = 1 if len(points) > 1 else 0
+        axes.plot(sizes, values, marker=family.marker, color=family.colour, linewidth=width, label=family.name)
+        offset, ha, va = SIDES[family.side]
+        style: dict[str, Any] = {"ha": ha, "va": va, "color": family.colour, "fontsize": 8}
+        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}  # where lines cross it
+        for size, value, label in zip(sizes, values, labels, strict=True):
+            axes.annotate(label, (size, value), offset, textcoords="offset points", **style)
+    axes.set(yscale="log", xlabel="file, MB", ylabel="perplexity, lower is better")
+    axes.set_title(title, fontsize=10)
+    axes.margins(x=0.1, y=0.08)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    p = parser()
+    args = p.parse_args(argv)
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        p.error("--plot needs matplotlib, which is not installed: pip install matplotlib")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in args.rows:
         rows.append(measure(args, name))
-        print(render(rows[-1:]).splitlines()[-1], flush=True)
+        report(rows[-1])
+    if args.speed:
+        measure_speeds(args, rows)
     print(f"\n{render(rows)}")
     if args.plot is not None:
-        plot(rows, args.plot)
+        plot(rows, args.plot, f"{Path(args.model).name} on {Path(args.text).name}")
     return 0
 
 

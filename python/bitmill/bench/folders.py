@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed language models in folders: speed as multiples of float32 in the same run, and peak memory.
+
+At most `TOGETHER` folders are in memory at once. Each such group is timed in turns with the float32 model, as
+transformers runs it, so its multiples are of that float32 and of no other moment of the machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .. import __version__
+from ..cli import cpu_name
+from ..convert import dequantize_
+from ..integrations.language import load_pretrained, read_pretrained
+from ..integrations.transformers import transformers
+from ..nn._module import PackedModule
+from ..ops.int8 import ACTIVATIONS
+from ..recipes.layerwise import decoder_blocks
+from ..timing import Sample, Spread, interleave
+from .language import DEFAULT_TOKENS, FLOAT32, STEPS, last_logits, rates, verified
+from .memory import STATUS, measure_folder
+
+TOGETHER = 3  # folders, each loaded for float and for int8 activations
+
+
+def measure(
+    source: str | os.PathLike[str],
+    folders: Mapping[str, Path],
+    tokens: int = DEFAULT_TOKENS,
+    seconds: float = 2.0,
+    progress: bool = False,
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Time a prompt and single steps after it, and the peak memory of both in a process of its own.
+
+    Args:
+        source: the original model, of `integrations.language.read_pretrained`.
+        folders: name to a packed folder of it.
+        tokens: of the prompt.
+        seconds: the aim for each prompt and each steps.
+        progress: show a bar if stderr is a terminal.
+    Returns:
+        Group after group, its names, and `FLOAT32`, to what was found: cpu, threads and versions; disturbed, the share
+        of samples that were thrown away; tokens of the prompt and steps; "float" and "int8" activations, each to
+        `bench.language.rates` of "prompt" and "step", None for "int8" where the decoder blocks do not take it; memory,
+        as `bench.memory` counts it, None where it cannot.
+    Raises:
+        ValueError: for a prompt that is too long for the model, or what `load_pretrained` refuses.
+        RuntimeError: if a folder's model does not compute what a float model with its weights computes, or the process
+            that measures memory fails.
+    """
+    torch.manual_seed(0)
+    original = read_pretrained(source).model
+    ids = torch.randint(original.config.vocab_size, (1, tokens + 1))
+    float32_memory = _float32_memory(original, tokens)
+    names = list(folders)
+    for start in range(0, max(len(names), 1), TOGETHER):
+        group = {name: folders[name] for name in names[start : start + TOGETHER]}
+        times = _times(original, group, ids, seconds, progress)
+        facts = {
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "bitmill": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokens": tokens,
+            "steps": STEPS,
+            "disturbed": sum(t.disturbed for t in times.values()) / sum(sum(t[3:]) for t in times.values()),
+        }
+        memories = {FLOAT32: float32_memory, **{name: _memory(folder, tokens) for name, folder in group.items()}}
+        yield {
+            name: {**facts, **{kind: _rates(times, name, kind, tokens) for kind in ACTIVATIONS}, "memory": memory}
+            for name, memory in memories.items()
+        }
+
+
+def _times(original: Any, group: Mapping[str, Path], ids: Tensor, seconds: float, progress: bool) -> dict[str, Spread]:
+    """Keys such as "NAME float prompt" to the spread of their samples."""
+    blocks, _ = decoder_blocks(original)
+    samples: dict[str, Sample] = {}
+
+    def add(name: str, activations: str, model: Any, wanted: Tensor, lean: bool | None) -> None:
+        try:
+            taken, _ = verified(model, ids, wanted, lean, exact=activations == "float")
+        except RuntimeError as error:
+            raise RuntimeError(f"{name}: {error}") from None
+        samples.update({f"{name} {activations} {read}": sample for read, sample in taken.items()})
+
+    add(FLOAT32, "float", original, last_logits(original, ids), lean=False)
+    for name, folder in group.items():
+        model = load_pretrained(folder, "float").model
+        weights = copy.deepcopy(model)
+        dequantize_(weights)
+        wanted = last_logits(weights, ids)
+        del weights
+        add(name, "float", model, wanted, lean=None)
+        if _takes_int8(model.get_submodule(blocks)):
+            add(name, "int8", load_pretrained(folder, "int8").model, wanted, lean=None)
+    with tqdm(desc=", ".join(group), unit=" rounds", leave=False, disable=None if progress else True) as bar:
+        return interleave(samples, seconds, bar.update)
+
+
+def _takes_int8(blocks: nn.Module) -> bool:
+    layers = [layer for layer in blocks.modules() if isinstance(layer, PackedModule)]
+    return any(hasattr(layer.config, "activations") for layer in layers)
+
+
+def _rates(times: Mapping[str, Spread], name: str, activations: str, tokens: int) -> dict[str, Any] | None:
+    if f"{name} {activations} step" not in times:
+        return None
+    return {
+        read: rates(times[f"{name} {activations} {read}"], times[f"{FLOAT32} float {read}"], count)
+        for read, count in {"prompt": tokens, "step": 1}.items()
+    }
+
+
+def _memory(folder: Path, tokens: int) -> dict[str, int] | None:
+    return measure_folder(folder, tokens, STEPS) if STATUS.exists() else None
+
+
+def _float32_memory(model: Any, tokens: int) -> dict[str, int] | None:
+    """Of a folder as transformers writes it: reading a GGUF file takes more than the model does."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return _memory(Path(folder), tokens)
