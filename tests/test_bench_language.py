@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from bitmill import cli, timing
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="needs transformers 5")
 
-from bitmill.bench import language  # noqa: E402
+from bitmill.bench import language, language_peers, layers  # noqa: E402
 from bitmill.integrations.generation import LEAN, Decoder, generate  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
     "vocab_size": 50,
     "hidden_size": 32,
-    "intermediate_size": 48,
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -107,6 +109,27 @@ def test_every_variant_is_measured(method: str, capsys: pytest.CaptureFixture[st
     assert rows["bitmill"]["error"] < 1e-4 < ours["error"] < 0.2
     text = language.render(result)
     assert sum(line.startswith(name) for line in text.splitlines() for name in rows) >= 5
+
+
+@pytest.mark.usefixtures("small")
+def test_an_engine_that_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    result = language.run("smollm2", tokens=9, peers=True)
+    rows = {row["name"]: row for row in result["variants"]}
+    assert len(rows) == 7
+    for name in language.PEERS:
+        assert rows[name]["status"].startswith("failed: ModuleNotFoundError: import of llama_cpp")
+        assert rows[name]["prompt"]["per_second"] is None
+        assert f"{name:<19} failed: ModuleNotFoundError" in language.render(result)
+
+
+@pytest.mark.parametrize("kind", language_peers.FORMATS)
+def test_a_written_gguf_is_the_model(tmp_path: Path, kind: str) -> None:
+    model, ids = random_model(), torch.randint(50, (1, 9))
+    language_peers.write_gguf(model, tmp_path / "model.gguf", kind)
+    read = transformers.LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    error = layers.relative_error(*(language.last_logits(each.eval(), ids) for each in (read, model)))
+    assert 0 < error < {"Q4_0": 0.4, "Q8_0": 0.05}[kind]
 
 
 @pytest.mark.usefixtures("small")

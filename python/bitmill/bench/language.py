@@ -22,6 +22,7 @@ from ..integrations.language import int8_tables_
 from ..integrations.transformers import transformers
 from ..recipes.layerwise import decoder_blocks
 from ..timing import Sample, Spread, interleave
+from .language_peers import PEERS, LlamaCpp
 from .layers import relative_error
 from .models import dynamic_int8, one_line
 
@@ -54,6 +55,7 @@ def run(
     tokens: int | None = None,
     seconds: float = 2.0,
     progress: bool = False,
+    peers: bool = False,
 ) -> dict[str, Any]:
     """Time a prompt and single steps after it, of a model with random weights, on the threads that torch has.
 
@@ -63,6 +65,7 @@ def run(
         tokens: of the prompt, 128 if None.
         seconds: the aim for each variant, prompt and steps apart.
         progress: show a bar if stderr is a terminal.
+        peers: time llama.cpp too, as it runs a model.
     Returns:
         What `bitmill bench --model NAME --json` prints.
     Raises:
@@ -105,6 +108,15 @@ def run(
             if ours:
                 raise
             failures[variant] = f"failed: {one_line(error)}"
+    for variant in PEERS if peers else ():
+        try:
+            taken, errors[variant] = samples_of(
+                PEERS[variant](model, ids.shape[1] + STEPS), ids, last_logits(model, ids)
+            )
+            samples |= {f"{variant}: {kind}": sample for kind, sample in taken.items()}
+        except Exception as error:
+            failures[variant] = f"failed: {one_line(error)}"
+    variants = [*builders, *(PEERS if peers else ())]
     with tqdm(desc="timing", unit=" rounds", leave=False, disable=None if progress else True) as bar:
         times = interleave(samples, seconds, bar.update)
     return {
@@ -118,7 +130,7 @@ def run(
         "file_bytes": file_size(exact),
         "float32_bytes": sum(p.nbytes for p in model.parameters()),
         "disturbed": sum(t.disturbed for t in times.values()) / sum(sum(t[3:]) for t in times.values()),
-        "variants": [_row(variant, failures.get(variant), errors.get(variant), times, tokens) for variant in builders],
+        "variants": [_row(variant, failures.get(variant), errors.get(variant), times, tokens) for variant in variants],
     }
 
 
@@ -152,11 +164,17 @@ def verified(
     Raises:
         RuntimeError: if they are off.
     """
-    decoder, prompt = Decoder(model, ids.shape[1] + STEPS, lean), ids[:, :-1]
-    decoder.prefill(prompt)
-    error = relative_error(decoder.step(ids[:, -1:]).float(), wanted)
+    samples, error = samples_of(Decoder(model, ids.shape[1] + STEPS, lean), ids, wanted)
     if exact and not error <= EXACT:
         raise RuntimeError(f"its logits differ from those of its weights by {error:.2g}, relative")
+    return samples, error
+
+
+def samples_of(decoder: Decoder | LlamaCpp, ids: Tensor, wanted: Tensor) -> tuple[dict[str, Sample], float]:
+    """What `verified` answers, whatever the error is."""
+    prompt = ids[:, :-1]
+    decoder.prefill(prompt)
+    error = relative_error(decoder.step(ids[:, -1:]).float(), wanted)
     return {"prompt": partial(_prompt, decoder, prompt), "step": partial(_steps, decoder, prompt)}, error
 
 
@@ -170,13 +188,13 @@ def rates(spread: Spread, float32: Spread | None, tokens: int) -> dict[str, floa
     }
 
 
-def _prompt(decoder: Decoder, prompt: Tensor) -> float:
+def _prompt(decoder: Decoder | LlamaCpp, prompt: Tensor) -> float:
     start = time.perf_counter()
     decoder.prefill(prompt)
     return time.perf_counter() - start
 
 
-def _steps(decoder: Decoder, prompt: Tensor) -> float:
+def _steps(decoder: Decoder | LlamaCpp, prompt: Tensor) -> float:
     """Seconds of a step, the mean of those after the prompt."""
     decoder.prefill(prompt)
     token = prompt[:, -1:]
@@ -193,7 +211,7 @@ def _row(
     row: dict[str, Any] = {"name": variant, "status": failure or "ok", "error": error}
     for kind in KINDS:
         row[kind] = dict.fromkeys(("per_second", "low", "high", "x_float32"))
-        if failure is None:
+        if f"{variant}: {kind}" in times:
             float32 = times.get(f"{FLOAT32}: {kind.removeprefix('lean_')}")
             row[kind] = rates(times[f"{variant}: {kind}"], float32, tokens if "prompt" in kind else 1)
     return row
@@ -216,8 +234,8 @@ def render(result: dict[str, Any]) -> str:
             continue
         line = f"{row['name']:<19}"
         for kind in KINDS:
-            ratio = row[kind]["x_float32"]
-            line += f" {row[kind]['per_second']:>9,.1f} {f'{ratio:.2f}' if ratio else '-':>5}"
+            rate, ratio = row[kind]["per_second"], row[kind]["x_float32"]
+            line += f" {f'{rate:,.1f}' if rate else '-':>9} {f'{ratio:.2f}' if ratio else '-':>5}"
         lines.append(f"{line} {row['error']:>8.1e}")
     mib = {key: result[f"{key}_bytes"] / 2**20 for key in ("file", "float32")}
     lines += ["", f"file {mib['file']:.1f} MiB, everything included; float32 {mib['float32']:.0f} MiB"]

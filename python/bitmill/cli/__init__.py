@@ -66,7 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     model.add_argument("--profile", action="store_true", help="where the time of the chained model goes")
     model.add_argument("--memory", action="store_true", help="peak memory of the packed model, in another process")
-    model.add_argument("--peers", action="store_true", help="int8 of OpenVINO (with nncf) and ONNX Runtime (with onnx)")
+    model.add_argument(
+        "--peers",
+        action="store_true",
+        help="int8 of OpenVINO (with nncf) and ONNX Runtime (with onnx); llama.cpp (with gguf) for smollm2",
+    )
     bench.set_defaults(run=_bench, error=bench.error)
     language.add_commands(commands)
 
@@ -170,8 +174,8 @@ MODEL_METHODS = ("bibert", "bit", "bipft", "bivit", "bivit_mlp_a32")
 LANGUAGE_MODELS = ("smollm2",)
 LANGUAGE_METHODS = ("pb-llm", "fp4")
 LAYER_OPTIONS = ("layer", "shape", "dtype")
-LANGUAGE_OPTIONS = ("method", "tokens")
-MODEL_OPTIONS = (*LANGUAGE_OPTIONS, "batch", "lengths", "profile", "memory", "peers")
+LANGUAGE_OPTIONS = ("method", "tokens", "peers")
+MODEL_OPTIONS = (*LANGUAGE_OPTIONS, "batch", "lengths", "profile", "memory")
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -238,7 +242,8 @@ def _bench_model(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.model in LANGUAGE_MODELS:
         from ..bench import language as language_models
 
-        result = language_models.run(options.model, options.method, options.tokens, progress=not options.json)
+        chosen = {name: getattr(options, name) for name in LANGUAGE_OPTIONS}
+        result = language_models.run(options.model, **chosen, progress=not options.json)
         return result, language_models.render(result)
     from ..bench import models
 
