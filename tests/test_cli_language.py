@@ -30,6 +30,7 @@ from bitmill.bench import folders, language  # noqa: E402
 from bitmill.bench.memory import measure_folder  # noqa: E402
 from bitmill.integrations.language import load_pretrained  # noqa: E402
 from bitmill.recipes.language import perplexity, read_ids  # noqa: E402
+from bitmill.recipes.language_folder import open_folder  # noqa: E402
 from bitmill.recipes.scripts import language_table  # noqa: E402
 
 TEXT = " ".join(f"the {a} saw the {b} ." for a in ("cat", "dog", "bird") for b in ("tree", "house")) + " "
@@ -310,7 +311,8 @@ def test_the_table_measures_speed_and_memory(
     monkeypatch.setattr(folders, "TOGETHER", 2)
     for module in (folders, language):
         monkeypatch.setattr(module, "STEPS", 3)
-    monkeypatch.setattr(folders, "measure_folder", lambda *_: {"imports": 1, "peak": 98_765_432})
+    peak = {"imports": 1, "peak": 98_765_432}
+    monkeypatch.setattr(folders, "measure_folder", lambda folder, *_: peak if open_folder(folder) else None)
     rows = ["float32", "fp4", "pb-llm-30-rtn", "billm"]
     table("--rows", *rows)
     monkeypatch.setattr(language_table, "quantize_folder", None)
@@ -326,6 +328,7 @@ def test_the_table_measures_speed_and_memory(
         (9, torch.__version__, torch.get_num_threads())
     }
     assert [row for row in rows if found[row]["int8"] is None] == ["float32", "billm"]
+    assert 0 < found["fp4"]["float"]["error"] < 1e-4 < found["fp4"]["int8"]["error"] < 0.2
     for read in ("prompt", "step"):
         base, ours = found["float32"]["float"][read], found["billm"]["float"][read]  # of the last group
         assert base["x_float32"] == 1

@@ -51,21 +51,22 @@ def measure(
     Returns:
         Group after group, its names, and `FLOAT32`, to what was found: cpu, threads and versions; disturbed, the share
         of samples that were thrown away; tokens of the prompt and steps; "float" and "int8" activations, each to
-        `bench.language.rates` of "prompt" and "step", None for "int8" where the decoder blocks do not take it; memory,
-        as `bench.memory` counts it, None where it cannot.
+        `bench.language.rates` of "prompt" and "step" and the relative error of the logits against a float model with
+        the same weights, None for "int8" where the decoder blocks do not take it; memory, as `bench.memory` counts it,
+        None where it cannot.
     Raises:
         ValueError: for a prompt that is too long for the model, or what `load_pretrained` refuses.
         RuntimeError: if a folder's model does not compute what a float model with its weights computes, or the process
             that measures memory fails.
     """
     torch.manual_seed(0)
-    original = read_pretrained(source).model
+    original, tokenizer = read_pretrained(source)
     ids = torch.randint(original.config.vocab_size, (1, tokens + 1))
-    float32_memory = _float32_memory(original, tokens)
+    float32_memory = _float32_memory(original, tokenizer, tokens)
     names = list(folders)
     for start in range(0, max(len(names), 1), TOGETHER):
         group = {name: folders[name] for name in names[start : start + TOGETHER]}
-        times = _times(original, group, ids, seconds, progress)
+        times, errors = _times(original, group, ids, seconds, progress)
         facts = {
             "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
@@ -78,19 +79,26 @@ def measure(
         }
         memories = {FLOAT32: float32_memory, **{name: _memory(folder, tokens) for name, folder in group.items()}}
         yield {
-            name: {**facts, **{kind: _rates(times, name, kind, tokens) for kind in ACTIVATIONS}, "memory": memory}
+            name: {
+                **facts,
+                **{kind: _found(times, errors, name, kind, tokens) for kind in ACTIVATIONS},
+                "memory": memory,
+            }
             for name, memory in memories.items()
         }
 
 
-def _times(original: Any, group: Mapping[str, Path], ids: Tensor, seconds: float, progress: bool) -> dict[str, Spread]:
-    """Keys such as "NAME float prompt" to the spread of their samples."""
+def _times(
+    original: Any, group: Mapping[str, Path], ids: Tensor, seconds: float, progress: bool
+) -> tuple[dict[str, Spread], dict[str, float]]:
+    """The spreads of samples such as "NAME float prompt", and the errors of models such as "NAME float"."""
     blocks, _ = decoder_blocks(original)
     samples: dict[str, Sample] = {}
+    errors: dict[str, float] = {}
 
     def add(name: str, activations: str, model: Any, wanted: Tensor, lean: bool | None) -> None:
         try:
-            taken, _ = verified(model, ids, wanted, lean, exact=activations == "float")
+            taken, errors[f"{name} {activations}"] = verified(model, ids, wanted, lean, exact=activations == "float")
         except RuntimeError as error:
             raise RuntimeError(f"{name}: {error}") from None
         samples.update({f"{name} {activations} {read}": sample for read, sample in taken.items()})
@@ -106,7 +114,7 @@ def _times(original: Any, group: Mapping[str, Path], ids: Tensor, seconds: float
         if _takes_int8(model.get_submodule(blocks)):
             add(name, "int8", load_pretrained(folder, "int8").model, wanted, lean=None)
     with tqdm(desc=", ".join(group), unit=" rounds", leave=False, disable=None if progress else True) as bar:
-        return interleave(samples, seconds, bar.update)
+        return interleave(samples, seconds, bar.update), errors
 
 
 def _takes_int8(blocks: nn.Module) -> bool:
@@ -114,21 +122,27 @@ def _takes_int8(blocks: nn.Module) -> bool:
     return any(hasattr(layer.config, "activations") for layer in layers)
 
 
-def _rates(times: Mapping[str, Spread], name: str, activations: str, tokens: int) -> dict[str, Any] | None:
-    if f"{name} {activations} step" not in times:
+def _found(
+    times: Mapping[str, Spread], errors: Mapping[str, float], name: str, activations: str, tokens: int
+) -> dict[str, Any] | None:
+    variant = f"{name} {activations}"
+    if variant not in errors:
         return None
-    return {
-        read: rates(times[f"{name} {activations} {read}"], times[f"{FLOAT32} float {read}"], count)
-        for read, count in {"prompt": tokens, "step": 1}.items()
+    reads = {"prompt": tokens, "step": 1}
+    found = {
+        read: rates(times[f"{variant} {read}"], times[f"{FLOAT32} float {read}"], count)
+        for read, count in reads.items()
     }
+    return {**found, "error": errors[variant]}
 
 
 def _memory(folder: Path, tokens: int) -> dict[str, int] | None:
     return measure_folder(folder, tokens, STEPS) if STATUS.exists() else None
 
 
-def _float32_memory(model: Any, tokens: int) -> dict[str, int] | None:
+def _float32_memory(model: Any, tokenizer: Any, tokens: int) -> dict[str, int] | None:
     """Of a folder as transformers writes it: reading a GGUF file takes more than the model does."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         return _memory(Path(folder), tokens)

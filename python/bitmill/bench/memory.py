@@ -112,7 +112,6 @@ def _generation(task: dict[str, Any]) -> Callable[[], None]:
 
     with torch.device("meta"):  # transformers imports an architecture when it is asked for
         transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(task["folder"]))
-    transformers.AutoTokenizer  # noqa: B018
 
     def infer() -> None:
         model = open_folder(task["folder"]).model
