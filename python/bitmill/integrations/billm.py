@@ -141,7 +141,7 @@ def _pack_block(part: Tensor, salient: Tensor, dtype: torch.dtype, split: bool) 
             numbers = ", ".join(f"{value:.6g}" for value in found.value[row, : int(found.number[row])].tolist())
             form = "mu +- alpha +- beta" if residual else "two zones whose means float32 can hold"
             remedy = "load the checkpoint in the dtype that it was saved in"
-            remedy += ", or take split_salient=True, which stores any four values" if residual else ""
+            remedy += ", or take split_salient=True, which stores any four float16 values" if residual else ""
             raise _UnfitError(row, f"has {numbers} in the {where} columns, which are not {form}", remedy)
         first[:, columns] = fit.first.gather(1, found.rank)
         (second if residual else sparse)[:, columns] = fit.second.gather(1, found.rank)
@@ -228,10 +228,11 @@ def import_linear(
     """Pack a linear layer of a checkpoint that BiLLM's program wrote.
 
     Args:
-        linear: float16, as the program saves it, bfloat16 or float32.
+        linear: float16, as the program saves it, or bfloat16. float32 numbers must be what sums in float32 can give, as
+            those of float16 scales are.
         config: block as the checkpoint was made with, and scale_bits=32; the sums of float16 scales round otherwise.
-            split_salient=True stores the salient columns of a row and block as two zones of two values, so any four
-            fit: such as those of a float16 checkpoint in a float32 model.
+            split_salient=True stores the salient columns of a row and block as two zones of two values, so that any
+            four float16 values fit, rounded or not: for a float16 checkpoint in a float32 model.
         salient_columns: bool [in_features]; None to find columns that can be salient. Where several choices explain
             the numbers, as in layers of few rows, it may be another than the program's, which changes no number.
     Returns:
