@@ -38,7 +38,7 @@ def assert_same_numbers(packed: PackedZonedLinear, linear: nn.Linear) -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     ("n", "k", "block", "salient"),
-    [(300, 300, 128, 20), (40, 135, 32, 3), (24, 64, 64, 1), (24, 64, 96, 2), (17, 118, 64, 40)],
+    [(300, 150, 128, 20), (40, 135, 32, 3), (24, 64, 64, 1), (24, 64, 96, 2), (17, 118, 64, 40)],
 )
 def test_packs_without_loss_and_finds_the_columns(n: int, k: int, block: int, salient: int, dtype: torch.dtype) -> None:
     weight, columns = billm_weight(n, k, salient, block)
@@ -56,7 +56,7 @@ def test_packs_without_loss_and_finds_the_columns(n: int, k: int, block: int, sa
 
 @pytest.mark.parametrize(("scale_bits", "dtype"), [(16, torch.float16), (32, torch.float16), (16, torch.float32)])
 def test_packs_what_the_recipe_makes(scale_bits: int, dtype: torch.dtype) -> None:
-    for n, k, block in ((32, 150, 64), (1, 70, 32), (2, 64, 128), (5, 33, 32), (7, 1, 32)):
+    for n, k, block in ((32, 80, 64), (1, 40, 32), (2, 32, 64), (5, 33, 32), (7, 1, 32)):
         result = billm.quantize_weight(torch.randn(n, k) * 0.05, torch.eye(k), block=block, scale_bits=scale_bits)
         linear = linear_of(result.value, dtype)
         assert_same_numbers(import_linear(linear, config_of(block)), linear)
