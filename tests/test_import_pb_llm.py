@@ -14,33 +14,10 @@ from bitmill import SalientConfig, load, save
 from bitmill.demo.model import Stories, StoriesConfig
 from bitmill.integrations.pb_llm import import_, import_linear, read_masks
 from bitmill.nn import PackedSalientLinear
+from fake_quantised_inputs import linear_of, pb_llm_weight
 
 SMALL = StoriesConfig(dim=32, hidden=64, layers=2, heads=4, kv_heads=2, vocab=50, context=24)
 DTYPES = (torch.float16, torch.float32, torch.bfloat16)
-
-
-def written(n: int, k: int, fraction: float, bits: int = 8, group_size: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight as the program writes it, in float32, and its salient entries: gptq_pb's rounding without feedback."""
-    w = torch.randn(n, k) * 0.05 + 0.003
-    size = w.abs().flatten().sort().values
-    mask = w.abs() > size[min(int((1 - fraction) * size.numel()), size.numel() - 1)]
-    low, high = w.amin(1, keepdim=True).clamp_max(0), w.amax(1, keepdim=True).clamp_min(0)
-    step = (high - low) / (2**bits - 1)
-    zero = torch.round(-low / step)
-    out = step * (torch.clamp(torch.round(w / step) + zero, 0, 2**bits - 1) - zero)
-    for part, kept, target in zip(*(t.split(group_size or k, 1) for t in (w, mask, out)), strict=True):
-        binarised = torch.where(kept, 0.0, part)
-        mu = binarised.mean(1, keepdim=True)
-        alpha = (binarised - mu).abs().mean(1, keepdim=True)
-        target.copy_(torch.where(kept, target, mu + alpha * torch.sign(part - mu)))
-    return out, mask
-
-
-def linear_of(weight: Tensor, dtype: torch.dtype = torch.float16) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=dtype)
-    with torch.no_grad():
-        linear.weight.copy_(weight)
-    return linear
 
 
 def config_of(fraction: float, bits: int = 8, group_size: int = 0) -> SalientConfig:
@@ -69,7 +46,7 @@ def assert_same_numbers(packed: PackedSalientLinear, linear: nn.Linear) -> None:
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_packs_without_loss(bits: int, group_size: int, dtype: torch.dtype) -> None:
     for n, k, fraction in ((24, 128, 0.1), (9, 77, 0.5), (3, 33, 0.02), (17, 64, 0.0)):
-        weight, mask = written(n, k, fraction, min(bits, 8), group_size)
+        weight, mask = pb_llm_weight(n, k, fraction, min(bits, 8), group_size)
         linear, config = linear_of(weight, dtype), config_of(fraction, bits, group_size)
         if bits == 16 and dtype == torch.float32:
             linear = linear_of(weight.half(), dtype)
@@ -115,7 +92,7 @@ def test_packs_what_the_program_wrote(variant: int, golden_folder: Path) -> None
 
 
 def test_weights_without_a_mean_need_none() -> None:
-    weight, mask = written(8, 64, 0.1)
+    weight, mask = pb_llm_weight(8, 64, 0.1)
     weight = torch.where(mask, weight, 0.03 * torch.where(torch.rand(8, 64) < 0.5, 1.0, -1.0))
     linear = linear_of(weight)
     packed = import_linear(linear, config_of(0.1), mask)
@@ -123,8 +100,9 @@ def test_weights_without_a_mean_need_none() -> None:
     assert_same_numbers(packed, linear)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_other_weights_are_refused_with_the_row_and_the_reason() -> None:
-    weight, mask = written(24, 128, 0.1)
+    weight, mask = pb_llm_weight(24, 128, 0.1)
     config = config_of(0.1)
     third = weight.clone()
     third[7, int((~mask[7]).nonzero()[3])] *= 1.5
@@ -145,7 +123,7 @@ def test_other_weights_are_refused_with_the_row_and_the_reason() -> None:
         import_linear(dense, config)
     with pytest.raises(ValueError, match=r"row 0 has \d+ values outside of the mask"):
         import_linear(dense, config, mask)
-    grouped, kept = written(24, 128, 0.1, group_size=32)
+    grouped, kept = pb_llm_weight(24, 128, 0.1, group_size=32)
     with pytest.raises(ValueError, match=r"values outside of the mask .* give the mask, the group size"):
         import_linear(linear_of(grouped), config, kept)
     wide = linear_of(torch.full((2, 64), 1e6), torch.float32)
@@ -162,6 +140,10 @@ def test_other_weights_are_refused_with_the_row_and_the_reason() -> None:
             import_linear(linear_of(weight), config, wrong)
     with pytest.raises(ValueError, match=r"linear must be a torch\.nn\.Linear, got Identity"):
         import_linear(nn.Identity())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weight must be float16, bfloat16 or float32, got float64; load"):
+        import_linear(linear_of(weight, torch.float64))
+    with pytest.raises(ValueError, match=r"weight must have rows and columns, got \[3, 0\]"):
+        import_linear(linear_of(torch.zeros(3, 0)))
 
 
 def checkpoint(folder: Path) -> Stories:
@@ -169,7 +151,7 @@ def checkpoint(folder: Path) -> Stories:
     model = Stories(SMALL).half().eval()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            weight, mask = written(*module.weight.shape, 0.1)
+            weight, mask = pb_llm_weight(*module.weight.shape, 0.1)
             with torch.no_grad():
                 module.weight.copy_(weight)
             torch.save(~mask, folder / f"mask_0.9_facebook_opt-125m{name}.pkl")

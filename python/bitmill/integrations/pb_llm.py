@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SalientConfig
-from ..convert import Filter, replace_modules, require_bare
+from ..convert import Filter
 from ..nn import PackedSalientLinear
-from ..nn._module import require_finite
 from ..nn.salient import QuantisedWeight, Scales
 from ..ops._groups import columns_of_groups
-from ..recipes.layerwise import decoder_blocks
+from ._fake_quantised import distinct, import_linears, linear_names, mean_and_spread, rounding_range, weight_of
 
 DEFAULT = SalientConfig(metric="hessian", scale="official")
 REMEDY = "give the mask, the group size, the bits and the fraction that the checkpoint was made with"
@@ -71,51 +70,13 @@ def _pairs_of_counts(weight: Tensor, group_size: int) -> _Pairs:
     """The two most frequent values of each row group."""
     lows, highs = [], []
     for part in weight.split(group_size or weight.shape[1], 1):
-        ordered = part.sort(1).values
-        run = torch.nn.functional.pad((ordered.diff() != 0).cumsum(1), (1, 0))
-        count = torch.zeros_like(run).scatter_add_(1, run, torch.ones_like(run))
-        value = torch.zeros_like(ordered).scatter_(1, run, ordered)
-        two = count.topk(min(2, part.shape[1]), 1)
-        values = value.gather(1, two.indices)
+        found = distinct(part)
+        two = found.occurrences.topk(min(2, part.shape[1]), 1)
+        values = found.value.gather(1, two.indices)
         values = torch.where(two.values > 0, values, values[:, :1])  # a single value twice
         lows.append(values.amin(1))
         highs.append(values.amax(1))
     return _Pairs(torch.stack(lows, 1), torch.stack(highs, 1))
-
-
-def _rounding_range(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What rounds to each value in `dtype`: from the middle to its neighbour below to that above. All float64."""
-    size = values.abs()
-    mantissa, exponent = torch.frexp(size)
-    finfo = torch.finfo(dtype)
-    unit = torch.where(size > 0, torch.ldexp(torch.full_like(size, finfo.eps), exponent - 1), 0.0)
-    unit = unit.clamp_min(finfo.tiny * finfo.eps)
-    inner = size - unit * torch.where(mantissa == 0.5, 0.25, 0.5)  # below a power of two the neighbours are closer
-    outer = size + unit / 2
-    return torch.where(values < 0, -outer, inner), torch.where(values < 0, -inner, outer)
-
-
-def _mean_and_spread(pairs: _Pairs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """mu and alpha, float32 [n, groups], so that fl32(mu - alpha) and fl32(mu + alpha) round to the pairs in `dtype`.
-
-    The mean and half the difference of float32 pairs may need a bit more than there is: the middle of all means that
-    are possible with one of three spreads then does.
-    """
-    low, high = pairs.low.double(), pairs.high.double()
-    (low_from, low_to), (high_from, high_to) = _rounding_range(low, dtype), _rounding_range(high, dtype)
-    half = ((high - low) / 2).float()
-    mu, alpha = torch.zeros_like(half), torch.zeros_like(half)
-    found = torch.zeros_like(half, dtype=torch.bool)
-    for spread in (half, half.nextafter(half * 2), half.nextafter(half / 2)):
-        least = torch.maximum(high_from - spread, low_from + spread)
-        most = torch.minimum(high_to - spread, low_to + spread)
-        for mean in ((low + high) / 2, (least + most) / 2):
-            m = mean.float()
-            fits = (m - spread).to(dtype).double().eq(low) & (m + spread).to(dtype).double().eq(high) & ~found
-            mu, alpha, found = torch.where(fits, m, mu), torch.where(fits, spread, alpha), found | fits
-    if not found.all():
-        _refuse(int((~found).any(1).nonzero()[0]), "has two values so far apart that float32 cannot hold their mean")
-    return mu, alpha
 
 
 def _step(values: Tensor, levels: int, dtype: torch.dtype) -> tuple[float, int] | None:
@@ -130,7 +91,7 @@ def _step(values: Tensor, levels: int, dtype: torch.dtype) -> tuple[float, int] 
     if not nonzero.numel():
         return 1.0, 0
     size = nonzero.abs()
-    below, above = _rounding_range(size, dtype)
+    below, above = rounding_range(size, dtype)
     # The largest value is some multiple of the step: try them all.
     largest = torch.arange(1, levels + 1, dtype=torch.float64, device=values.device).unsqueeze(1)
     multiple = (size * (largest / size.max())).round()
@@ -192,10 +153,8 @@ def import_linear(
     Raises:
         ValueError: for anything that is not such a weight, with the row and the reason.
     """
-    if type(linear) is not nn.Linear:
-        raise ValueError(f"import_linear: linear must be a torch.nn.Linear, got {type(linear).__name__}")
-    require_finite("import_linear", linear.weight)
-    w, group_size, (n, k) = linear.weight.detach().float(), config.group_size or 0, linear.weight.shape
+    w, group_size = weight_of(linear), config.group_size or 0
+    n, k = w.shape
     if mask is not None and (mask.shape != w.shape or mask.dtype != torch.bool):
         raise ValueError(
             f"import_linear: mask must be bool {[n, k]}, got {str(mask.dtype).removeprefix('torch.')}"
@@ -213,7 +172,9 @@ def import_linear(
         mask = mask.to(w.device)
         pairs = _pairs_of_mask(w, mask, group_size)
     _, high = pairs.columns(k, group_size)
-    mu, alpha = _mean_and_spread(pairs, linear.weight.dtype)
+    mu, alpha, found = mean_and_spread(pairs.low, pairs.high, linear.weight.dtype)
+    if not found.all():
+        _refuse(int((~found).any(1).nonzero()[0]), "has two values so far apart that float32 cannot hold their mean")
     codes, scale, zero = _codes(w, mask, config.bits, linear.weight.dtype)
     config = dataclasses.replace(config, centre=bool(mu.any()))
     scales = Scales(alpha, mu if config.centre else None, scale, zero, config.bits, group_size)
@@ -240,20 +201,8 @@ def import_(
     Raises:
         ValueError: as `import_linear`, the layer's name first. The model is unchanged then.
     """
-    replacements: dict[nn.Module, nn.Module] = {}
-    names = [
-        name for name in _linears(model, blocks) if filter_fn is None or filter_fn(model.get_submodule(name), name)
-    ]
-    for name in names:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        try:
-            require_bare(linear)
-            replacements[linear] = import_linear(linear, config, (masks or {}).get(name))
-        except ValueError as error:
-            raise ValueError(f"import_: {name}: {error}") from None
-    replace_modules(model, replacements)
-    return names
+    masks = masks or {}
+    return import_linears(model, blocks, filter_fn, lambda linear, name: import_linear(linear, config, masks.get(name)))
 
 
 def read_masks(folder: str | os.PathLike[str], model: nn.Module, blocks: str | None = None) -> dict[str, Tensor]:
@@ -266,17 +215,10 @@ def read_masks(folder: str | os.PathLike[str], model: nn.Module, blocks: str | N
     """
     files = sorted(Path(folder).glob("mask_*.pkl"))
     masks: dict[str, Tensor] = {}
-    for name in _linears(model, blocks):
+    for name in linear_names(model, blocks):
         found = [file for file in files if file.name.endswith(f"{name}.pkl")]
         if len(found) != 1:
             names = ", ".join(file.name for file in found) or "none"
             raise ValueError(f"read_masks: {folder} must hold one file for layer {name}, got {names}")
         masks[name] = ~torch.load(found[0], map_location="cpu", weights_only=True).bool()
     return masks
-
-
-def _linears(model: nn.Module, blocks: str | None) -> list[str]:
-    prefix, _ = decoder_blocks(model, blocks)
-    return [
-        name for name, module in model.named_modules() if type(module) is nn.Linear and name.startswith(f"{prefix}.")
-    ]
