@@ -93,6 +93,7 @@ def run(
         "bitmill": lambda: exact,
         "bitmill int8": lambda: rounded,
     }
+    of_model, of_weights = (last_logits(each, ids) for each in (model, weights))
     samples: dict[str, Sample] = {}
     errors: dict[str, float] = {}
     failures: dict[str, str] = {}
@@ -100,8 +101,8 @@ def run(
         ours = variant.startswith("bitmill")
         try:
             timed = build()
-            wanted = last_logits(weights if ours else model, ids)
             for lean in (False, True):
+                wanted = of_weights if ours else of_model
                 taken, errors[variant] = verified(timed, ids, wanted, lean, exact=timed is exact)
                 samples |= {f"{variant}: {'lean_' * lean}{kind}": sample for kind, sample in taken.items()}
         except Exception as error:  # whatever another engine raises; it must not stop the run
@@ -110,9 +111,7 @@ def run(
             failures[variant] = f"failed: {one_line(error)}"
     for variant in PEERS if peers else ():
         try:
-            taken, errors[variant] = samples_of(
-                PEERS[variant](model, ids.shape[1] + STEPS), ids, last_logits(model, ids)
-            )
+            taken, errors[variant] = samples_of(PEERS[variant](model, ids.shape[1] + STEPS), ids, of_model)
             samples |= {f"{variant}: {kind}": sample for kind, sample in taken.items()}
         except Exception as error:
             failures[variant] = f"failed: {one_line(error)}"

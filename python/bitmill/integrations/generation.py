@@ -95,26 +95,27 @@ class _Walk:
         start, self.length = self.length, self.length + ids.shape[1]
         hidden = self.body.embed_tokens(ids)[0]
         places = torch.arange(start, self.length, device=ids.device).unsqueeze(0)
-        cos, sin = (table[0] for table in self.body.rotary_emb(hidden, places))  # [m, head_dim]
-        half = self.head_dim // 2
-        sin = torch.cat((-sin[:, :half], sin[:, half:]), 1)  # for halves that have changed places
-        # The rotation of one token is a matrix: one product instead of a dozen calls.
-        matrix = cos[0].diag() + sin[0].diag().roll(half, 0)
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        turn = self._rotation(*(table[0] for table in self.body.rotary_emb(hidden, places)))
         turning = self.heads + self.key_heads
         for block in self.blocks:
             rows = block.projections(block.norm(hidden)).unflatten(1, (-1, self.head_dim))
-            straight = rows[:, :turning]
-            if len(rows) == 1:
-                turned = torch.mm(straight[0], matrix).unsqueeze(0)
-            else:
-                turned = torch.addcmul(straight * cos, straight.roll(half, 2), sin)
+            turned = turn(rows[:, :turning])
             block.keys[:, start : self.length] = turned[:, self.heads :].transpose(0, 1)
             block.values[:, start : self.length] = rows[:, turning:].transpose(0, 1)
             hidden = hidden + block.output(self._attend(turned[:, : self.heads], block))
             gate, up = block.widen(block.mlp_norm(hidden)).chunk(2, 1)
             hidden = hidden + block.down(block.activation(gate) * up)
         return self.head(self.norm(hidden[-1:]))
+
+    def _rotation(self, cos: Tensor, sin: Tensor) -> Rows:
+        """What turns heads [m, heads, head_dim] by their tokens' places, from cos and sin [m, head_dim]."""
+        half = self.head_dim // 2
+        sin = torch.cat((-sin[:, :half], sin[:, half:]), 1)  # for halves that have changed places
+        if len(cos) == 1:  # a matrix: one product instead of a dozen calls
+            matrix = cos[0].diag() + sin[0].diag().roll(half, 0)
+            return lambda heads: torch.mm(heads[0], matrix).unsqueeze(0)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return lambda heads: torch.addcmul(heads * cos, heads.roll(half, 2), sin)
 
     def _attend(self, queries: Tensor, block: _Block) -> Tensor:
         """Context [m, heads head_dim] of queries [m, heads, head_dim]."""
