@@ -102,16 +102,17 @@ def attention_arguments(
     lengths: list[int] | None = None,
     mask: Tensor | None = None,
     residual: bool = True,
+    n_out: int = 33,
 ) -> tuple[Any, ...]:
     width = heads * d
     columns = width * 3 // layers
     weights = [tiles(columns, k, zeros and i != 1) for i in range(layers)]
     empty = torch.empty(0, dtype=torch.int32)
-    out, out_nonzero, _ = tiles(33, width, zeros)
+    out, out_nonzero, _ = tiles(n_out, width, zeros)
     x = values(sequences, n, k) if lengths is None else values(sum(lengths), k)
     return (
         x,
-        torch.randn(*x.shape[:-1], 33) if residual else None,
+        torch.randn(*x.shape[:-1], n_out) if residual else None,
         [values(k) for _ in weights] if shift else [],
         [0.1 * i for i in range(layers)] if shift else [0.2] * layers,
         levels,
@@ -129,8 +130,8 @@ def attention_arguments(
         out_levels,
         out,
         out_nonzero,
-        torch.rand(33, 1),
-        torch.randn(33),
+        torch.rand(n_out, 1),
+        torch.randn(n_out),
     )
 
 

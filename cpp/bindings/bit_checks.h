@@ -117,11 +117,12 @@ inline OutputRanges output_ranges(const char* op, const Tensor& positive, const 
   const auto below = checked(op, (prefix + "negative").c_str(), negative, ScalarType::Int, sizes);
   const Sizes outputs = with_last(leading, n);
   if (single && (!negative || single->dim() != static_cast<int64_t>(sizes.size()))) {
-    fail(op, ": single must have shape ", leading.empty() ? "[n, count]" : "[products, n, count]",
+    fail(op, ": ", prefix, "single must have shape ", leading.empty() ? "[n, count]" : "[products, n, count]",
          " and goes with negative, got ", to_string(sizes_of(*single)), negative ? "" : " without negative");
   }
   const int64_t count = single ? single->size(single->dim() - 1) : 0;
-  return {above, below, checked(op, "single", single, ScalarType::Int, with_last(outputs, count)), n, count};
+  return {above, below, checked(op, (prefix + "single").c_str(), single, ScalarType::Int, with_last(outputs, count)), n,
+          count};
 }
 
 }  // namespace bitmill

@@ -6,6 +6,7 @@
 #include "bit_checks.h"
 #include "bitpack.h"
 #include "boxing.h"
+#include "row_steps.h"
 #include "checks.h"
 #include "int8_rows.h"
 
@@ -171,7 +172,8 @@ Tensor binary_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Te
   p.group_size = group_size;
   p.row_scale = pack.mean;
   p.bias = data_or_null<float>(bias_row);
-  require(op, binary_linear(pack, &p, 1));
+  const RowStep steps[] = {pack, p};
+  require(op, row_steps(steps));
   return out;
 }
 

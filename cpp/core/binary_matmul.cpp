@@ -125,6 +125,15 @@ Status check(const BinaryMatmulParams& p) {
   return Status::ok;
 }
 
+[[maybe_unused]] BinaryWeightMatmulParams rows_of(BinaryWeightMatmulParams p, int64_t begin, int64_t end) {
+  p.m = end - begin;
+  p.x = static_cast<const char*>(p.x) + begin * p.k * bytes_of(p.dtype);
+  p.out = static_cast<char*>(p.out) + begin * p.n * bytes_of(p.dtype);
+  return p;
+}
+
+}  // namespace
+
 BinaryMatmulParams rows_of(BinaryMatmulParams p, int64_t begin, int64_t end) {
   const int64_t words = word_count(p.k), bits = begin * word_count(p.n);
   p.m = end - begin;
@@ -139,54 +148,18 @@ BinaryMatmulParams rows_of(BinaryMatmulParams p, int64_t begin, int64_t end) {
   return p;
 }
 
-[[maybe_unused]] BinaryWeightMatmulParams rows_of(BinaryWeightMatmulParams p, int64_t begin, int64_t end) {
-  p.m = end - begin;
-  p.x = static_cast<const char*>(p.x) + begin * p.k * bytes_of(p.dtype);
-  p.out = static_cast<char*>(p.out) + begin * p.n * bytes_of(p.dtype);
-  return p;
+double nanoseconds_per_row(const BinaryMatmulParams& p) {
+  const double nanoseconds_per_word = detail::choose_kernel().nanoseconds_per_word;
+  return static_cast<double>(p.n * (word_count(p.k) + 2)) * nanoseconds_per_word;
 }
-
-double nanoseconds_per_output(const BinaryMatmulParams& p, double nanoseconds_per_word) {
-  return static_cast<double>(word_count(p.k) + 2) * nanoseconds_per_word;
-}
-
-}  // namespace
 
 Status binary_matmul(const BinaryMatmulParams& p) {
   const Status status = check(p);
   if (status != Status::ok || p.m == 0 || p.n == 0) return status;
-  const auto [tiles, nanoseconds_per_word] = detail::choose_kernel();
-  const double cost = nanoseconds_per_output(p, nanoseconds_per_word);
-  split_product(p.parallel_for, p.m, p.n, cost,
-                [&, tiles = tiles](int64_t row, int64_t rows, int64_t begin, int64_t end) {
-                  tiles(rows_of(p, row, rows), begin, end);
-                });
-  return Status::ok;
-}
-
-Status binary_linear(const BitpackParams& pack, const BinaryMatmulParams* products, int64_t count) {
-  const double nanoseconds_per_word = detail::choose_kernel().nanoseconds_per_word;
-  double cost = 0;  // of a row
-  for (int64_t i = 0; i < count; ++i) {
-    const Status status = check(products[i]);
-    if (status != Status::ok) return status;
-    if (products[i].m != pack.m) return Status::bad_size;
-    cost += nanoseconds_per_output(products[i], nanoseconds_per_word) * static_cast<double>(products[i].n);
-  }
-  if (pack.m < kManyRows) {
-    Status status = bitpack(pack);
-    for (int64_t i = 0; i < count && status == Status::ok; ++i) status = binary_matmul(products[i]);
-    return status;
-  }
-  split_rows(pack.parallel_for, pack.m, cost, [&](int64_t begin, int64_t end) {
-    BitpackParams rows = rows_of(pack, begin, end);
-    rows.parallel_for = serial_for;
-    bitpack(rows);
-    for (int64_t i = 0; i < count; ++i) {
-      BinaryMatmulParams part = rows_of(products[i], begin, end);
-      part.parallel_for = serial_for;
-      binary_matmul(part);  // checked with the whole
-    }
+  auto* tiles = detail::choose_kernel().tiles;
+  const double cost = nanoseconds_per_row(p) / static_cast<double>(p.n);
+  split_product(p.parallel_for, p.m, p.n, cost, [&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
+    tiles(rows_of(p, row, rows), begin, end);
   });
   return Status::ok;
 }

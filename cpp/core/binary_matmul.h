@@ -5,7 +5,6 @@
 
 #include <cstdint>
 
-#include "bitpack.h"
 #include "floats.h"
 #include "parallel.h"
 #include "status.h"
@@ -53,10 +52,8 @@ struct BinaryMatmulParams {
   ParallelFor parallel_for = serial_for;
 };
 Status binary_matmul(const BinaryMatmulParams& params);
-
-// Products of rows that are packed first, one after the other: `a`, `a_nonzero` and `row_scale` of each are what `pack`
-// or a product before it writes. One parallel region for all, where there are many rows.
-Status binary_linear(const BitpackParams& pack, const BinaryMatmulParams* products, int64_t count);
+BinaryMatmulParams rows_of(BinaryMatmulParams params, int64_t begin, int64_t end);
+double nanoseconds_per_row(const BinaryMatmulParams& params);
 
 struct BinaryWeightMatmulParams {
   const void* x = nullptr;  // [m, k], contiguous

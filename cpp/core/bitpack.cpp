@@ -87,10 +87,11 @@ Status bitpack(const BitpackParams& p) {
   const bool has_words = p.m > 0 && p.k > 0;  // an array without elements may be null
   if (has_words && (p.levels == Levels::sign) != (p.nonzero != nullptr)) return Status::bad_argument;
   auto* rows = detail::choose_kernel();
-  const double nanoseconds = static_cast<double>(p.k) * 0.05;
-  split(p.parallel_for, p.m, nanoseconds, [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+  split(p.parallel_for, p.m, nanoseconds_per_row(p), [&](int64_t begin, int64_t end) { rows(p, begin, end); });
   return Status::ok;
 }
+
+double nanoseconds_per_row(const BitpackParams& p) { return static_cast<double>(p.k) * 0.05; }
 
 BitpackParams rows_of(BitpackParams p, int64_t begin, int64_t end) {
   const int64_t words = word_count(p.k);

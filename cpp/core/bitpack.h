@@ -32,6 +32,7 @@ struct BitpackParams {
 };
 Status bitpack(const BitpackParams& params);
 BitpackParams rows_of(BitpackParams params, int64_t begin, int64_t end);
+double nanoseconds_per_row(const BitpackParams& params);
 
 // Signs (and nonzero bits, or null) of [m, k] to int8 -1, 0, +1.
 Status bitunpack(const int32_t* sign, const int32_t* nonzero, int64_t m, int64_t k, int8_t* values);

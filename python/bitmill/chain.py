@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .binarize.functions import ALPHA_FLOOR
 from .nn import BinaryAttention, PackedBinaryLinear
-from .ops import BitRanges, binary_mlp, binary_self_attention, bit_ranges
+from .ops import BitRanges, MlpArguments, SelfAttentionArguments, bit_ranges
 from .ops.binary_bits import NEVER
 from .ops.bitpack import binarized
 
@@ -225,33 +225,36 @@ class AttentionChain(nn.Module):
 
         x is float32 [sequences, n, d], with a mask or None; or [rows, d] with the lengths of the sequences.
         """
+        return torch.ops.bitmill.binary_self_attention.default(x, residual, *self.arguments(mask, lengths))
+
+    def arguments(self, mask: Tensor | None, lengths: Tensor | None) -> SelfAttentionArguments:
         layers: list[dict[str, Any]] = [layer._buffers for layer in self.layers]
         out: dict[str, Any] = self.out[0]._buffers
         own: dict[str, Any] = self._buffers
-        return binary_self_attention(
-            x,
-            [layer["weight"] for layer in layers],
-            self.projected.get(),
-            self.heads,
-            self.context.get(),
-            out["weight"],
-            out["scale"],
-            out["bias"],
-            _for_each([layer["weight_nonzero"] for layer in layers], lambda plane: plane.new_empty(0)),
-            out["weight_nonzero"],
+        context = self.context.get()
+        return SelfAttentionArguments(
             _for_each([layer["shift"] for layer in layers], torch.zeros_like),
             self.thresholds,
             self.levels,
-            self.out_levels,
-            residual,
+            [layer["weight"] for layer in layers],
+            _for_each([layer["weight_nonzero"] for layer in layers], lambda plane: plane.new_empty(0)),
+            *self.projected.get(),
             mask.float() if mask is not None and mask.dtype == torch.float64 else mask,
             lengths,
+            self.heads,
             self.rule,
             self.scaling,
             self.beta,
             own["alpha_q"],
             own["alpha_k"],
             own["alpha_a"],
+            context.positive,
+            context.negative,
+            self.out_levels,
+            out["weight"],
+            out["weight_nonzero"],
+            out["scale"],
+            out["bias"],
         )
 
 
@@ -279,20 +282,21 @@ class MlpChain(nn.Module):
         self.inner = Ranges(ranges_after(first, inner.levels, lambda z: inner.level(activation(z))))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return torch.ops.bitmill.binary_mlp.default(x, residual, *self.arguments())
+
+    def arguments(self) -> MlpArguments:
         up: dict[str, Any] = self.up[0]._buffers
         down: dict[str, Any] = self.down[0]._buffers
-        return binary_mlp(
-            x,
-            up["weight"],
-            self.inner.get(),
-            down["weight"],
-            down["scale"],
-            down["bias"],
-            up["weight_nonzero"],
-            down["weight_nonzero"],
+        return MlpArguments(
             up["shift"],
             self.input.threshold,
             self.input.levels,
+            up["weight"],
+            up["weight_nonzero"],
+            *self.inner.get(),
             self.inner_levels,
-            residual,
+            down["weight"],
+            down["weight_nonzero"],
+            down["scale"],
+            down["bias"],
         )

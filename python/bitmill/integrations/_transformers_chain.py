@@ -21,6 +21,7 @@ from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 from ..chain import Attention, AttentionChain, MlpChain, NotChained, has_hooks, undisturbed
 from ..chained import Chained, register_chain
 from ..nn import BinaryAttention
+from ..ops import LayerNormArguments, binary_encoder_layer
 from .transformers import CHILD, PREFIX, chained_kind
 
 
@@ -212,16 +213,26 @@ class EncoderChain(nn.Module):
     def forward(self, steps: list[tuple[Any, ...]], x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
         """The last hidden states. mask, lengths: as of `AttentionChain.forward`."""
         for attention, norm, mlp, last_norm in steps:
-            x = _normalised(norm, attention.forward(x, mask, lengths, x))
-            x = _normalised(last_norm, mlp.forward(x, x))
+            first, last = layer_norm_of(norm, x), layer_norm_of(last_norm, x)
+            if first is not None and last is not None:
+                x = binary_encoder_layer(x, attention.arguments(mask, lengths), first, mlp.arguments(), last)
+            else:
+                x = norm(attention.forward(x, mask, lengths, x))
+                x = last_norm(mlp.forward(x, x))
         return x
 
 
-def _normalised(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    if type(norm) is not nn.LayerNorm or has_hooks(norm):
-        return norm(x)
-    own: dict[str, Any] = norm._parameters
-    return torch.layer_norm(x, norm.normalized_shape, own["weight"], own["bias"], norm.eps)
+def layer_norm_of(norm: nn.Module, x: Tensor) -> LayerNormArguments | None:
+    """What a normalisation of x's rows is, or None if it is more than that."""
+    if type(norm) is not nn.LayerNorm or has_hooks(norm) or norm.normalized_shape != x.shape[-1:]:
+        return None
+    own: dict[str, Any] = norm._parameters  # ten times faster than attributes
+    weight, bias = own["weight"], own["bias"]
+    if weight is None or bias is None or weight.dtype != torch.float32 or bias.dtype != torch.float32:
+        return None
+    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
+        return None
+    return LayerNormArguments(weight, bias, norm.eps)
 
 
 class BertEncoderMixin(Chained):

@@ -3,12 +3,14 @@
 
 from . import _library
 from . import _machine as _machine  # defines an op
+from ._block_arguments import LayerNormArguments, MlpArguments, SelfAttentionArguments
 from .binary_attention import binary_attention
 from .binary_attention_bits import binary_attention_bits
 from .binary_bits import BitRanges, binary_matmul_bits, binary_matmul_floats, bit_ranges
 from .binary_blocks import binary_mlp, binary_self_attention
 from .binary_conv import binary_conv2d
 from .binary_embedding import binary_embedding
+from .binary_encoder_layer import binary_encoder_layer
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
 from .fp4 import (
@@ -25,6 +27,7 @@ from .fp4 import (
 from .fp4_linear import fp4_linear, fp4_weight
 from .int8 import int8_fake_quant, int8_quantize
 from .integer_linear import integer_linear
+from .layer_norm import layer_norm
 from .salient_scatter import salient_linear, salient_weight
 from .zoned import zoned_linear, zoned_weight
 
@@ -32,10 +35,14 @@ _library.load()
 
 __all__ = [
     "BitRanges",
+    "LayerNormArguments",
+    "MlpArguments",
+    "SelfAttentionArguments",
     "binary_attention",
     "binary_attention_bits",
     "binary_conv2d",
     "binary_embedding",
+    "binary_encoder_layer",
     "binary_linear",
     "binary_matmul",
     "binary_matmul_bits",
@@ -57,6 +64,7 @@ __all__ = [
     "int8_fake_quant",
     "int8_quantize",
     "integer_linear",
+    "layer_norm",
     "mxfp4_dequantize",
     "mxfp4_fake_quant",
     "mxfp4_quantize",

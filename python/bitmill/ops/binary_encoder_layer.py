@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole layer of a BERT encoder in one op, for inference:
+
+    h = LayerNorm(out(attention(query(x), key(x), value(x))) + x)
+    y = LayerNorm(down(f(up(h))) + h)
+
+One op, because after the attention every row goes its own way: output projection, residual, normalisation, packing, and
+the same of the MLP are one pass over the row. It is the composition of `binary_self_attention`, `layer_norm`,
+`binary_mlp` and `layer_norm`, and equals them bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library as library
+from ._block_arguments import LayerNormArguments, MlpArguments, SelfAttentionArguments
+from ._checks import require
+from .binary_blocks import _binary_mlp_reference, _binary_self_attention_reference
+
+# No defaults: every argument is given by the wrapper.
+library.define(
+    "binary_encoder_layer",
+    "(Tensor x, Tensor[] shift, float[] threshold, str levels, Tensor[] weight, Tensor[] weight_nonzero,"
+    " Tensor positive, Tensor? negative, Tensor? single, Tensor? mask, Tensor? lengths, int heads, str rule,"
+    " float? scaling, float beta, Tensor? alpha_q, Tensor? alpha_k, Tensor? alpha_a, Tensor context_positive,"
+    " Tensor? context_negative, str out_levels, Tensor out, Tensor? out_nonzero, Tensor scale, Tensor? bias,"
+    " Tensor norm_weight, Tensor norm_bias, float norm_eps, Tensor? mlp_shift, float mlp_threshold, str mlp_levels,"
+    " Tensor up, Tensor? up_nonzero, Tensor mlp_positive, Tensor? mlp_negative, Tensor? mlp_single,"
+    " str inner_levels, Tensor down, Tensor? down_nonzero, Tensor mlp_scale, Tensor? mlp_bias,"
+    " Tensor last_norm_weight, Tensor last_norm_bias, float last_norm_eps) -> Tensor",
+)
+
+Parts = tuple[SelfAttentionArguments, LayerNormArguments, MlpArguments, LayerNormArguments]
+
+
+def _checked(x: Tensor, arguments: tuple[Any, ...]) -> Parts:
+    op, at = "binary_encoder_layer", len(SelfAttentionArguments._fields)
+    attention, norm = SelfAttentionArguments(*arguments[:at]), LayerNormArguments(*arguments[at : at + 3])
+    mlp, last_norm = MlpArguments(*arguments[at + 3 : -3]), LayerNormArguments(*arguments[-3:])
+    attention.check(op, x, None)
+    mlp.check(op, x, None, "mlp_")
+    for name, scale in (("scale", attention.scale), ("mlp_scale", mlp.scale)):
+        n, k = scale.shape[0], x.shape[-1]
+        require(n == k, f"{op}: {name} must have as many rows as x has columns, {k}, got {n}")
+    norm.check(op, x, "norm_")
+    last_norm.check(op, x, "last_norm_")
+    return attention, norm, mlp, last_norm
+
+
+@library.default("binary_encoder_layer")
+def _binary_encoder_layer_reference(x: Tensor, *arguments: Any) -> Tensor:
+    attention, norm, mlp, last_norm = _checked(x, arguments)
+    h = torch.layer_norm(_binary_self_attention_reference(x, x, *attention), x.shape[-1:], *norm)
+    return torch.layer_norm(_binary_mlp_reference(h, h, *mlp), x.shape[-1:], *last_norm)
+
+
+@torch.library.register_fake("bitmill::binary_encoder_layer")
+def _(x, *arguments):
+    _checked(x, arguments)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def binary_encoder_layer(
+    x: Tensor,
+    attention: SelfAttentionArguments,
+    norm: LayerNormArguments,
+    mlp: MlpArguments,
+    last_norm: LayerNormArguments,
+) -> Tensor:
+    """A BERT layer of bits with its two normalisations, which come after the residuals.
+
+    Args:
+        x: float32 [sequences, n, k]; with lengths among the arguments of the attention [rows, k].
+        attention: of a `binary_self_attention` with k outputs; the residual is x.
+        norm, last_norm: weight and bias, float32 [k], and epsilon.
+        mlp: of a `binary_mlp` with k outputs; the residual is its input.
+    Returns:
+        float32, x's shape.
+    Raises:
+        ValueError: as the ops that it is made of.
+    """
+    return torch.ops.bitmill.binary_encoder_layer.default(x, *attention, *norm, *mlp, *last_norm)

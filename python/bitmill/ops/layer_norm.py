@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer normalisation with the bits of torch's: (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension.
+
+The compiled kernel follows the order of operations of the torch that is loaded, which it finds by trying, so that it can
+run inside of a block's op and change nothing. Ba et al., "Layer Normalization", 2016, equation 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library as library
+from ._block_arguments import LayerNormArguments, check_floats
+
+library.define("layer_norm", "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor")
+
+
+@library.default("layer_norm")
+def _layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    _check(x, weight, bias, eps)
+    return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _check(x: Tensor, *arguments: Any) -> None:
+    check_floats("layer_norm", x)
+    LayerNormArguments(*arguments).check("layer_norm", x)
+
+
+@torch.library.register_fake("bitmill::layer_norm")
+def _(x, weight, bias, eps):
+    _check(x, weight, bias, eps)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """torch.layer_norm over the last dimension, bit for bit, for inference.
+
+    Args:
+        x: float32 [..., n].
+        weight, bias: float32 [n].
+        eps: added to the variance.
+    Returns:
+        float32 [..., n].
+    Raises:
+        ValueError: for wrong shapes or dtypes.
+    """
+    return torch.ops.bitmill.layer_norm.default(x, weight, bias, eps)
