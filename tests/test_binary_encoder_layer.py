@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer of an encoder as one op, and the normalisation in it: torch's bits on every kernel; shapes, errors, compile."""
+"""An encoder layer as one op, and the normalisation in it: torch's bits on every kernel; shapes, errors, compile."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bitmill import ops
 from bitmill.ops.binary_encoder_layer import _binary_encoder_layer_reference
 from bitmill.ops.layer_norm import _layer_norm_reference
 from problems import assert_same_bits, on_every_machine
-from test_binary_blocks import assert_alike, attention_arguments, mlp_arguments
 from test_binary_attention_op import every_rule
+from test_binary_blocks import assert_alike, attention_arguments, mlp_arguments
 
 LAYER = torch.ops.bitmill.binary_encoder_layer.default
 NORM = torch.ops.bitmill.layer_norm.default

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "row_steps.h"
 
+#include <algorithm>
 #include <atomic>
 #include <utility>
 #include <vector>
 
 namespace bitmill {
 namespace {
+
+constexpr int64_t kRowsAtOnce = 256;  // so many that weights are seldom read again, and few enough for a second cache
 
 Status run(const BitpackParams& p) { return bitpack(p); }
 Status run(const BinaryMatmulParams& p) { return binary_matmul(p); }
@@ -32,18 +35,20 @@ Status row_steps(std::span<const RowStep> steps) {
   }
   if (m < kManyRows) return run_all(steps);
   std::atomic<Status> status{Status::ok};
-  split_rows(parallel_for, m, cost, [&](int64_t begin, int64_t end) {
-    std::vector<RowStep> part(steps.begin(), steps.end());
-    for (RowStep& step : part) {
-      std::visit(
-          [&](auto& p) {
-            p = rows_of(p, begin, end);
-            p.parallel_for = serial_for;
-          },
-          step);
+  split_rows(parallel_for, m, cost, [&](int64_t first, int64_t last) {
+    for (int64_t begin = first; begin < last; begin += kRowsAtOnce) {
+      std::vector<RowStep> part(steps.begin(), steps.end());
+      for (RowStep& step : part) {
+        std::visit(
+            [&](auto& p) {
+              p = rows_of(p, begin, std::min(begin + kRowsAtOnce, last));
+              p.parallel_for = serial_for;
+            },
+            step);
+      }
+      const Status got = run_all(part);
+      if (got != Status::ok) status = got;
     }
-    const Status got = run_all(part);
-    if (got != Status::ok) status = got;
   });
   return status;
 }

@@ -13,10 +13,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 ROUNDS = 9
 MATMUL, ATTENTION, EMBEDDING, REST = "binary matmul", "binary attention", "embedding", "Python and dispatch"
-SELF_ATTENTION, MLP = "binary self-attention", "binary MLP"  # with the packing of their inputs
-KERNELS = (SELF_ATTENTION, MLP, MATMUL, ATTENTION)
+# With the packing of their inputs; a layer with its residuals and normalisations too.
+LAYER, SELF_ATTENTION, MLP = "binary encoder layer", "binary self-attention", "binary MLP"
+KERNELS = (LAYER, SELF_ATTENTION, MLP, MATMUL, ATTENTION)
 OTHER, CALL = "other ops", "call"
 STAGES = {
+    LAYER: ("bitmill::binary_encoder_layer",),
     SELF_ATTENTION: ("bitmill::binary_self_attention",),
     MLP: ("bitmill::binary_mlp",),
     MATMUL: (
@@ -25,7 +27,7 @@ STAGES = {
     ),
     ATTENTION: ("bitmill::binary_attention", "bitmill::binary_attention_bits"),
     "packing": ("bitmill::bitpack",),
-    "LayerNorm": ("aten::layer_norm", "aten::native_layer_norm"),
+    "LayerNorm": ("bitmill::layer_norm", "aten::layer_norm", "aten::native_layer_norm"),
     "residual adds": ("aten::add", "aten::add_"),
     EMBEDDING: (),  # whatever runs inside the module
 }

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer normalisation with the bits of torch's: (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension.
+"""Layer normalisation over the last dimension, with the bits of torch's.
 
-The compiled kernel follows the order of operations of the torch that is loaded, which it finds by trying, so that it can
-run inside of a block's op and change nothing. Ba et al., "Layer Normalization", 2016, equation 4.
+(x - mean) / sqrt(variance + eps) * weight + bias: Ba et al., "Layer Normalization", 2016, equation 4. The compiled
+kernel follows the order of operations of torch's (and asks torch where, tried once, its bits are others), so that a
+block can normalise inside and change nothing.
 """
 
 from __future__ import annotations
