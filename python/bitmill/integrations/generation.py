@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..nn import PackedSalientLinear
+from ..ops import decode_attention
 from .transformers import PreTrainedModel, transformers
 
 LEAN = ("llama", "mistral", "qwen2")  # model types whose blocks are all like Llama's
@@ -87,7 +88,6 @@ class _Walk:
             )
             for block, (keys, values) in zip(self.body.layers, cache, strict=True)
         ]
-        self.nothing = cache.new_zeros(1, 1, 1)
         self.length = 0
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -95,44 +95,40 @@ class _Walk:
         start, self.length = self.length, self.length + ids.shape[1]
         hidden = self.body.embed_tokens(ids)[0]
         places = torch.arange(start, self.length, device=ids.device).unsqueeze(0)
-        turn = self._rotation(*(table[0] for table in self.body.rotary_emb(hidden, places)))
-        turning = self.heads + self.key_heads
+        attend = self._attention(start, *(table[0] for table in self.body.rotary_emb(hidden, places)))
         for block in self.blocks:
-            rows = block.projections(block.norm(hidden)).unflatten(1, (-1, self.head_dim))
-            turned = turn(rows[:, :turning])
-            block.keys[:, start : self.length] = turned[:, self.heads :].transpose(0, 1)
-            block.values[:, start : self.length] = rows[:, turning:].transpose(0, 1)
-            hidden = hidden + block.output(self._attend(turned[:, : self.heads], block))
+            hidden = hidden + block.output(attend(block.projections(block.norm(hidden)), block))
             gate, up = block.widen(block.mlp_norm(hidden)).chunk(2, 1)
             hidden = hidden + block.down(block.activation(gate) * up)
         return self.head(self.norm(hidden[-1:]))
 
-    def _rotation(self, cos: Tensor, sin: Tensor) -> Rows:
-        """What turns heads [m, heads, head_dim] by their tokens' places, from cos and sin [m, head_dim]."""
-        half = self.head_dim // 2
-        sin = torch.cat((-sin[:, :half], sin[:, half:]), 1)  # for halves that have changed places
-        if len(cos) == 1:  # a matrix: one product instead of a dozen calls
-            matrix = cos[0].diag() + sin[0].diag().roll(half, 0)
-            return lambda heads: torch.mm(heads[0], matrix).unsqueeze(0)
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return lambda heads: torch.addcmul(heads * cos, heads.roll(half, 2), sin)
+    def _attention(self, start: int, cos: Tensor, sin: Tensor) -> Callable[[Tensor, _Block], Tensor]:
+        """From a block's queries, keys and values [m, width] at places from `start` on to the context [m, width].
 
-    def _attend(self, queries: Tensor, block: _Block) -> Tensor:
-        """Context [m, heads head_dim] of queries [m, heads, head_dim]."""
-        keys, values = block.keys[:, : self.length], block.values[:, : self.length]
-        if len(queries) == 1:  # the queries that share a key head are rows of one product
-            rows = queries.view(self.key_heads, -1, self.head_dim)
-            scores = torch.baddbmm(self.nothing, rows, keys.transpose(1, 2), beta=0, alpha=self.scaling)
-            return torch.bmm(scores.softmax(-1), values).view(1, -1)
-        context = scaled_dot_product_attention(
-            queries.transpose(0, 1).unsqueeze(0),
-            keys.unsqueeze(0),
-            values.unsqueeze(0),
-            is_causal=True,
-            scale=self.scaling,
-            enable_gqa=True,
-        )
-        return context[0].transpose(0, 1).flatten(1)
+        cos, sin [m, head_dim]: of the places.
+        """
+        if len(cos) == 1 and cos.dtype == torch.float32:
+            turn = cos[0], sin[0]
+            return lambda rows, block: decode_attention(rows, *turn, block.keys, block.values, start, self.scaling)
+        cos, half, turning = cos.unsqueeze(1), self.head_dim // 2, self.heads + self.key_heads
+        sin = torch.cat((-sin[:, :half], sin[:, half:]), 1).unsqueeze(1)  # for halves that have changed places
+
+        def attend(rows: Tensor, block: _Block) -> Tensor:
+            heads = rows.unflatten(1, (-1, self.head_dim))
+            turned = torch.addcmul(heads[:, :turning] * cos, heads[:, :turning].roll(half, 2), sin)
+            block.keys[:, start : self.length] = turned[:, self.heads :].transpose(0, 1)
+            block.values[:, start : self.length] = heads[:, turning:].transpose(0, 1)
+            context = scaled_dot_product_attention(
+                turned[:, : self.heads].transpose(0, 1).unsqueeze(0),
+                block.keys[:, : self.length].unsqueeze(0),
+                block.values[:, : self.length].unsqueeze(0),
+                is_causal=len(rows) > 1,
+                scale=self.scaling,
+                enable_gqa=True,
+            )
+            return context[0].transpose(0, 1).flatten(1)
+
+        return attend
 
 
 class Decoder:

@@ -13,6 +13,7 @@ from .binary_embedding import binary_embedding
 from .binary_encoder_layer import binary_encoder_layer
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
+from .decode_attention import decode_attention
 from .fp4 import (
     code_values,
     e8m0_cast,
@@ -54,6 +55,7 @@ __all__ = [
     "bitpack",
     "bitunpack",
     "code_values",
+    "decode_attention",
     "e8m0_cast",
     "e8m0_uncast",
     "fp4_cast",
