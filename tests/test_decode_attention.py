@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from binary_inputs import on_meta
 from bitmill import ops
@@ -29,7 +30,7 @@ def arguments(heads: int = 6, key_heads: int = 2, d: int = 16, position: int = 4
 
 
 def copied(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in inputs)
+    return tuple(a.clone() if isinstance(a, Tensor) else a for a in inputs)
 
 
 @pytest.mark.parametrize("d", [2, 30, 64, 128])
@@ -40,8 +41,12 @@ def test_equals_torch_on_every_machine(heads: int, key_heads: int, d: int) -> No
         want = copied(given)
         context = _decode_attention_reference(*want)
         first = None
-        for machine, got in on_every_machine(lambda: (inputs := copied(given), OP(*inputs))):
-            inputs, out = got
+
+        def run(given: tuple[Any, ...] = given) -> tuple[tuple[Any, ...], Tensor]:
+            inputs = copied(given)
+            return inputs, OP(*inputs)
+
+        for machine, (inputs, out) in on_every_machine(run):
             torch.testing.assert_close(out, context, rtol=1e-5, atol=1e-6, msg=machine)
             for place in (3, 4):
                 assert_same_bits(inputs[place], want[place], machine)

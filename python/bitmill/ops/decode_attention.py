@@ -50,8 +50,8 @@ def _check(rows: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
     heads = width // d - 2 * key_heads
     require(
         width % d == 0 and heads > 0 and heads % key_heads == 0,
-        f"{op}: rows must hold a multiple of {key_heads} queries, {key_heads} keys and {key_heads} values of {d} columns,"
-        f" got {width} columns",
+        f"{op}: rows must hold a multiple of {key_heads} queries, {key_heads} keys and {key_heads} values of {d}"
+        f" columns, got {width} columns",
     )
     check_tensor(op, "rows", rows, torch.float32, [1, width], keys)
     check_tensor(op, "cos", cos, torch.float32, [d], keys)
