@@ -90,8 +90,9 @@ def _scopes(event: Any) -> set[str]:
 def render(stages: dict[str, float]) -> list[str]:
     """A line a stage, and the share of the kernels that multiply bits."""
     whole = stages["whole"]
+    shown = {stage: ms for stage, ms in stages.items() if ms and stage != "whole"}
     lines = [f"{'stage of the chained model':<28} {'ms':>9} {'%':>6}"]
-    lines += [f"{stage:<28} {ms:>9.3f} {100 * ms / whole:>6.1f}" for stage, ms in stages.items() if stage != "whole"]
+    lines += [f"{stage:<28} {ms:>9.3f} {100 * ms / whole:>6.1f}" for stage, ms in shown.items()]
     kernels = sum(stages[stage] for stage in KERNELS)
     return [
         *lines,
