@@ -138,7 +138,9 @@ def test_a_quantised_folder_evaluates_generates_and_moves(
 @pytest.mark.parametrize(
     "method", [["fp4"], ["pb-llm", "--salient", "0.3", "--rounding", "rtn", "--metric", "magnitude"]]
 )
-def test_a_folder_loads_for_other_activations(method: list[str], model: Path, run: Run, tmp_path: Path) -> None:
+def test_a_folder_loads_for_other_activations(
+    method: list[str], model: Path, text: Path, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ids = torch.randint(len(WORDS), (1, 9))
     logits: dict[tuple[str, str | None], torch.Tensor] = {}
     for made in ("float", "int8"):
@@ -154,6 +156,11 @@ def test_a_folder_loads_for_other_activations(method: list[str], model: Path, ru
     assert not torch.equal(logits["float", None], logits["int8", None])
     with pytest.raises(ValueError, match="activations must be one of 'float', 'int8', got 'int4'"):
         load_pretrained(tmp_path / "float", "int4")
+    evaluate = ["eval", tmp_path / "float", "--text", text, "--windows", 2]
+    of_float, of_int8 = (run(*evaluate, *options)["perplexity"] for options in ([], ["--activations", "int8"]))
+    assert of_float != of_int8 == run("eval", tmp_path / "int8", *evaluate[2:])["perplexity"]
+    assert cli.main(["eval", str(model), "--text", str(text), "--activations", "int8"]) == 1
+    assert "activations go with a packed folder, got 'int8'" in capsys.readouterr().err
 
 
 def test_layers_without_a_choice_of_activations(model: Path, text: Path, run: Run, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 
 Between two binary layers a float is made only to be turned into a bit again. A chain leaves it out: what an output of
 the first layer becomes in the second is found once, by trying every dot product (`ops.bit_ranges`), and compared as an
-integer from then on. Floats remain where the mathematics needs them: residuals and normalisations, which are torch's
-own. So every bit, and every float, is the one that the layers compute one by one.
+integer from then on. Floats remain where the mathematics needs them, in residuals and normalisations. Every bit, and
+every float, is the one that the layers compute one by one.
 
 Here is what a chain is; `chained` puts them into the modules of hosts.
 """

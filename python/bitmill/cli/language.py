@@ -85,6 +85,9 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--stride", metavar="N", type=int, help="tokens between windows (as many as a window has)")
     evaluate.add_argument("--windows", metavar="N", type=int, help="the first N windows only (all)")
     evaluate.add_argument("--bos", action="store_true", help="put the BOS token in front of each window")
+    evaluate.add_argument(
+        "--activations", choices=("float", "int8"), help="of a packed folder's layers (as it was made): int8 is faster"
+    )
     evaluate.add_argument("--threads", metavar="N", type=int, help="threads (default: as torch chooses)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=_eval)
@@ -99,6 +102,9 @@ def add_commands(commands: Any) -> None:
     generate.add_argument("--tokens", metavar="N", type=int, default=64, help="to add at most")
     generate.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 takes the likeliest token")
     generate.add_argument("--seed", type=int, default=0, help="of the draws with a temperature")
+    generate.add_argument(
+        "--activations", choices=("float", "int8"), help="of a packed folder's layers (as it was made): int8 is faster"
+    )
     generate.add_argument("--threads", metavar="N", type=int, help="threads (default: as torch chooses)")
     generate.set_defaults(run=_generate)
 
@@ -123,7 +129,8 @@ def _eval(options: argparse.Namespace) -> None:
     _start(options)
     from ..recipes.language_folder import evaluate_folder
 
-    result = evaluate_folder(options.model, options.text, options.length, options.stride, options.windows, options.bos)
+    windows = options.length, options.stride, options.windows, options.bos
+    result = evaluate_folder(options.model, options.text, *windows, options.activations)
     if options.json:
         print(json.dumps(result, indent=2))
         return
@@ -139,7 +146,7 @@ def _generate(options: argparse.Namespace) -> None:
     from ..integrations.generation import generate
     from ..recipes.language_folder import open_folder
 
-    model, tokenizer = open_folder(options.model)
+    model, tokenizer = open_folder(options.model, options.activations)
     prompt = tokenizer(options.prompt, return_tensors="pt").input_ids
     ids, shown, times = prompt[0].tolist(), "", [time.perf_counter()]
     more = generate(model, prompt, options.tokens, options.temperature, options.seed)

@@ -191,10 +191,17 @@ def quantize_folder(
     return result
 
 
-def open_folder(path: str | os.PathLike[str]) -> LanguageModel:
-    """The model of a packed folder, or one that `read_pretrained` takes."""
-    packed = any((Path(path) / name).exists() for name in (PACKED_FILE, RUN_FILE))
-    return (load_pretrained if packed else read_pretrained)(path)
+def open_folder(path: str | os.PathLike[str], activations: str | None = None) -> LanguageModel:
+    """The model of a packed folder, with the activations that `load_pretrained` takes, or one for `read_pretrained`.
+
+    Raises:
+        ValueError: for activations of a model that is not packed, and for what those two refuse.
+    """
+    if any((Path(path) / name).exists() for name in (PACKED_FILE, RUN_FILE)):
+        return load_pretrained(path, activations)
+    if activations is not None:
+        raise ValueError(f"activations go with a packed folder, got {activations!r} for {path}; quantise it first")
+    return read_pretrained(path)
 
 
 def evaluate_folder(
@@ -204,17 +211,19 @@ def evaluate_folder(
     stride: int | None = None,
     windows: int | None = None,
     bos: bool = False,
+    activations: str | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a folder of `open_folder`, as `language.measure_perplexity` counts it.
 
     Args:
+        activations: of `open_folder`.
         length: tokens of a window; None for 2048, or what the model takes.
     Returns:
         perplexity, tokens (how many were predicted), windows, and the settings length, stride, bos.
     Raises:
         ValueError: for a text shorter than a window, or a tokenizer without a BOS token if `bos` asks for one.
     """
-    model, tokenizer = open_folder(folder)
+    model, tokenizer = open_folder(folder, activations)
     most = getattr(model.config, "max_position_embeddings", DEFAULT_LENGTH)
     length = min(DEFAULT_LENGTH, most) if length is None else length
     if length > most:
