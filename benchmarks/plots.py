@@ -72,12 +72,13 @@ def speedup(facts: dict[str, Any], rows: Sequence[Row]) -> Any:
     from matplotlib import pyplot
 
     found = {(row.family, row.variant, row.m, row.n, row.k): row for row in rows if row.x_fp32}
-    shapes = list(dict.fromkeys((row.m, row.n, row.k) for row in rows if row.family != "product"))
     series = {
         "torch bfloat16": ("w1a1", "torch bf16"),
         "torch int8 product": ("w1a1", "torch int8 (_int_mm)"),
         **LAYERS,
     }
+    keys = set(series.values())
+    shapes = list(dict.fromkeys((row.m, row.n, row.k) for row in found.values() if (row.family, row.variant) in keys))
     series = {name: key for name, key in series.items() if any((*key, *shape) in found for shape in shapes)}
     if not series:
         return None

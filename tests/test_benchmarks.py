@@ -252,6 +252,8 @@ def test_plots(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["roofline.png", "speedup.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     assert plots.write(FACTS, ROWS[2:3], tmp_path) == []
+    figure = plots.speedup(FACTS, [ROWS[0], dataclasses.replace(ROWS[0], family="attention", m=7)])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["128 x 768 x 768"]  # which has bars
 
 
 def test_families_get_their_own_problems() -> None:
