@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from bitmill import cli, timing
-from bitmill.chain import AttentionChain
+from bitmill.chain import MlpChain
 from bitmill.nn import PackedBinaryLinear
+from bitmill.ops import MlpArguments
 
 pytest.importorskip("transformers")
 
@@ -136,11 +137,16 @@ def test_nothing_in_a_random_model_is_exactly_zero() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_a_wrong_packed_model_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    chained, layer = AttentionChain.forward, PackedBinaryLinear.forward
-    monkeypatch.setattr(AttentionChain, "forward", lambda self, *a: chained(self, *a) * 1.001)
+    arguments, layer = MlpChain.arguments, PackedBinaryLinear.forward
+
+    def wrong(chain: MlpChain) -> MlpArguments:
+        right = arguments(chain)
+        return right._replace(scale=right.scale * 1.001)
+
+    monkeypatch.setattr(MlpChain, "arguments", wrong)
     assert cli.main(["bench", "--model", "minilm", "--tokens", "9"]) == 1
     assert "the chained model differs from its layers one by one in " in capsys.readouterr().err
-    monkeypatch.setattr(AttentionChain, "forward", chained)
+    monkeypatch.setattr(MlpChain, "arguments", arguments)
     monkeypatch.setattr(models, "chain_", lambda model: {})
     monkeypatch.setattr(PackedBinaryLinear, "forward", lambda self, x: layer(self, x) * 1.001)
     assert cli.main(["bench", "--model", "minilm", "--tokens", "9"]) == 1

@@ -28,11 +28,13 @@ def norm_arguments(n: int) -> tuple[Any, ...]:
     return torch.randn(n), torch.randn(n), 1e-5
 
 
-def layer_arguments(k: int = 33, h: int = 50, inner_levels: str = "sign", **attention: Any) -> tuple[Any, ...]:
+def layer_arguments(
+    k: int = 33, h: int = 50, inner_levels: str = "sign", norm_first: bool = False, **attention: Any
+) -> tuple[Any, ...]:
     x, _, *of_attention = attention_arguments(k=k, n_out=k, **attention)
     two_planes = inner_levels == "sign"
     _, _, *of_mlp = mlp_arguments((1, k), h, k, inner_levels=inner_levels, zeros=True, two_planes=two_planes)
-    return (x, *of_attention, *norm_arguments(k), *of_mlp, *norm_arguments(k))
+    return (x, *of_attention, *norm_arguments(k), *of_mlp, *norm_arguments(k), norm_first)
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 15, 16, 17, 100, 255, 256, 312, 384, 768, 1403, 4096])
@@ -63,20 +65,23 @@ for n in (5, 100, 768, 1403):
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
 @every_rule
-def test_layer_equals_the_ops_it_is_made_of(rule: str) -> None:
+def test_layer_equals_the_ops_it_is_made_of(rule: str, norm_first: bool) -> None:
+    options: dict[str, Any] = {"rule": rule, "norm_first": norm_first}
     for sequences, n, layers, zeros in ((1, 1, 3, True), (1, 70, 1, False), (2, 33, 3, False), (3, 50, 3, True)):
-        arguments = layer_arguments(rule=rule, sequences=sequences, n=n, layers=layers, zeros=zeros, shift=zeros)
+        arguments = layer_arguments(sequences=sequences, n=n, layers=layers, zeros=zeros, shift=zeros, **options)
         assert_alike(LAYER, _binary_encoder_layer_reference, arguments, (sequences, n))
     for lengths in ([5, 0, 70, 33], []):
-        arguments = layer_arguments(rule=rule, n=70, lengths=lengths, inner_levels="bool")
+        arguments = layer_arguments(n=70, lengths=lengths, inner_levels="bool", **options)
         assert_alike(LAYER, _binary_encoder_layer_reference, arguments, lengths)
     mask = torch.rand(2, 1, 1, 40) < 0.7
-    assert_alike(LAYER, _binary_encoder_layer_reference, layer_arguments(rule=rule, n=40, mask=mask))
+    assert_alike(LAYER, _binary_encoder_layer_reference, layer_arguments(n=40, mask=mask, **options))
 
 
-def test_layer_of_bert_base() -> None:
-    arguments = layer_arguments(768, 3072, sequences=1, n=128, heads=12, d=64)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_layer_of_bert_base(norm_first: bool) -> None:
+    arguments = layer_arguments(768, 3072, norm_first=norm_first, sequences=1, n=128, heads=12, d=64)
     assert_alike(LAYER, _binary_encoder_layer_reference, arguments)
 
 
@@ -112,7 +117,7 @@ def test_layer_errors(place: int, value: Any, message: str) -> None:
 def test_layers_must_have_the_width_of_x() -> None:
     x, _, *of_attention = attention_arguments(k=40, n_out=33)
     _, _, *of_mlp = mlp_arguments((1, 40), 50, 40)
-    arguments = (x, *of_attention, *norm_arguments(40), *of_mlp, *norm_arguments(40))
+    arguments = (x, *of_attention, *norm_arguments(40), *of_mlp, *norm_arguments(40), False)
     for kernel, inputs in ((LAYER, arguments), (LAYER, on_meta(arguments))):
         with pytest.raises(ValueError, match="scale must have as many rows as x has columns, 40, got 33"):
             kernel(*inputs)
@@ -135,7 +140,7 @@ def test_layer_norm_errors(arguments: tuple[Any, ...], message: str) -> None:
 
 @every_rule
 def test_opcheck_and_compile(rule: str) -> None:
-    arguments = layer_arguments(rule=rule, zeros=True)
+    arguments = layer_arguments(rule=rule, zeros=True, norm_first=rule == "bool")
     torch.library.opcheck(LAYER, arguments)
     compiled = torch.compile(lambda *inputs: LAYER(*inputs), fullgraph=True)
     assert_same_bits(compiled(*arguments), LAYER(*arguments))
@@ -150,14 +155,15 @@ def test_layer_norm_opcheck_and_a_transposed_input() -> None:
 
 
 def test_public_functions_pass_every_argument_on() -> None:
-    arguments = layer_arguments(rule="elastic", zeros=True, shift=True, lengths=[3, 4])
+    arguments = layer_arguments(rule="elastic", zeros=True, shift=True, lengths=[3, 4], norm_first=True)
     x, rest = arguments[0], arguments[1:]
     got = ops.binary_encoder_layer(
         x,
         ops.SelfAttentionArguments(*rest[:24]),
         ops.LayerNormArguments(*rest[24:27]),
         ops.MlpArguments(*rest[27:40]),
-        ops.LayerNormArguments(*rest[40:]),
+        ops.LayerNormArguments(*rest[40:43]),
+        rest[43],
     )
     assert_same_bits(got, LAYER(*arguments))
     assert_same_bits(ops.layer_norm(x, *rest[24:27]), NORM(x, *rest[24:27]))

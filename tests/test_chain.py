@@ -180,8 +180,8 @@ def test_vit_chain_equals_layers_and_training_form(mlp_act_bits: int) -> None:
     pack_(plain, chain=False)
     pack_(chained)
     reasons = [reason for _, reason in chains(chained)]
-    assert len(reasons) == 4
-    assert reasons.count("") == (4 if mlp_act_bits == 1 else 2)
+    assert len(reasons) == 6  # attention, MLP and the layer with both
+    assert reasons.count("") == (6 if mlp_act_bits == 1 else 2)
     images = torch.randn(3, 3, 40, 40)
     with torch.no_grad():
         want = model(images).logits
@@ -233,7 +233,7 @@ def test_deit() -> None:
     bitmill.integrations.transformers.set_attention_(model, "softmax_aware")
     bitmill.integrations.transformers.quantize_body_(model, BinaryConfig("bivit_pws"))
     plain, chained = both(model.eval())
-    assert sum(1 for _ in chains(chained)) == 4
+    assert [reason for _, reason in chains(chained)] == [""] * 6
     images = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
         want = model(images).last_hidden_state
@@ -293,7 +293,7 @@ def test_compile_and_export() -> None:
     x = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
         exported = torch.export.export(images, (x,), strict=False)
-        assert any("binary_self_attention" in str(node.target) for node in exported.graph.nodes)
+        assert any("binary_encoder_layer" in str(node.target) for node in exported.graph.nodes)
         assert torch.equal(exported.module()(x).logits, images(x).logits)
 
 
@@ -340,6 +340,24 @@ def test_whatever_is_watched_or_replaced_in_an_encoder_is_called() -> None:
     layer.output.LayerNorm = nn.Identity()
     plain.bert.encoder.layer[1].output.LayerNorm = nn.Identity()
     assert torch.equal(chained(**inputs).logits, plain(**inputs).logits)
+
+
+@torch.no_grad()
+def test_whatever_is_watched_or_replaced_in_a_layer_of_vit_is_called() -> None:
+    plain, chained = both(vit())
+    images, seen = torch.randn(2, 3, 40, 40), []
+    layer = chained.vit.layers[1]
+    want = plain(images).logits
+    for module in (layer.layernorm_after, layer.attention, layer.attention.o_proj, layer.mlp, layer.mlp.fc2):
+        handle = module.register_forward_hook(lambda module, *_: seen.append(type(module)))
+        assert torch.equal(chained(images).logits, want)
+        assert seen.pop() is type(module) and not seen
+        handle.remove()
+    layer.layernorm_before = plain.vit.layers[1].layernorm_before = nn.Identity()
+    assert torch.equal(chained(images).logits, plain(images).logits)
+    del layer.mlp.chain  # as when loading other weights takes it off
+    layer.mlp.__class__ = layer.mlp.plain
+    assert torch.equal(chained(images).logits, plain(images).logits)
 
 
 @torch.no_grad()

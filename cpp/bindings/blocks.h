@@ -11,6 +11,7 @@
 #include "attention_checks.h"
 #include "bit_checks.h"
 #include "row_steps.h"
+#include "torch_layer_norm.h"
 
 namespace bitmill {
 
@@ -161,7 +162,8 @@ struct SelfAttention {
   std::optional<MaskView> attended;
 
   SelfAttention(const char* op, const Tensor& x, const SelfAttentionArguments& arguments);
-  PackedRows run(const char* op);
+  // Of rows of floats x [m, k]; with `before`, of its results.
+  PackedRows run(const char* op, const float* x, const std::optional<LayerNormParams>& before = {});
 
  private:
   bool one_input() const {
@@ -229,13 +231,15 @@ inline SelfAttention::SelfAttention(const char* op, const Tensor& x, const SelfA
   }
 }
 
-inline PackedRows SelfAttention::run(const char* op) {
+inline PackedRows SelfAttention::run(const char* op, const float* x, const std::optional<LayerNormParams>& before) {
   std::vector<PackedRows> inputs, projected;
   const size_t inputs_count = one_input() ? 1 : weights.size();
   for (size_t i = 0; i < inputs_count; ++i) {
     inputs.emplace_back(rows.m * word_count(rows.k), levels == Levels::sign);
-    std::vector<RowStep> steps = {
-        packing(data<float>(rows.x), rows.m, rows.k, shifts[i], levels, static_cast<float>(a.threshold[i]), inputs[i])};
+    std::vector<RowStep> steps;
+    if (before && i == 0) steps.emplace_back(*before);
+    steps.emplace_back(packing(before ? before->out : x, rows.m, rows.k, shifts[i], levels,
+                               static_cast<float>(a.threshold[i]), inputs[i]));
     for (size_t layer = i; layer < (inputs_count == 1 ? weights.size() : i + 1); ++layer) {
       projected.emplace_back(rows.m * word_count(columns), a.negative.has_value());
       BinaryMatmulParams product = weights[layer].product(rows.m);
@@ -244,7 +248,7 @@ inline PackedRows SelfAttention::run(const char* op) {
       product.bits = ranges.output(out.sign.get(), out.nonzero.get(), static_cast<int64_t>(layer));
       steps.emplace_back(product);
     }
-    require(op, row_steps(steps));
+    run_with_layer_norm(op, steps);
   }
   const auto heads_of = [&](size_t i) {
     const PackedRows& packed = projected[layers == 1 ? 0 : i];
@@ -274,9 +278,10 @@ struct Norm {
         bias(checked(op, (prefix + "bias").c_str(), biases, ScalarType::Float, {n})),
         eps(static_cast<float>(epsilon)) {}
 
-  LayerNormParams of(float* rows, int64_t m) const {
+  LayerNormParams of(const float* rows, float* out, int64_t m) const {
     LayerNormParams p;
-    p.x = p.out = rows;
+    p.x = rows;
+    p.out = out;
     p.m = m;
     p.n = weight.size(0);
     p.weight = data<float>(weight);

@@ -75,7 +75,7 @@ Tensor binary_self_attention_cpu(Tensor x, std::optional<Tensor> residual, std::
                                          bias};
   SelfAttention attention(op, x, arguments);
   const LastResult result(op, attention.rows, attention.last, residual);
-  const PackedRows context = attention.run(op);
+  const PackedRows context = attention.run(op, data<float>(attention.rows.x));
   require(op, binary_matmul(result.of(attention.last, context, attention.rows.m)));
   return result.out;
 }
@@ -91,7 +91,7 @@ Tensor binary_encoder_layer_cpu(
     std::string mlp_levels, Tensor up, std::optional<Tensor> up_nonzero, Tensor mlp_positive,
     std::optional<Tensor> mlp_negative, std::optional<Tensor> mlp_single, std::string inner_levels, Tensor down,
     std::optional<Tensor> down_nonzero, Tensor mlp_scale, std::optional<Tensor> mlp_bias, Tensor last_norm_weight,
-    Tensor last_norm_bias, double last_norm_eps) {
+    Tensor last_norm_bias, double last_norm_eps, bool norm_first) {
   const char* op = "binary_encoder_layer";
   const SelfAttentionArguments arguments{shift,
                                          threshold,
@@ -132,13 +132,20 @@ Tensor binary_encoder_layer_cpu(
   const Norm norm(op, "norm_", norm_weight, norm_bias, norm_eps, n);
   const Norm last_norm(op, "last_norm_", last_norm_weight, last_norm_bias, last_norm_eps, n);
   const Tensor result = new_tensor(sizes_of(x), ScalarType::Float);
-  const auto attended = scratch<float>(m * n);
-  const PackedRows context = attention.run(op);
-  std::vector<RowStep> steps = {attention.last.product(context, m, data<float>(attention.rows.x), attended.get()),
-                                norm.of(attended.get(), m)};
-  mlp.add_steps(steps, attended.get(), m);
-  steps.emplace_back(mlp.last.product(mlp.between, m, attended.get(), mutable_data<float>(result)));
-  steps.emplace_back(last_norm.of(mutable_data<float>(result), m));
+  const auto attended = scratch<float>(m * n), normalised = scratch<float>(norm_first ? m * n : 0);
+  const float* input = data<float>(attention.rows.x);
+  float* last = mutable_data<float>(result);
+
+  std::optional<LayerNormParams> before;
+  if (norm_first) before = norm.of(input, normalised.get(), m);
+  const PackedRows context = attention.run(op, input, before);
+  std::vector<RowStep> steps = {attention.last.product(context, m, input, attended.get())};
+  const LayerNormParams between =
+      norm_first ? last_norm.of(attended.get(), normalised.get(), m) : norm.of(attended.get(), attended.get(), m);
+  steps.emplace_back(between);
+  mlp.add_steps(steps, between.out, m);
+  steps.emplace_back(mlp.last.product(mlp.between, m, attended.get(), last));
+  if (!norm_first) steps.emplace_back(last_norm.of(last, last, m));
   run_with_layer_norm(op, steps);
   return result;
 }
@@ -148,9 +155,7 @@ Tensor layer_norm_cpu(Tensor x, Tensor weight, Tensor bias, double eps) {
   const Rows rows = float_rows(op, x);
   const Norm norm(op, "", weight, bias, eps, rows.k);
   const Tensor out = new_tensor(sizes_of(x), ScalarType::Float);
-  LayerNormParams p = norm.of(mutable_data<float>(out), rows.m);
-  p.x = data<float>(rows.x);
-  const RowStep step = p;
+  const RowStep step = norm.of(data<float>(rows.x), mutable_data<float>(out), rows.m);
   run_with_layer_norm(op, {&step, 1});
   return out;
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chains (`bitmill.chain`) in transformers' BERT and ViT: attention with its projections, and the MLP.
+"""Chains (`bitmill.chain`) in transformers' BERT and ViT: attention with its projections, the MLP, and layers of both.
 
 Imported when `pack_` meets one of these classes, as `_transformers_chain_relatives`, with those whose code is the same.
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer, BertSelfAttention
-from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
+from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 
 from ..chain import Attention, AttentionChain, MlpChain, NotChained, has_hooks, undisturbed
 from ..chained import Chained, register_chain
@@ -55,6 +55,35 @@ def as_bool(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.is_floating_point() else mask.bool()
 
 
+def encoder_layer(
+    x: Tensor,
+    attention: AttentionChain,
+    norm: nn.Module,
+    mlp: MlpChain,
+    last_norm: nn.Module,
+    masks: tuple[Tensor | None, Tensor | None],
+    norm_first: bool = False,
+) -> Tensor | None:
+    """A layer in one op, or None if one of its normalisations is more than that; masks: of `ChainedAttention.masks`."""
+    first, last = layer_norm_of(norm, x), layer_norm_of(last_norm, x)
+    if first is None or last is None:
+        return None
+    return binary_encoder_layer(x, attention.arguments(*masks), first, mlp.arguments(), last, norm_first)
+
+
+def layer_norm_of(norm: nn.Module, x: Tensor) -> LayerNormArguments | None:
+    """What a normalisation of x's rows is, or None if it is more than that."""
+    if type(norm) is not nn.LayerNorm or has_hooks(norm) or norm.normalized_shape != x.shape[-1:]:
+        return None
+    own: dict[str, Any] = norm._parameters  # ten times faster than attributes
+    weight, bias = own["weight"], own["bias"]
+    if weight is None or bias is None or weight.dtype != torch.float32 or bias.dtype != torch.float32:
+        return None
+    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
+        return None
+    return LayerNormArguments(weight, bias, norm.eps)
+
+
 class ChainedAttention(Chained):
     """What BERT's and ViT's attention share: when the chain runs, and on what."""
 
@@ -64,16 +93,19 @@ class ChainedAttention(Chained):
         """The module that has the config."""
         return self
 
-    def attend(self, x: Tensor, mask: Any, residual: Tensor | None = None) -> Tensor | None:
-        """The result of the output projection, a residual added, or None if the layers are to compute one by one."""
+    def masks(self, x: Tensor, mask: Any) -> tuple[Tensor | None, Tensor | None] | None:
+        """The mask and the lengths that the chain takes, or None if the layers are to compute one by one."""
         sequences = mask if isinstance(mask, Sequences) else None
         most = x.shape[-2] if sequences is None else sequences.longest
         same = self.layer().config._attn_implementation == self.chain.implementation
         if not same or most > self.chain.most_keys or not self.runs(x):
             return None
-        if sequences is not None:
-            return self.chain(x, None, sequences.lengths, residual)
-        return self.chain(x, as_bool(mask), None, residual)
+        return (as_bool(mask), None) if sequences is None else (None, sequences.lengths)
+
+    def attend(self, x: Tensor, mask: Any, residual: Tensor | None = None) -> Tensor | None:
+        """The result of the output projection, a residual added, or None if the layers are to compute one by one."""
+        masks = self.masks(x, mask)
+        return None if masks is None else self.chain(x, *masks, residual)
 
 
 class BertAttentionMixin(ChainedAttention):
@@ -155,7 +187,16 @@ class BertLayerMixin(Chained):
     ) -> Tensor:
         if self.is_decoder or self.chunk_size_feed_forward:
             return self.plain.forward(self, hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
-        return self.feed_forward_chunk(self.attention(hidden_states, attention_mask, **kwargs)[0])
+        attention: Any = self.attention
+        chained = not has_hooks(attention) and isinstance(attention, ChainedAttention)
+        if chained and self.runs(hidden_states):
+            masks = attention.masks(hidden_states, attention_mask)
+            if masks is not None:
+                norms = attention.output.LayerNorm, self.output.LayerNorm
+                whole = encoder_layer(hidden_states, attention.chain, norms[0], self.chain, norms[1], masks)
+                if whole is not None:
+                    return whole
+        return self.feed_forward_chunk(attention(hidden_states, attention_mask, **kwargs)[0])
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         if not self.runs(attention_output):
@@ -213,26 +254,12 @@ class EncoderChain(nn.Module):
     def forward(self, steps: list[tuple[Any, ...]], x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
         """The last hidden states. mask, lengths: as of `AttentionChain.forward`."""
         for attention, norm, mlp, last_norm in steps:
-            first, last = layer_norm_of(norm, x), layer_norm_of(last_norm, x)
-            if first is not None and last is not None:
-                x = binary_encoder_layer(x, attention.arguments(mask, lengths), first, mlp.arguments(), last)
-            else:
-                x = norm(attention.forward(x, mask, lengths, x))
-                x = last_norm(mlp.forward(x, x))
+            whole = encoder_layer(x, attention, norm, mlp, last_norm, (mask, lengths))
+            if whole is None:
+                attended = norm(attention.forward(x, mask, lengths, x))
+                whole = last_norm(mlp.forward(attended, attended))
+            x = whole
         return x
-
-
-def layer_norm_of(norm: nn.Module, x: Tensor) -> LayerNormArguments | None:
-    """What a normalisation of x's rows is, or None if it is more than that."""
-    if type(norm) is not nn.LayerNorm or has_hooks(norm) or norm.normalized_shape != x.shape[-1:]:
-        return None
-    own: dict[str, Any] = norm._parameters  # ten times faster than attributes
-    weight, bias = own["weight"], own["bias"]
-    if weight is None or bias is None or weight.dtype != torch.float32 or bias.dtype != torch.float32:
-        return None
-    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
-        return None
-    return LayerNormArguments(weight, bias, norm.eps)
 
 
 class BertEncoderMixin(Chained):
@@ -328,6 +355,38 @@ class ViTMLPMixin(Chained):
         return self.chain(hidden_states) if self.runs(hidden_states) else self.plain.forward(self, hidden_states)
 
 
+class ViTLayerMixin(Chained):
+    """A layer of ViT and its relatives, whose attention and MLP are chained."""
+
+    attention: Any
+    mlp: Any
+    layernorm_before: Any
+    layernorm_after: Any
+
+    @classmethod
+    def plan(cls, module: Any) -> nn.Module:
+        for name in ("attention", "mlp"):
+            if not isinstance(getattr(module, name), Chained):
+                raise NotChained(f"its {name} is not chained")
+        return nn.Identity()
+
+    @classmethod
+    def passed(cls, module: Any) -> tuple[nn.Module, ...]:
+        return module.attention, module.mlp, module.dropout
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+        attention, mlp = self.attention, self.mlp
+        chained = isinstance(attention, ChainedAttention) and isinstance(mlp, Chained)
+        if chained and self.runs(hidden_states) and mlp.runs(hidden_states):
+            masks = attention.masks(hidden_states, attention_mask)
+            if masks is not None:
+                norms = self.layernorm_before, self.layernorm_after
+                whole = encoder_layer(hidden_states, attention.chain, norms[0], mlp.chain, norms[1], masks, True)
+                if whole is not None:
+                    return whole
+        return self.plain.forward(self, hidden_states, attention_mask, **kwargs)
+
+
 @register_chain
 class ChainedBertAttention(BertAttentionMixin, BertAttention):
     plain, self_attention = BertAttention, BertSelfAttention
@@ -351,3 +410,8 @@ class ChainedViTAttention(ViTAttentionMixin, ViTAttention):
 @register_chain
 class ChainedViTMLP(ViTMLPMixin, ViTMLP):
     plain = ViTMLP
+
+
+@register_chain
+class ChainedViTLayer(ViTLayerMixin, ViTLayer):
+    plain = ViTLayer

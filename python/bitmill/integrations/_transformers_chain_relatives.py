@@ -7,7 +7,7 @@ and ViT's in names alone.
 
 from __future__ import annotations
 
-from transformers.models.deit.modeling_deit import DeiTAttention, DeiTMLP
+from transformers.models.deit.modeling_deit import DeiTAttention, DeiTLayer, DeiTMLP
 from transformers.models.electra.modeling_electra import (
     ElectraAttention,
     ElectraEncoder,
@@ -33,6 +33,7 @@ from ._transformers_chain import (
     BertEncoderMixin,
     BertLayerMixin,
     ViTAttentionMixin,
+    ViTLayerMixin,
     ViTMLPMixin,
 )
 
@@ -45,6 +46,11 @@ class ChainedDeiTAttention(ViTAttentionMixin, DeiTAttention):
 @register_chain
 class ChainedDeiTMLP(ViTMLPMixin, DeiTMLP):
     plain = DeiTMLP
+
+
+@register_chain
+class ChainedDeiTLayer(ViTLayerMixin, DeiTLayer):
+    plain = DeiTLayer
 
 
 @register_chain

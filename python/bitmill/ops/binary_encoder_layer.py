@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole layer of a BERT encoder in one op, for inference:
+"""A whole layer of a transformer's encoder in one op, for inference. With its attention A, of which the projections are
+part, and its MLP M:
 
-    h = LayerNorm(out(attention(query(x), key(x), value(x))) + x)
-    y = LayerNorm(down(f(up(h))) + h)
+    h = norm(A(x) + x),  y = last_norm(M(h) + h)            as in BERT
+    h = A(norm(x)) + x,  y = M(last_norm(h)) + h            norm_first, as in ViT
 
 One op, because after the attention every row goes its own way: output projection, residual, normalisation, packing, and
 the same of the MLP are one pass over the row. It is the composition of `binary_self_attention`, `layer_norm`,
@@ -31,7 +32,7 @@ library.define(
     " Tensor norm_weight, Tensor norm_bias, float norm_eps, Tensor? mlp_shift, float mlp_threshold, str mlp_levels,"
     " Tensor up, Tensor? up_nonzero, Tensor mlp_positive, Tensor? mlp_negative, Tensor? mlp_single,"
     " str inner_levels, Tensor down, Tensor? down_nonzero, Tensor mlp_scale, Tensor? mlp_bias,"
-    " Tensor last_norm_weight, Tensor last_norm_bias, float last_norm_eps) -> Tensor",
+    " Tensor last_norm_weight, Tensor last_norm_bias, float last_norm_eps, bool norm_first) -> Tensor",
 )
 
 Parts = tuple[SelfAttentionArguments, LayerNormArguments, MlpArguments, LayerNormArguments]
@@ -40,7 +41,7 @@ Parts = tuple[SelfAttentionArguments, LayerNormArguments, MlpArguments, LayerNor
 def _checked(x: Tensor, arguments: tuple[Any, ...]) -> Parts:
     op, at = "binary_encoder_layer", len(SelfAttentionArguments._fields)
     attention, norm = SelfAttentionArguments(*arguments[:at]), LayerNormArguments(*arguments[at : at + 3])
-    mlp, last_norm = MlpArguments(*arguments[at + 3 : -3]), LayerNormArguments(*arguments[-3:])
+    mlp, last_norm = MlpArguments(*arguments[at + 3 : -4]), LayerNormArguments(*arguments[-4:-1])
     attention.check(op, x, None)
     mlp.check(op, x, None, "mlp_")
     for name, scale in (("scale", attention.scale), ("mlp_scale", mlp.scale)):
@@ -54,8 +55,12 @@ def _checked(x: Tensor, arguments: tuple[Any, ...]) -> Parts:
 @library.default("binary_encoder_layer")
 def _binary_encoder_layer_reference(x: Tensor, *arguments: Any) -> Tensor:
     attention, norm, mlp, last_norm = _checked(x, arguments)
-    h = torch.layer_norm(_binary_self_attention_reference(x, x, *attention), x.shape[-1:], *norm)
-    return torch.layer_norm(_binary_mlp_reference(h, h, *mlp), x.shape[-1:], *last_norm)
+    size = x.shape[-1:]
+    if arguments[-1]:
+        h = _binary_self_attention_reference(torch.layer_norm(x, size, *norm), x, *attention)
+        return _binary_mlp_reference(torch.layer_norm(h, size, *last_norm), h, *mlp)
+    h = torch.layer_norm(_binary_self_attention_reference(x, x, *attention), size, *norm)
+    return torch.layer_norm(_binary_mlp_reference(h, h, *mlp), size, *last_norm)
 
 
 @torch.library.register_fake("bitmill::binary_encoder_layer")
@@ -70,17 +75,20 @@ def binary_encoder_layer(
     norm: LayerNormArguments,
     mlp: MlpArguments,
     last_norm: LayerNormArguments,
+    norm_first: bool = False,
 ) -> Tensor:
-    """A BERT layer of bits with its two normalisations, which come after the residuals.
+    """An encoder's layer of bits with its two residuals and normalisations.
 
     Args:
         x: float32 [sequences, n, k]; with lengths among the arguments of the attention [rows, k].
-        attention: of a `binary_self_attention` with k outputs; the residual is x.
-        norm, last_norm: weight and bias, float32 [k], and epsilon.
-        mlp: of a `binary_mlp` with k outputs; the residual is its input.
+        attention: of a `binary_self_attention` with k outputs.
+        norm, last_norm: weight and bias, float32 [k], and epsilon; of the attention's result and the MLP's, or of their
+            inputs.
+        mlp: of a `binary_mlp` with k outputs.
+        norm_first: normalise the inputs, and not the sums.
     Returns:
         float32, x's shape.
     Raises:
         ValueError: as the ops that it is made of.
     """
-    return torch.ops.bitmill.binary_encoder_layer.default(x, *attention, *norm, *mlp, *last_norm)
+    return torch.ops.bitmill.binary_encoder_layer.default(x, *attention, *norm, *mlp, *last_norm, norm_first)
