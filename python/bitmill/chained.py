@@ -55,7 +55,7 @@ _REGISTERED_IN = {  # of the modules that define a host's classes: what is impor
     "timm.layers.mlp": "bitmill.integrations._timm_chain",
     "bitmill.integrations.timm": "bitmill.integrations._timm_chain",
     **{
-        f"transformers.models.{name}.modeling_{name}": "bitmill.integrations._transformers_chain"
+        f"transformers.models.{name}.modeling_{name}": f"bitmill.integrations._transformers_chain_{name}"
         for name in ("bert", "vit")
     },
     **{

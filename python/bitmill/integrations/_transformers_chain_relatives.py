@@ -28,14 +28,8 @@ from transformers.models.xlm_roberta.modeling_xlm_roberta import (
 )
 
 from ..chained import register_chain
-from ._transformers_chain import (
-    BertAttentionMixin,
-    BertEncoderMixin,
-    BertLayerMixin,
-    ViTAttentionMixin,
-    ViTLayerMixin,
-    ViTMLPMixin,
-)
+from ._transformers_chain_bert import BertAttentionMixin, BertEncoderMixin, BertLayerMixin
+from ._transformers_chain_vit import ViTAttentionMixin, ViTLayerMixin, ViTMLPMixin
 
 
 @register_chain
