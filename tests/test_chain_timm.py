@@ -73,7 +73,7 @@ def test_chain_equals_layers_and_training_form(name: str) -> None:
     model = build()
     plain, chained = both(model)
     found = dict(chains(chained))
-    assert len(found) == (4 if name.startswith("vit") else 6)
+    assert len(found) == 6  # of ViT two attentions, two MLPs and both blocks; of Swin three of each
     assert set(found.values()) == {""}
     for images in (torch.randn(3, 3, size, size), torch.randn(1, 3, size, size)):
         with torch.no_grad():
@@ -114,6 +114,7 @@ def test_float_mlp_keeps_the_attention_chained() -> None:
         ({"scale_attn_norm": True}, "blocks.1.attn", "its norm is a LayerNorm, not an Identity"),
         ({"scale_mlp_norm": True}, "blocks.1.mlp", "its norm is a LayerNorm, not an Identity"),
         ({"embed_dim": 96, "num_heads": 4}, "blocks.1.attn", "heads of 24 columns are not whole words of 32"),
+        ({"init_values": 0.5}, "blocks.1", "its ls1 is a LayerScale, not an Identity"),
     ],
 )
 def test_reasons(options: dict[str, Any], name: str, reason: str) -> None:
@@ -121,7 +122,7 @@ def test_reasons(options: dict[str, Any], name: str, reason: str) -> None:
     plain, chained = both(model)
     found = dict(chains(chained))
     assert found[name] == reason
-    assert list(found.values()).count("") == 2, "the other half of every block"
+    assert list(found.values()).count("") == (4 if name == "blocks.1" else 2), "the other parts of every block"
     assert f"{name} computes layer by layer: {reason}" in str(bitmill.summary(chained))
     images = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
@@ -175,6 +176,23 @@ def test_what_a_chain_cannot_do_is_computed_layer_by_layer() -> None:
     x = torch.randn(2, 26, 128, requires_grad=True)
     chained.blocks[0](x).sum().backward()
     assert x.grad is not None
+
+
+@torch.no_grad()
+def test_whatever_is_watched_or_replaced_in_a_block_is_called() -> None:
+    plain, chained = both(vit(drop_path_rate=0.2))
+    images, seen = torch.randn(2, 3, 40, 40), []
+    block = chained.blocks[1]
+    want = plain(images)
+    for module in (block.norm1, block.attn, block.attn.proj, block.drop_path2, block.mlp, block.mlp.fc2):
+        handle = module.register_forward_hook(lambda module, *_: seen.append(type(module)))
+        assert torch.equal(chained(images), want)
+        assert seen.pop() is type(module) and not seen
+        handle.remove()
+    for model in (plain, chained):
+        model.blocks[1].norm2._fast_norm = True  # another kernel, where apex is there
+        model.blocks[0].norm1 = nn.Identity()
+    assert torch.equal(chained(images), plain(images))
 
 
 def test_position_bias_gets_its_gradient() -> None:
@@ -239,7 +257,7 @@ def test_copies_and_pickles(name: str) -> None:
 
 def test_unchain() -> None:
     plain, chained = both(vit())
-    assert len(unchain_(chained)) == 4
+    assert len(unchain_(chained)) == 6
     assert type(chained.blocks[0].mlp).__name__ == "Mlp"
     images = torch.randn(2, 3, 40, 40)
     with torch.no_grad():

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from .binarize.functions import ALPHA_FLOOR
 from .nn import BinaryAttention, PackedBinaryLinear
-from .ops import BitRanges, MlpArguments, SelfAttentionArguments, bit_ranges
+from .ops import (
+    BitRanges,
+    LayerNormArguments,
+    MlpArguments,
+    SelfAttentionArguments,
+    binary_encoder_layer,
+    bit_ranges,
+)
 from .ops.binary_bits import NEVER
 from .ops.bitpack import binarized
 
@@ -300,3 +307,42 @@ class MlpChain(nn.Module):
             down["scale"],
             down["bias"],
         )
+
+
+def encoder_layer(
+    x: Tensor,
+    attention: AttentionChain,
+    norm: nn.Module,
+    mlp: MlpChain,
+    last_norm: nn.Module,
+    masks: tuple[Tensor | None, Tensor | None],
+    norm_first: bool = False,
+    plain: tuple[type[nn.LayerNorm], ...] = (nn.LayerNorm,),
+) -> Tensor | None:
+    """A layer of an encoder in one op, its residuals and normalisations included.
+
+    Args:
+        masks: the mask and the lengths of `AttentionChain.forward`.
+        norm_first: normalise what goes into attention and MLP, and not the sums.
+        plain: classes that compute layer normalisation and nothing else.
+    Returns:
+        What `ops.binary_encoder_layer` does, or None if one of the normalisations is not of these classes, has hooks or
+        trains.
+    """
+    first, last = layer_norm_of(norm, x, plain), layer_norm_of(last_norm, x, plain)
+    if first is None or last is None:
+        return None
+    return binary_encoder_layer(x, attention.arguments(*masks), first, mlp.arguments(), last, norm_first)
+
+
+def layer_norm_of(norm: Any, x: Tensor, plain: tuple[type[nn.LayerNorm], ...]) -> LayerNormArguments | None:
+    """What a normalisation of x's rows is, or None if it is more than that."""
+    if type(norm) not in plain or has_hooks(norm) or norm.normalized_shape != x.shape[-1:]:
+        return None
+    own: dict[str, Any] = norm._parameters  # ten times faster than attributes
+    weight, bias = own["weight"], own["bias"]
+    if weight is None or bias is None or weight.dtype != torch.float32 or bias.dtype != torch.float32:
+        return None
+    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
+        return None
+    return LayerNormArguments(weight, bias, norm.eps)

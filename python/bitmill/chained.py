@@ -53,6 +53,7 @@ class Chained:
 _CHAINED: dict[type[nn.Module], type[Chained]] = {}
 _REGISTERED_IN = {  # of the modules that define a host's classes: what is imported when `chain_` meets one of them
     "timm.layers.mlp": "bitmill.integrations._timm_chain",
+    "timm.models.vision_transformer": "bitmill.integrations._timm_chain",
     "bitmill.integrations.timm": "bitmill.integrations._timm_chain",
     **{
         f"transformers.models.{name}.modeling_{name}": f"bitmill.integrations._transformers_chain_{name}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chains (`bitmill.chain`) in timm's ViT, DeiT and Swin: attention with its projections, and the MLP.
+"""Chains (`bitmill.chain`) in timm's ViT, DeiT and Swin: attention with its projections, the MLP, and blocks of ViT.
 
 Imported when `pack_` meets one of these classes, so timm is there.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp
+from timm.layers.norm import LayerNorm
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..chain import Attention, AttentionChain, MlpChain, NotChained
+from ..chain import Attention, AttentionChain, MlpChain, NotChained, encoder_layer
 from ..chained import Chained, register_chain
 from .timm import BinarySelfAttention, BinaryWindowAttention
 
@@ -20,7 +23,7 @@ def require_nothing_between(module: nn.Module, *names: str) -> None:
     """Raise NotChained if one of these children computes something in eval mode."""
     for name in names:
         child = getattr(module, name)
-        if not isinstance(child, (nn.Identity, nn.Dropout)):
+        if not isinstance(child, (nn.Identity, nn.Dropout, DropPath)):
             raise NotChained(f"its {name} is a {type(child).__name__}, not an Identity")
 
 
@@ -71,3 +74,34 @@ class ChainedMlp(Chained, Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop2(self.chain(x)) if self.runs(x) else self.plain.forward(self, x)
+
+
+@register_chain
+class ChainedBlock(Chained, Block):
+    """A block of ViT and DeiT, whose attention and MLP are chained."""
+
+    plain = Block
+
+    @classmethod
+    def plan(cls, module: Any) -> nn.Module:
+        for name in ("attn", "mlp"):
+            if not isinstance(getattr(module, name), Chained):
+                raise NotChained(f"its {name} is not chained")
+        require_nothing_between(module, "ls1", "drop_path1", "ls2", "drop_path2")
+        return nn.Identity()
+
+    @classmethod
+    def passed(cls, module: Any) -> tuple[nn.Module, ...]:
+        return module.attn, module.mlp, module.ls1, module.drop_path1, module.ls2, module.drop_path2
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        attn, mlp = self.attn, self.mlp
+        if isinstance(attn, ChainedSelfAttention) and isinstance(mlp, ChainedMlp) and x.dim() == 3:
+            ready = self.runs(x) and attn.runs(x) and mlp.runs(x) and x.shape[1] <= attn.chain.most_keys
+            fast = any(getattr(norm, "_fast_norm", False) for norm in (self.norm1, self.norm2))
+            if ready and not fast:
+                plain, masks = (nn.LayerNorm, LayerNorm), (attn_mask, None)
+                whole = encoder_layer(x, attn.chain, self.norm1, mlp.chain, self.norm2, masks, True, plain)
+                if whole is not None:
+                    return whole
+        return self.plain.forward(self, x, attn_mask)

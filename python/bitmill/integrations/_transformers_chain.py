@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the chains (`bitmill.chain`) of transformers' models share: when one runs, on what, and layers in one op."""
+"""What the chains (`bitmill.chain`) of transformers' models share: when one runs, and on what."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..chain import Attention, AttentionChain, MlpChain, NotChained, has_hooks
+from ..chain import Attention, NotChained
 from ..chained import Chained
 from ..nn import BinaryAttention
-from ..ops import LayerNormArguments, binary_encoder_layer
 from .transformers import CHILD, PREFIX, chained_kind
 
 
@@ -44,35 +42,6 @@ def attention_of(module: Any, head_dim: int) -> Attention:
 
 def as_bool(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.is_floating_point() else mask.bool()
-
-
-def encoder_layer(
-    x: Tensor,
-    attention: AttentionChain,
-    norm: nn.Module,
-    mlp: MlpChain,
-    last_norm: nn.Module,
-    masks: tuple[Tensor | None, Tensor | None],
-    norm_first: bool = False,
-) -> Tensor | None:
-    """A layer in one op, or None if one of its normalisations is more than that; masks: of `ChainedAttention.masks`."""
-    first, last = layer_norm_of(norm, x), layer_norm_of(last_norm, x)
-    if first is None or last is None:
-        return None
-    return binary_encoder_layer(x, attention.arguments(*masks), first, mlp.arguments(), last, norm_first)
-
-
-def layer_norm_of(norm: nn.Module, x: Tensor) -> LayerNormArguments | None:
-    """What a normalisation of x's rows is, or None if it is more than that."""
-    if type(norm) is not nn.LayerNorm or has_hooks(norm) or norm.normalized_shape != x.shape[-1:]:
-        return None
-    own: dict[str, Any] = norm._parameters  # ten times faster than attributes
-    weight, bias = own["weight"], own["bias"]
-    if weight is None or bias is None or weight.dtype != torch.float32 or bias.dtype != torch.float32:
-        return None
-    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
-        return None
-    return LayerNormArguments(weight, bias, norm.eps)
 
 
 class ChainedAttention(Chained):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer, BertSelfAttention
 
-from ..chain import AttentionChain, MlpChain, NotChained, has_hooks, undisturbed
+from ..chain import AttentionChain, MlpChain, NotChained, encoder_layer, has_hooks, undisturbed
 from ..chained import Chained, register_chain
-from ._transformers_chain import ChainedAttention, Sequences, as_bool, attention_of, encoder_layer
+from ._transformers_chain import ChainedAttention, Sequences, as_bool, attention_of
 
 
 class BertAttentionMixin(ChainedAttention):

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 
-from ..chain import AttentionChain, MlpChain, NotChained
+from ..chain import AttentionChain, MlpChain, NotChained, encoder_layer
 from ..chained import Chained, register_chain
-from ._transformers_chain import ChainedAttention, attention_of, encoder_layer
+from ._transformers_chain import ChainedAttention, attention_of
 
 
 class ViTAttentionMixin(ChainedAttention):
