@@ -87,11 +87,8 @@ class FP4Linear(LatentLinear):
         else:
             scale = row_scale(weight, config.format)
             codes = fp4_cast(weight / scale, config.format)
-        packed = PackedFP4Linear(self.in_features, self.out_features, self.bias is not None, config, device="meta")
-        packed.weight = tile_pack(unpack_nibbles(codes, self.in_features), 4)
-        packed.scale = scale
-        packed.bias = None if self.bias is None else self.bias.detach().float().clone()
-        return packed.train(self.training)
+        codes = unpack_nibbles(codes, self.in_features)
+        return PackedFP4Linear.from_parts(codes, scale, self.bias, config).train(self.training)
 
     @torch.no_grad()
     def dequantize(self) -> nn.Linear:
@@ -140,6 +137,17 @@ class PackedFP4Linear(PackedModule):
     def from_linear(cls, linear: nn.Linear, config: FP4Config | None = None) -> PackedFP4Linear:
         """Cast and pack an nn.Linear."""
         return FP4Linear.from_linear(linear, config).pack()
+
+    @classmethod
+    @torch.no_grad()
+    def from_parts(cls, codes: Tensor, scale: Tensor, bias: Tensor | None, config: FP4Config) -> PackedFP4Linear:
+        """Pack codes uint8 [n, k] that exist already, with their scales; `validate` checks them."""
+        n, k = codes.shape
+        packed = cls(k, n, bias is not None, config, device="meta")
+        packed.weight = tile_pack(codes, 4)
+        packed.scale = scale
+        packed.bias = None if bias is None else bias.detach().float().clone()
+        return packed
 
     def arguments(self) -> dict[str, int | bool]:
         return {
