@@ -60,9 +60,30 @@ def fp4_mxfp4(case: Case) -> None:
         assert_exact(values, case["out_dequant"][i], f"values of {rules[mode]}")
 
 
+def fp4_bnb_4bit(case: Case) -> None:
+    """Blocks over the flattened tensor: rows here are blocks, a last one that is short is a row of its own."""
+    name, width = "nf4" if case.number("hp_nf4") else "bnb-fp4", int(case.number("hp_blocksize"))
+    table = case["out_codebook"]
+    assert_exact(torch.tensor(ops.code_values(name)), table, "table")
+    bytes, values = case["out_packed"].flatten(), case["out_dequant"].flatten()
+    codes = torch.stack((bytes >> 4, bytes & 15), -1).flatten()[: values.numel()]
+    for block, want, value, absmax in zip(
+        case["in_x"].flatten().split(width), codes.split(width), values.split(width), case["out_absmax"], strict=True
+    ):
+        packed, scale = ops.codebook4_quantize(block, name, width)
+        assert_exact(scale, absmax.view(1), "absmax")
+        got = _codes(packed, block.numel())
+        # bitsandbytes has both codes of 0, by the sign of what was rounded
+        assert_exact(table[got.long()], table[want.long()], "values of codes")
+        assert_exact(ops.codebook4_dequantize(packed, scale, name, block.numel(), width), value, "values")
+        if name == "nf4":
+            assert_exact(got, want, "codes")
+
+
 COMPARISONS: dict[str, Callable[[Case], None]] = {
     "fp4/cast-e2m1": fp4_cast_e2m1,
     "fp4/pack": fp4_pack,
     "fp4/e8m0": fp4_e8m0,
     "fp4/mxfp4": fp4_mxfp4,
+    "fp4/bnb-4bit": fp4_bnb_4bit,
 }

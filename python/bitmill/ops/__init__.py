@@ -13,6 +13,7 @@ from .binary_embedding import binary_embedding
 from .binary_encoder_layer import binary_encoder_layer
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
+from .codebook4 import codebook4_dequantize, codebook4_fake_quant, codebook4_quantize
 from .decode_attention import decode_attention
 from .fp4 import (
     code_values,
@@ -55,6 +56,9 @@ __all__ = [
     "bitpack",
     "bitunpack",
     "code_values",
+    "codebook4_dequantize",
+    "codebook4_fake_quant",
+    "codebook4_quantize",
     "decode_attention",
     "e8m0_cast",
     "e8m0_uncast",
