@@ -22,7 +22,7 @@ from ..convert import Filter, replace_modules, require_bare
 from ..nn import PackedFP4Linear
 from ..ops import mxfp4_dequantize, tile_unpack
 from ..ops._checks import FLOATS, check_one_of, require
-from ..ops.fp4 import MX_BLOCK, _pack_nibbles, short_name, unpack_nibbles
+from ..ops.fp4 import MX_BLOCK, pack_nibbles, short_name, unpack_nibbles
 
 NIBBLE_ORDERS = ("low", "high")
 Builder = Callable[[nn.Linear], nn.Module]
@@ -141,7 +141,7 @@ def mxfp4_layers(model: nn.Module) -> dict[str, PackedFP4Linear]:
 
 def rows_of(layer: PackedFP4Linear) -> Tensor:
     """The codes of a packed layer, two a byte, uint8 [n, ceil(k / 2)]."""
-    return _pack_nibbles(tile_unpack(layer.weight, *layer.weight_shape(), 4).int())
+    return pack_nibbles(tile_unpack(layer.weight, *layer.weight_shape(), 4).int())
 
 
 def fp4_layer(linear: nn.Linear, weight: FP4Weight, bias: Tensor | None, activations: str) -> PackedFP4Linear:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..convert import Filter
 from ..ops._checks import require
-from ..ops.fp4 import MX_BLOCK, _pack_nibbles, unpack_nibbles
+from ..ops.fp4 import MX_BLOCK, pack_nibbles, unpack_nibbles
 from ._fp4_files import (
     Builder,
     FP4Weight,
@@ -61,7 +61,7 @@ def from_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
     )
     scale, halves = blocks.unflatten(-1, (blocks.shape[-1] // BLOCK_BYTES, BLOCK_BYTES)).split([1, BLOCK_BYTES - 1], -1)
     codes = torch.cat([halves & 15, halves >> 4], -1)
-    return _pack_nibbles(codes.flatten(-2)), scale.squeeze(-1).contiguous()
+    return pack_nibbles(codes.flatten(-2)), scale.squeeze(-1).contiguous()
 
 
 def to_blocks(packed: Tensor, scale: Tensor) -> Tensor:
