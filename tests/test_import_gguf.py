@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MXFP4 in GGUF files: blocks, files and models, against the gguf package, and hostile files."""
+"""MXFP4 and NVFP4 in GGUF files: blocks, files and models, against the gguf package, and hostile files."""
 
 from __future__ import annotations
 
@@ -82,6 +82,62 @@ def test_gguf_reads_the_same_numbers() -> None:
     assert np.array_equal(ops.mxfp4_dequantize(packed, scale, 64).numpy(), theirs)
 
 
+def ggml_nvfp4(codes: Tensor, scales: Tensor) -> Tensor:
+    """Byte by byte: four scales, then for each columns 0 ... 7 low and 8 ... 15 high."""
+    rows = []
+    for row, bytes_of_row in zip(codes.tolist(), scales.tolist(), strict=True):
+        out = []
+        for block in range(len(row) // 64):
+            out += bytes_of_row[4 * block : 4 * block + 4]
+            for first in range(64 * block, 64 * block + 64, 16):
+                out += [row[i] | row[i + 8] << 4 for i in range(first, first + 8)]
+        rows.append(out)
+    return torch.tensor(rows, dtype=torch.uint8)
+
+
+def test_nvfp4_blocks_are_the_layout_of_nvfp4_quantize() -> None:
+    codes, scales = random_codes(5, 128), torch.randint(1, 127, (5, 8), dtype=torch.uint8)
+    blocks = ggml_nvfp4(codes, scales)
+    packed, scale = from_blocks(blocks, "nvfp4")
+    assert torch.equal(scale, scales) and torch.equal(ops.fp4.unpack_nibbles(packed, 128), codes)
+    assert torch.equal(to_blocks(packed, scale, "nvfp4"), blocks)
+    theirs = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType.NVFP4)
+    assert np.array_equal(ops.nvfp4_dequantize(packed, scale, 128).numpy(), theirs)
+    with pytest.raises(
+        ValueError, match=r"scale must have a multiple of 4 columns for 'nvfp4', got \[5, 7\]; .* of 64"
+    ):
+        to_blocks(packed[:, :56], scale[:, :7], "nvfp4")
+    with pytest.raises(
+        ValueError, match=r"rows of a multiple of 36 bytes, got shape \[5, 71\]; k must be a multiple of 64"
+    ):
+        from_blocks(blocks[:, 1:], "nvfp4")
+    with pytest.raises(ValueError, match='from_blocks: format must be "mxfp4" or "nvfp4", got "q4_0"'):
+        from_blocks(blocks, "q4_0")
+
+
+def test_an_nvfp4_model_and_its_global_scale(tmp_path: Path) -> None:
+    linears = nn.Sequential(nn.Linear(128, 5))
+    bitmill.quantize_(linears, FP4Config("nvfp4"))
+    bitmill.pack_(linears)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "none")
+    export(linears, writer)
+    finish(writer)
+    fresh = nn.Sequential(nn.Linear(128, 5))
+    assert import_(fresh, tmp_path / "a.gguf") == ["0"]
+    for name, t in linears.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], t), name
+    weight = read(tmp_path / "a.gguf")["0.weight"]
+    assert torch.equal(weight.dequantize(), linears[0].dequantize().weight) and 0 < weight.global_scale < 1
+
+    rows = to_blocks(weight.packed, weight.scale, "nvfp4").numpy()
+    alone = {"0.weight": (rows, gguf.GGMLQuantizationType.NVFP4)}
+    assert read(write(tmp_path / "b.gguf", alone))["0.weight"].global_scale is None
+    for value in ([0.0], [np.nan], [np.inf], [-1.0], [1.0, 2.0]):
+        path = write(tmp_path / "c.gguf", {**alone, "0.scale": (np.array(value, np.float32), None)})
+        with pytest.raises(ValueError, match=r"read: 0\.scale must be one positive and finite F32, got"):
+            read(path)
+
+
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_a_model_from_a_file_and_back(activations: str, tmp_path: Path) -> None:
     tensors = first_layer()
@@ -108,8 +164,11 @@ def test_names(tmp_path: Path) -> None:
     path = write(tmp_path / "a.gguf", {f"blk.{name}": entry for name, entry in tensors.items()})
     linears = model()
     for names, message in (
-        ({"0.weight": "0"}, r"import_: 0\.weight must be an MXFP4 tensor of the file, got none of that name; correct"),
-        ({"blk.2.weight": "2"}, r"blk\.2\.weight must be an MXFP4 tensor of the file, got F32"),
+        (
+            {"0.weight": "0"},
+            r"import_: 0\.weight must be an MXFP4 or NVFP4 tensor of the file, got none of that name; correct",
+        ),
+        ({"blk.2.weight": "2"}, r"blk\.2\.weight must be an MXFP4 or NVFP4 tensor of the file, got F32"),
         ({"blk.0.weight": "1"}, r"import_: 1 must be a torch\.nn\.Linear of the model, got ReLU"),
         (None, r"import_: blk\.0 must be a torch\.nn\.Linear of the model, got none of that name"),
     ):
@@ -118,7 +177,7 @@ def test_names(tmp_path: Path) -> None:
     assert type(linears[0]) is nn.Linear
     assert import_(linears, path, {"blk.0.weight": "0"}) == ["0"]
     writer = gguf.GGUFWriter(tmp_path / "b.gguf", "none")
-    with pytest.raises(ValueError, match="export: 2 must be a packed MXFP4 layer of the model; correct names"):
+    with pytest.raises(ValueError, match="export: 2 must be a packed MXFP4 or NVFP4 layer of the model; correct names"):
         export(linears, writer, {"2": "blk.2.weight"})
     assert export(linears, writer, {"0": "blk.0.weight"}) == ["0"]
     finish(writer)
@@ -142,7 +201,7 @@ def test_a_nan_block_is_nan_in_a_tensor_and_an_error_in_a_layer(tmp_path: Path) 
     path, linears = write(tmp_path / "a.gguf", tensors), model()
     values = read(path)["0.weight"].dequantize()
     assert values[3, 32:].isnan().all() and values.isnan().sum() == 32
-    with pytest.raises(ValueError, match=r"0: the scales must be finite, row 3 has the NaN 255 for columns 32 to 63"):
+    with pytest.raises(ValueError, match=r"0: the scales must be finite, row 3 has nan for columns 32 to 63"):
         import_(linears, path)
     assert type(linears[0]) is nn.Linear
 

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from ..config import FP4Config, shorten
 from ..convert import Filter, replace_modules, require_bare
 from ..nn import PackedFP4Linear
-from ..ops import mxfp4_dequantize, tile_unpack
+from ..ops import mxfp4_dequantize, nvfp4_dequantize, tile_unpack
 from ..ops._checks import FLOATS, check_one_of, require
 from ..ops.fp4 import MX_BLOCK, pack_nibbles, short_name, unpack_nibbles
+from ..ops.fp4_linear import scale_values
+from ..ops.nvfp4 import NV_BLOCK
 
 NIBBLE_ORDERS = ("low", "high")
+BLOCKS = {"mxfp4": MX_BLOCK, "nvfp4": NV_BLOCK}
 Builder = Callable[[nn.Linear], nn.Module]
 Source = Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -33,15 +36,26 @@ class FP4Weight(NamedTuple):
     """A weight of a file in the layout of ops.
 
     format "mxfp4": packed uint8 [..., k / 2] and scale uint8 [..., k / 32], E8M0, as of `ops.mxfp4_quantize`.
+    format "nvfp4": scale uint8 [..., k / 16], E4M3, as of `ops.nvfp4_quantize`, and what decoded values are multiplied
+    with besides, or None for 1. It has double precision, so that also its reciprocal is that of the file.
     """
 
     format: str
     packed: Tensor
     scale: Tensor
+    global_scale: float | None = None
+
+    def multiplier(self) -> Tensor:
+        """The global scale as the ops take it, float32 []."""
+        value = 1.0 if self.global_scale is None else self.global_scale
+        return torch.tensor(value, dtype=torch.float32, device=self.scale.device)
 
     def dequantize(self) -> Tensor:
         """float32 [..., k]; a block whose scale is NaN is NaN."""
-        return mxfp4_dequantize(self.packed, self.scale, 2 * self.packed.shape[-1])
+        k = 2 * self.packed.shape[-1]
+        if self.format == "mxfp4":
+            return mxfp4_dequantize(self.packed, self.scale, k)
+        return nvfp4_dequantize(self.packed, self.scale, k, self.multiplier())
 
 
 def read_tensors(source: Source) -> Mapping[str, Tensor]:
@@ -112,8 +126,8 @@ def reorder(op: str, codes: Tensor, nibble_order: str) -> Tensor:
     return codes if nibble_order == "low" else codes << 4 | codes >> 4
 
 
-def whole_blocks(op: str, packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """What ops.mxfp4_quantize answers, for rows without a partial block: packed uint8 [..., groups, 16] and the scale.
+def whole_blocks(op: str, packed: Tensor, scale: Tensor, block: int = MX_BLOCK) -> tuple[Tensor, Tensor]:
+    """What the ops answer, for rows without a partial block: packed uint8 [..., groups, block / 2] and the scale.
 
     Raises:
         ValueError: for other dtypes or shapes.
@@ -121,21 +135,21 @@ def whole_blocks(op: str, packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     packed, scale = bytes_of(op, "packed", packed), bytes_of(op, "scale", scale)
     require(packed.dim() >= 1 and scale.dim() >= 1, f"{op}: packed and scale must have rows, got a scalar")
     *rows, groups = scale.shape
-    expected = [*rows, groups * MX_BLOCK // 2]
+    expected = [*rows, groups * block // 2]
     require(
         list(packed.shape) == expected,
         f"{op}: packed must have shape {expected} for these scales, got {list(packed.shape)}; the format has no partial"
-        " blocks, so k must be a multiple of 32",
+        f" blocks, so k must be a multiple of {block}",
     )
-    return packed.unflatten(-1, (groups, MX_BLOCK // 2)), scale
+    return packed.unflatten(-1, (groups, block // 2)), scale
 
 
-def mxfp4_layers(model: nn.Module) -> dict[str, PackedFP4Linear]:
-    """The packed MXFP4 layers of a model, under all their names."""
+def packed_layers(model: nn.Module, *formats: str) -> dict[str, PackedFP4Linear]:
+    """The packed FP4 layers of a model that have one of these formats, under all their names."""
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, PackedFP4Linear) and module.config.format == "mxfp4"
+        if isinstance(module, PackedFP4Linear) and module.config.format in formats
     }
 
 
@@ -144,13 +158,8 @@ def rows_of(layer: PackedFP4Linear) -> Tensor:
     return pack_nibbles(tile_unpack(layer.weight, *layer.weight_shape(), 4).int())
 
 
-def fp4_layer(linear: nn.Linear, weight: FP4Weight, bias: Tensor | None, activations: str) -> PackedFP4Linear:
-    """The packed form of `linear` with the weight and the bias of a file.
-
-    Raises:
-        ValueError: for another size than the layer's, and a block whose scale is NaN.
-    """
-    n, k = weight.packed.shape[0], 2 * weight.packed.shape[1]
+def require_fit(linear: nn.Linear, n: int, k: int, bias: Tensor | None) -> None:
+    """That a weight [n, k] and a bias of a file are as large as the model's."""
     expected = [linear.out_features, linear.in_features]
     require([n, k] == expected, f"the weight must have shape {expected} as in the model, got {[n, k]} in the file")
     require(
@@ -159,16 +168,33 @@ def fp4_layer(linear: nn.Linear, weight: FP4Weight, bias: Tensor | None, activat
         f"the bias must be {'absent' if linear.bias is None else f'of floats {[n]}'} as in the model, got"
         f" {'none' if bias is None else f'{short_name(bias.dtype)} {list(bias.shape)}'} in the file",
     )
-    nan = weight.scale == 255
-    if nan.any():
-        row, block = nan.nonzero()[0].tolist()
+
+
+def require_finite_scales(values: Tensor, block: int) -> None:
+    """That none of the scales [n, groups] is NaN or infinite."""
+    bad = ~values.isfinite()
+    if bad.any():
+        row, group = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"the scales must be finite, row {row} has the NaN 255 for columns {MX_BLOCK * block} to"
-            f" {MX_BLOCK * (block + 1) - 1}; quantise the weight again without NaN and infinity"
+            f"the scales must be finite, row {row} has {values[row, group].item()} for columns {block * group} to"
+            f" {block * (group + 1) - 1}; quantise the weight again without NaN and infinity"
         )
-    config = FP4Config("mxfp4", activations=activations)
+
+
+def fp4_layer(linear: nn.Linear, weight: FP4Weight, bias: Tensor | None, activations: str) -> PackedFP4Linear:
+    """The packed form of `linear` with the weight and the bias of a file.
+
+    Raises:
+        ValueError: for another size than the layer's, and a block whose scale is NaN.
+    """
+    k = 2 * weight.packed.shape[1]
+    require_fit(linear, weight.packed.shape[0], k, bias)
+    global_scale = weight.multiplier() if weight.format == "nvfp4" else None
+    require_finite_scales(scale_values(weight.scale, global_scale), BLOCKS[weight.format])
+    config = FP4Config(weight.format, activations=activations)
     codes = unpack_nibbles(weight.packed, k)
-    return PackedFP4Linear.from_parts(codes, weight.scale.clone(), bias, config).train(linear.training)
+    packed = PackedFP4Linear.from_parts(codes, weight.scale.clone(), bias, config, global_scale)
+    return packed.train(linear.training)
 
 
 def fp4_layers(module: str, weight: FP4Weight, bias: Tensor | None, activations: str) -> dict[str, Builder]:

@@ -30,7 +30,7 @@ from ._fp4_files import (
     bytes_of,
     fp4_layers,
     import_linears,
-    mxfp4_layers,
+    packed_layers,
     pairs,
     read_tensors,
     reorder,
@@ -197,7 +197,7 @@ def export(model: nn.Module, nibble_order: str = "low") -> dict[str, Tensor]:
         ValueError: for a layer whose in_features is no multiple of 32, the name first.
     """
     state = dict(model.state_dict())
-    packed = mxfp4_layers(model)
+    packed = packed_layers(model, "mxfp4")
     for name, layer in packed.items():
         del state[f"{name}.weight"]
         try:
