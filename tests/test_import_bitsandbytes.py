@@ -58,6 +58,7 @@ def test_weights_are_exact(kind: str, nested: bool) -> None:
         (4, 32, 128, 32),
         (3, 72, 64, 8),
         (6, 128, 32, 32),
+        (2, 4096, 4096, 4096),
     ):
         tensors, expected = layer(kind, n, k, blocksize, nested)
         weight = read(tensors)["0"]
@@ -73,7 +74,7 @@ def test_weights_are_exact(kind: str, nested: bool) -> None:
         assert linears[0].config == FP4Config(FORMATS[kind], group_size=group)
         assert torch.equal(linears[0].dequantize().weight, expected)
         x = torch.randn(3, k)
-        torch.testing.assert_close(linears[0](x), x @ expected.T)
+        torch.testing.assert_close(linears[0](x), x @ expected.T, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("nested", [False, True])

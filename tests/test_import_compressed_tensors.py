@@ -160,6 +160,15 @@ def test_k_not_a_multiple_of_the_block() -> None:
             export(linears)
 
 
+def test_exports_keep_the_packing(tmp_path: Path) -> None:
+    for format, bits in (("mxfp4", 4.25), ("nvfp4", 4.5)):
+        linears = nn.Sequential(nn.Linear(512, 512, bias=False))
+        bitmill.quantize_(linears, FP4Config(format))
+        bitmill.pack_(linears)
+        save_file(export(linears), tmp_path / "model.safetensors")
+        assert (tmp_path / "model.safetensors").stat().st_size < 512 * 512 * bits / 8 + 400
+
+
 def test_truncated_tensors_and_wrong_dtypes() -> None:
     codes, scale, divisor = nvfp4()
     packed = nibbles(codes)

@@ -81,6 +81,29 @@ def test_dtypes_of_torch_for_four_and_eight_bits() -> None:
     assert torch.equal(same[0], from_blocks(blocks, scales)[0])
 
 
+def test_safetensors_with_four_bit_tensors(tmp_path: Path) -> None:
+    if not hasattr(torch, "float4_e2m1fn_x2") or not hasattr(torch, "float8_e8m0fnu"):
+        pytest.skip("this torch has no 4-bit dtype")
+    tensors = checkpoint()
+    typed = {
+        **tensors,
+        "0.weight_blocks": tensors["0.weight_blocks"].view(torch.float4_e2m1fn_x2),
+        "0.weight_scales": tensors["0.weight_scales"].view(torch.float8_e8m0fnu),
+    }
+    save_file(typed, tmp_path / "model.safetensors")
+    assert b'"F4"' in (tmp_path / "model.safetensors").read_bytes()
+    found, expected = read(tmp_path / "model.safetensors")["0.weight"], read(tensors)["0.weight"]
+    assert torch.equal(found.packed, expected.packed) and torch.equal(found.scale, expected.scale)
+
+
+def test_exports_keep_the_packing(tmp_path: Path) -> None:
+    linears = nn.Sequential(nn.Linear(512, 512, bias=False))
+    bitmill.quantize_(linears, FP4Config("mxfp4"))
+    bitmill.pack_(linears)
+    save_file(export(linears), tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_size < 512 * 512 * 4.25 / 8 + 300
+
+
 def test_wrong_dtypes_and_shapes() -> None:
     blocks, scales, _ = pair(3)
     packed, scale = from_blocks(blocks, scales)
