@@ -27,6 +27,7 @@ from .fp4 import (
     mxfp4_quantize,
 )
 from .fp4_linear import fp4_linear, fp4_weight
+from .fpq import fpq_bias, fpq_dequantize, fpq_quantize, fpq_scale
 from .int8 import int8_fake_quant, int8_quantize
 from .integer_linear import integer_linear
 from .layer_norm import layer_norm
@@ -70,6 +71,10 @@ __all__ = [
     "fp4_linear",
     "fp4_uncast",
     "fp4_weight",
+    "fpq_bias",
+    "fpq_dequantize",
+    "fpq_quantize",
+    "fpq_scale",
     "int8_fake_quant",
     "int8_quantize",
     "integer_linear",
