@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantisation to a table of 16 values: against its definition in float64, and bitsandbytes' decision points."""
+"""Quantisation to a table of 16 values: against its definition, and bitsandbytes' decision points."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ def codes_of(x: Tensor, codebook: Tensor | str, group_size: int = 0) -> Tensor:
 
 
 def defined(x: Tensor, codebook: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of rows [m, k], group by group; distances in float64."""
+    """Codes and scales of rows [m, k], group by group."""
+    values = codebook.unique()
+    middle = (values[1:] + values[:-1]) / 2
     codes, scales = [], []
     for group in x.float().split(group_size or x.shape[1], 1):
         scale = group.abs().amax(1, keepdim=True) / codebook.abs().max()
-        u = (group * torch.where(scale > 0, 1 / scale, 0.0)).double()
-        distance = (u.unsqueeze(-1) - codebook.double()).abs()
-        nearest = distance == distance.amin(-1, keepdim=True)
-        value = torch.where(nearest, codebook, torch.inf).amin(-1, keepdim=True)
-        codes.append((codebook == value).int().argmax(-1))  # argmax: the first of them
+        u = group * torch.where(scale > 0, 1 / scale, 0.0)
+        value = values[(u.unsqueeze(-1) > middle).sum(-1)]
+        assert ((u - value).abs() <= (u.unsqueeze(-1) - values).abs().amin(-1) + 2**-23).all()
+        codes.append((codebook == value.unsqueeze(-1)).int().argmax(-1))  # argmax: the first of them
         scales.append(scale)
     return torch.cat(codes, 1), torch.cat(scales, 1)
 
@@ -70,12 +71,10 @@ def test_every_value_keeps_its_code_and_ties_go_down(name: str) -> None:
     first = torch.tensor([(table == value).int().argmax().item() for value in values])
     rows = torch.stack([values, table.abs().max().expand_as(values)], 1)  # the second column makes the scale 1
     assert torch.equal(codes_of(rows, table)[:, 0].long(), first)
-    middle = (values[1:].double() + values[:-1].double()) / 2
-    below = middle.float()
-    below = torch.where(below.double() > middle, below.nextafter(torch.tensor(-torch.inf)), below)
-    rows = torch.stack([below, table.abs().max().expand_as(below)], 1)
+    middle = (values[1:] + values[:-1]) / 2
+    rows = torch.stack([middle, table.abs().max().expand_as(middle)], 1)
     assert torch.equal(codes_of(rows, table)[:, 0].long(), first[:-1])
-    rows[:, 0] = below.nextafter(torch.tensor(torch.inf))
+    rows[:, 0] = middle.nextafter(torch.tensor(torch.inf))
     assert torch.equal(codes_of(rows, table)[:, 0].long(), first[1:])
 
 
@@ -102,6 +101,9 @@ def test_groups_that_are_not_finite_or_next_to_nothing() -> None:
         assert scale.isnan().tolist() == [[False, True, False], [False] * 3]
         assert unpack_nibbles(packed, 40)[0, 16:32].eq(0).all()
         assert ops.codebook4_dequantize(packed, scale, "nf4", 40, 16).isnan().sum() == 16
+    for value in (torch.nan, torch.inf, 0.0):
+        packed, scale = ops.codebook4_quantize(torch.randn(2, 40), TABLES["nf4"] * value, 16)
+        assert scale.isnan().all() and packed.eq(0).all()
     tiny = torch.tensor([[1e-45, 0.0, -1e-45], [1e-39, 5e-40, 0.0], [3e38, -3e38, 1.0]])
     values = ops.codebook4_dequantize(*ops.codebook4_quantize(tiny, "nf4", 0), "nf4", 3, 0)
     assert values.isfinite().all() and ((values - tiny).abs() <= tiny.abs().amax(1, keepdim=True)).all()
@@ -145,16 +147,12 @@ def test_codebook4_opcheck() -> None:
 def test_codebook4_errors() -> None:
     x, table, byte = torch.randn(2, 40), TABLES["nf4"], torch.zeros(2, 20, dtype=torch.uint8)
     scale = torch.ones(2, 1)
-    bad = table.clone()
-    bad[3] = torch.inf
     for call, arguments, message in (
         (ops.codebook4_quantize, (x.double(), table), "codebook4_quantize: x must be float32, bfloat16 or float16"),
         (ops.codebook4_quantize, (x[0, 0], table), "codebook4_quantize: x must have at least one dimension"),
         (ops.codebook4_quantize, (x, table[:8]), r"codebook must have shape \[16\], got \[8\]"),
         (ops.codebook4_quantize, (x, table.half()), "codebook must be float32, got float16"),
         (ops.codebook4_quantize, (x, "fp4"), 'format must be .* "nf4" or "bnb-fp4", got "fp4"'),
-        (ops.codebook4_quantize, (x, bad), "codebook must be finite and not all zero, got a largest magnitude of inf"),
-        (ops.codebook4_quantize, (x, 0 * table), "finite and not all zero, got a largest magnitude of 0"),
         (ops.codebook4_quantize, (x, table, 12), "group_size must be 0 or a positive multiple of 8, got 12"),
         (ops.codebook4_quantize, (x, table, -8), "group_size must be 0 or a positive multiple of 8, got -8"),
         (ops.codebook4_dequantize, (byte, scale, table, 41), r"packed must have ceil\(k / 2\) bytes .* k = 41 and 20"),

@@ -99,6 +99,26 @@ def fp4_nvfp4(case: Case) -> None:
     assert_relative(ops.nvfp4_dequantize(packed, scale, x.shape[-1], g), case["out_dequant"], 1e-7, "values")
 
 
+def fp4_llmfp4_quantizer(case: Case) -> None:
+    x, bias = case["in_x"], case["in_bias"]
+    format = ("e3m0", "e2m1", "e1m2")[int(case.number("hp_mantissa_bits"))]
+    exact = bool((bias == bias.round()).all())
+
+    def compare(got: Tensor, want: Tensor, what: str) -> None:
+        if exact:
+            assert_exact(got, want, what)
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=0, equal_nan=True)
+
+    packed, scale = ops.fpq_quantize(x, bias, format), ops.fpq_scale(bias, format)
+    numbers = ~x.isnan()
+    assert_exact(_codes(packed, x.shape[1])[numbers], case["out_code"][numbers], "codes")
+    compare(ops.fpq_dequantize(packed, bias, x.shape[1], format)[numbers], case["out_q"][numbers], "values")
+    compare(ops.fp4_fake_quant(x, format, scale), case["out_q"], "values, NaN too")
+    largest = max(ops.code_values(format)) * scale
+    compare(x.clamp(-largest, largest), case["out_clipped"], "clipped")
+
+
 COMPARISONS: dict[str, Callable[[Case], None]] = {
     "fp4/cast-e2m1": fp4_cast_e2m1,
     "fp4/pack": fp4_pack,
@@ -107,4 +127,5 @@ COMPARISONS: dict[str, Callable[[Case], None]] = {
     "fp4/bnb-4bit": fp4_bnb_4bit,
     "fp4/e4m3": fp4_e4m3,
     "fp4/nvfp4": fp4_nvfp4,
+    "fp4/llmfp4-quantizer": fp4_llmfp4_quantizer,
 }

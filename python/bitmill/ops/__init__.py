@@ -27,9 +27,11 @@ from .fp4 import (
     mxfp4_quantize,
 )
 from .fp4_linear import fp4_linear, fp4_weight
+from .fpq import fpq_bias, fpq_dequantize, fpq_quantize, fpq_scale
 from .int8 import int8_fake_quant, int8_quantize
 from .integer_linear import integer_linear
 from .layer_norm import layer_norm
+from .nested_scales import nested_dequantize, nested_map, nested_quantize
 from .nvfp4 import e4m3_cast, e4m3_uncast, nvfp4_dequantize, nvfp4_fake_quant, nvfp4_global_scale, nvfp4_quantize
 from .salient_scatter import salient_linear, salient_weight
 from .zoned import zoned_linear, zoned_weight
@@ -70,6 +72,10 @@ __all__ = [
     "fp4_linear",
     "fp4_uncast",
     "fp4_weight",
+    "fpq_bias",
+    "fpq_dequantize",
+    "fpq_quantize",
+    "fpq_scale",
     "int8_fake_quant",
     "int8_quantize",
     "integer_linear",
@@ -77,6 +83,9 @@ __all__ = [
     "mxfp4_dequantize",
     "mxfp4_fake_quant",
     "mxfp4_quantize",
+    "nested_dequantize",
+    "nested_map",
+    "nested_quantize",
     "nvfp4_dequantize",
     "nvfp4_fake_quant",
     "nvfp4_global_scale",

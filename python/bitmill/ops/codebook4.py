@@ -2,8 +2,8 @@
 """Quantisation to the 16 values of a table, with a float scale for a group of columns: bitsandbytes' NF4 and FP4.
 
 scale = amax / max |table|,  code = that of the value nearest to fl(x fl(1 / scale)),  x ~ table[code] scale.
-A tie goes to the lower value; of equal values (zeros of both signs are equal) the lowest code stands for all. Packed
-rows are those of fp4.py. Arithmetic and scales are float32.
+Between neighbours a < b, b is nearer above fl((a + b) / 2). Of equal values, zeros of both signs among them, the lowest
+code stands for all. Packed rows are those of fp4.py. Arithmetic and scales are float32.
 """
 
 from __future__ import annotations
@@ -28,34 +28,25 @@ def _groups(k: int, group_size: int) -> int:
     return ceil_div(k, group_size) if group_size else 1
 
 
-def _nearest(values: Tensor, codebook: Tensor) -> Tensor:
-    """Codes, uint8, of values that are not NaN."""
+def nearest(values: Tensor, codebook: Tensor) -> Tensor:
+    """Codes, uint8, of values that are not NaN in a table of up to 256 values."""
     ordered, order = codebook.sort(stable=True)
     order = order[torch.searchsorted(ordered, ordered)].to(torch.uint8)
-    middle = (ordered[1:].double() + ordered[:-1].double()) / 2
-    # The largest float32 that is not above the middle is the last one of the lower value.
-    last = middle.float()
-    last = torch.where(last.double() > middle, last.nextafter(torch.full_like(last, -torch.inf)), last)
-    return order[torch.bucketize(values, last, out_int32=True)]
+    return order[torch.bucketize(values, (ordered[1:] + ordered[:-1]) / 2, out_int32=True)]
 
 
 @library.default("codebook4_quantize")
 def _codebook4_quantize_reference(x: Tensor, codebook: Tensor, group_size: int = 64) -> tuple[Tensor, Tensor]:
     _check_codebook4_quantize(x, codebook, group_size)
-    largest = codebook.abs().max()
-    require(
-        bool(0 < largest < torch.inf),
-        f"codebook4_quantize: codebook must be finite and not all zero, got a largest magnitude of {largest.item()}",
-    )
     k = x.shape[-1]
     groups, width = _groups(k, group_size), group_size or max(k, 1)
     padded = torch.nn.functional.pad(x.float(), (0, groups * width - k)).contiguous()
     blocks = padded.unflatten(-1, (groups, width))
     amax = blocks.abs().amax(-1)
-    scale = amax / largest.expand_as(amax)  # torch may divide by a number as a product with its reciprocal
-    scale = torch.where(amax < torch.inf, scale, torch.nan)
+    largest = codebook.abs().max().expand_as(amax)  # torch may divide by a number as a product with its reciprocal
+    scale = torch.where((amax / largest < torch.inf) & (largest < torch.inf), amax / largest, torch.nan)
     inverse = (1 / scale).clamp_max(torch.finfo(torch.float32).max)  # no 0 x infinity where a scale is next to nothing
-    codes = _nearest(blocks * inverse.unsqueeze(-1), codebook)
+    codes = nearest(blocks * inverse.unsqueeze(-1), codebook.nan_to_num())  # a table with a NaN has no order
     codes = torch.where(scale.isnan().unsqueeze(-1), 0, codes)
     return pack_nibbles(codes.flatten(-2)[..., :k]), scale
 
@@ -113,10 +104,10 @@ def codebook4_quantize(x: Tensor, codebook: Tensor | str = "nf4", group_size: in
         group_size: columns that share a scale, a multiple of 8, or 0 for a whole row.
     Returns:
         packed: uint8 [..., ceil(k / 2)].
-        scale: float32 [..., ceil(k / group_size)], or [..., 1]; NaN, with codes 0, for a group with a NaN or an
-            infinity, and 0 for a group of zeros.
+        scale: float32 [..., ceil(k / group_size)], or [..., 1]; 0 for a group of zeros; NaN, with codes 0, for a group
+            with a NaN or an infinity, and for all where the codebook has one, or nothing but zeros.
     Raises:
-        ValueError: for wrong shapes, dtypes or devices, or a codebook that is all zero or not finite.
+        ValueError: for wrong shapes, dtypes or devices.
     Source: bitsandbytes, quantize_4bit. Its blocks run over the flattened tensor, which are these where they divide k,
     and its bytes have element 0 in the high nibble.
     """
