@@ -37,9 +37,10 @@ def default_linear(
     group_size: int = 0,
     codebook: Tensor | None = None,
     activations: str = "float",
+    global_scale: Tensor | None = None,
 ) -> Tensor:
     """The default kernel with the defaults of the public function."""
-    return _fp4_linear_reference(x, weight, scale, bias, format, group_size, codebook, activations)
+    return _fp4_linear_reference(x, weight, scale, bias, format, group_size, codebook, activations, global_scale)
 
 
 def default_weight(
@@ -50,5 +51,6 @@ def default_weight(
     format: str = "e2m1",
     group_size: int = 0,
     codebook: Tensor | None = None,
+    global_scale: Tensor | None = None,
 ) -> Tensor:
-    return _fp4_weight_reference(weight, scale, n, k, format, group_size, codebook)
+    return _fp4_weight_reference(weight, scale, n, k, format, group_size, codebook, global_scale)

@@ -99,6 +99,8 @@ METHODS: dict[str, list[str]] = {
     "billm": ["--windows", "4"],
     "arb-rc": ["--windows", "4"],
     "fp4": ["--format", "mxfp4", "--activations", "int8"],
+    "nvfp4": ["--activations", "int8"],
+    "nf4": [],
 }
 
 

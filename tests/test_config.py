@@ -71,6 +71,7 @@ FIELDS = [
     (FP4Config, "format", [None, "e4m3", "E2M1", 4]),
     (FP4Config, "scale_rule", [None, "round", 0]),
     (FP4Config, "activations", [None, 8, "int4"]),
+    (FP4Config, "group_size", [16, 64, "0", False, 0.0]),
     (OneBitConfig, "zero", [None, 0, True, "Torch"]),
     (OneBitConfig, "activations", [None, 8, "int4"]),
     (ZonedConfig, "block", [None, True, 0, -32, 100, 128.0, (1 << 24) + 32]),
@@ -122,6 +123,21 @@ def test_fields_that_a_method_does_not_have(values: dict[str, Any], field: str) 
     with pytest.raises(ValueError, match=re.escape(repr(values["method"]))) as error:
         BinaryConfig(**values)
     assert_one_sentence(error.value, BinaryConfig, field)
+
+
+def test_fields_that_a_format_does_not_have() -> None:
+    sizes = {format: FP4Config(format).group_size for format in FP4Config.FORMATS}
+    assert sizes == {"e2m1": 0, "e1m2": 0, "e3m0": 0, "mxfp4": 32, "nvfp4": 16, "nf4": 64, "bnb-fp4": 64}
+    for format, size in sizes.items():
+        assert FP4Config(format, group_size=size) == FP4Config(format)
+        bad = [-16, 8, 24, 64.0, True, (1 << 24) + 16] if size == 64 else [64]
+        for value in bad:
+            with pytest.raises(ValueError, match="group_size") as error:
+                FP4Config(format, group_size=value)
+            assert_one_sentence(error.value, FP4Config, "group_size")
+    for format in ("nf4", "bnb-fp4"):
+        with pytest.raises(ValueError, match=f"'float' for format '{format}', got 'int8'"):
+            FP4Config(format, activations="int8")
 
 
 def test_fields_of_a_salient_config_that_exclude_each_other() -> None:

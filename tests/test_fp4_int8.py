@@ -73,7 +73,7 @@ def test_int8_is_the_definition() -> None:
 def test_int8_refuses_a_codebook_without_integers(codebook: Tensor) -> None:
     a = layer(5, 40)
     for kernel in (ops.fp4_linear, default_linear):
-        with pytest.raises(ValueError, match="codebook must be integers of magnitude up to 127 times a power of two"):
+        with pytest.raises(ValueError, match="of codes must be integers of magnitude up to 127 times a power of two"):
             kernel(**a, codebook=codebook, activations="int8")
 
 

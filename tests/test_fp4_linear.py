@@ -53,6 +53,46 @@ def test_fp4_linear_equals_default(n: int, k: int, group_size: int, e8m0: bool, 
             assert ((out.double() - exact).abs() <= room * k * 2.0**-24 + exact.abs() * ulp * 1.01 + 1e-6).all()
 
 
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (129, 1000)])
+def test_e4m3_scales_on_every_machine(n: int, k: int) -> None:
+    g = torch.tensor(0.0123)
+    for m, dtype in ((1, torch.float32), (9, torch.bfloat16), (3, torch.float16)):
+        a = layer(n, k, 16, dtype=dtype, leading=(m,))
+        a["scale"] = torch.randint(0, 256, a["scale"].shape, dtype=torch.uint8)  # both signs, subnormal ones
+        a["scale"][(a["scale"] & 127) == 127] = 3
+        settings = {"group_size": 16, "global_scale": g}
+        dense = default_weight(a["weight"], a["scale"], n, k, **settings)
+        codes = ops.tile_unpack(a["weight"], n, k, 4).long()
+        columns = ops.e4m3_uncast(a["scale"]).repeat_interleave(16, 1)[:, :k]
+        assert torch.equal(dense, torch.tensor(ops.code_values("e2m1"))[codes] * columns * g)
+        int8 = settings | {"activations": "int8"}
+        want = default_linear(**a, **int8)
+        exact = a["x"].double() @ dense.double().T + a["bias"]
+        ulp = 2.0 ** {torch.float32: -24, torch.bfloat16: -8, torch.float16: -11}[dtype]
+        room = a["x"].double().abs() @ dense.double().abs().T * k * 2.0**-24 + exact.abs() * ulp * 1.01 + 1e-6
+        for machine, out in on_every_machine(lambda a=a, settings=settings: ops.fp4_linear(**a, **settings)):
+            assert ((out.double() - exact).abs() <= room).all(), machine
+        for machine, out in on_every_machine(lambda a=a, int8=int8: ops.fp4_linear(**a, **int8)):
+            assert_same_bits(out, want, machine)
+        assert_same_bits(ops.fp4_weight(a["weight"], a["scale"], n, k, **settings), dense)
+        if n and k:
+            a["scale"][0, 0], a["x"][:, 0] = 127 + 128 * (m % 2), 1.0
+            for machine, out in on_every_machine(lambda a=a, settings=settings: ops.fp4_linear(**a, **settings)):
+                assert out[:, 0].isnan().all() and out[:, 1:].isfinite().all(), machine
+
+
+@pytest.mark.parametrize("format", ["nf4", "bnb-fp4"])
+def test_named_tables_are_codebooks(format: str) -> None:
+    a = layer(33, 300, 64)
+    table = torch.tensor(ops.code_values(format))
+    for machine, out in on_every_machine(lambda: ops.fp4_linear(**a, format=format, group_size=64)):
+        with_table = on_every_machine(lambda: ops.fp4_linear(**a, group_size=64, codebook=table))
+        assert_same_bits(out, dict(with_table)[machine], machine)
+    dense = ops.fp4_weight(a["weight"], a["scale"], 33, 300, format, 64)
+    assert_same_bits(dense, default_weight(a["weight"], a["scale"], 33, 300, format, 64))
+    assert_same_bits(dense, ops.fp4_weight(a["weight"], a["scale"], 33, 300, "e2m1", 64, table))
+
+
 # Row counts around blocks of 8, 4 and 1 rows, with what is left over.
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 9, 11, 16])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -171,6 +211,7 @@ def _op_samples() -> dict[str, list[tuple]]:
         (rows[0], weight, scales, None, "e1m2", 8, torch.randn(16), "float"),
         (rows.bfloat16(), weight, bytes, bias, "e3m0", 8, None, "int8"),
         (rows[0, 0], weight, scales, bias, "e2m1", 8, WIDE, "int8"),
+        (rows, weight, bytes % 127, bias, "nf4", 8, None, "float", torch.tensor(0.01)),
     ]
     return {
         "fp4_cast": [(x, "e3m0", "max"), (x.T, "e1m2", "zero"), (x.bfloat16(), "e2m1", "error"), (x[:0],)],
@@ -180,7 +221,7 @@ def _op_samples() -> dict[str, list[tuple]]:
         "mxfp4_quantize": [(x, "floor"), (x.T.half(), "even"), (x[0], "rceil")],
         "mxfp4_dequantize": [(packed[i], scale[i], 37) for i in (slice(None), slice(0), 1)],
         "fp4_linear": linear,
-        "fp4_weight": [(*arguments[1:3], 19, 77, *arguments[4:7]) for arguments in linear],
+        "fp4_weight": [(*arguments[1:3], 19, 77, *arguments[4:7], *arguments[8:]) for arguments in linear],
     }
 
 
@@ -194,6 +235,7 @@ def _error_cases() -> list:
     x, byte = torch.randn(2, 6), torch.zeros(2, 3, dtype=torch.uint8)
     a = layer(4, 40)
     w, s = a["weight"], a["scale"]
+    g, bytes = torch.tensor(1.0), torch.zeros(4, 1, dtype=torch.uint8)
     return [
         (ops.fp4_cast, (x.double(),), "fp4_cast: x must be float32, bfloat16 or float16, got float64"),
         (ops.fp4_cast, (torch.tensor(1.0),), "fp4_cast: x must have at least one dimension, got a scalar"),
@@ -219,7 +261,8 @@ def _error_cases() -> list:
         (ops.fp4_linear, (a["x"], w, s[:, 0]), r"scale must have shape \[4, 1\], got \[4\]"),
         (ops.fp4_linear, (a["x"], w, s[0, 0]), r"scale must have shape \[0, 1\], got \[\]"),
         (ops.fp4_linear, (a["x"], w, s, s), r"bias must have shape \[4\], got \[4, 1\]"),
-        (ops.fp4_linear, (a["x"], w, s, None, "nf4"), "fp4_linear: format must be"),
+        (ops.fp4_linear, (a["x"], w, s, None, "fp4"), 'fp4_linear: format must be .* "nf4" or "bnb-fp4", got "fp4"'),
+        (ops.fp4_cast, (x, "nf4"), "fp4_cast: format must be"),
         (ops.fp4_linear, (a["x"], w, s, None, "e2m1", 12), "group_size must be 0 or a positive multiple of 8, got 12"),
         (ops.fp4_linear, (a["x"], w, s, None, "e2m1", -8), "group_size must be 0 or a positive multiple of 8, got -8"),
         (ops.fp4_linear, (a["x"], w, s, None, "e2m1", 8), r"scale must have shape \[4, 5\], got \[4, 1\]"),
@@ -230,6 +273,17 @@ def _error_cases() -> list:
             'fp4_linear: activations must be "float" or "int8", got "int4"',
         ),
         (ops.fp4_linear, (a["x"], w, s.to("meta")), "fp4_linear: .* must be on"),
+        (
+            ops.fp4_linear,
+            (a["x"], w, s, None, "e2m1", 0, None, "float", g),
+            "fp4_linear: scale must be uint8, E4M3, with a global_scale, got float32",
+        ),
+        (
+            ops.fp4_weight,
+            (w, bytes, 4, 40, "e2m1", 0, None, g.view(1)),
+            r"global_scale must have shape \[\], got \[1\]",
+        ),
+        (ops.fp4_weight, (w, bytes, 4, 40, "e2m1", 0, None, g.half()), "global_scale must be float32, got float16"),
         (
             ops.fp4_weight,
             (w, s, 4, -1),

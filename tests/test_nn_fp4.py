@@ -11,15 +11,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitmill import ops
+from bitmill import ops, summary
 from bitmill.config import BinaryConfig, FP4Config
 from bitmill.nn.fp4 import FP4Linear, PackedFP4Linear
 
-CONFIGS = [*(FP4Config(f) for f in ("e2m1", "e1m2", "e3m0")), *(FP4Config("mxfp4", r) for r in FP4Config.SCALE_RULES)]
+CONFIGS = [
+    *(FP4Config(f) for f in ("e2m1", "e1m2", "e3m0")),
+    *(FP4Config("mxfp4", r) for r in FP4Config.SCALE_RULES),
+    FP4Config("nvfp4"),
+    *(FP4Config("nf4", group_size=size) for size in (64, 16, 0)),
+    FP4Config("bnb-fp4", group_size=32),
+]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.format}-{c.scale_rule}")
-KINDS = [*CONFIGS[::3], FP4Config("e1m2", activations="int8"), FP4Config("mxfp4", activations="int8")]
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.format}-{c.scale_rule}-{c.group_size}")
+KINDS = [
+    *(FP4Config("e2m1"), FP4Config("mxfp4"), FP4Config("mxfp4", "even"), FP4Config("nf4")),
+    *(FP4Config(f, activations="int8") for f in ("e1m2", "mxfp4", "nvfp4")),
+]
 each_kind = pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.format}-{c.scale_rule}-{c.activations}")
 
 
@@ -67,6 +76,31 @@ def test_weight_is_the_definition() -> None:
     expected = ops.mxfp4_dequantize(*ops.mxfp4_quantize(weight, "even"), 40)
     assert torch.equal(blocks.quantised_weight(), expected)
     assert torch.equal(blocks.pack().scale, ops.mxfp4_quantize(weight, "even")[1])
+    blocks = FP4Linear.from_linear(layer.to_linear(weight), FP4Config("nvfp4"))
+    g = ops.nvfp4_global_scale(weight)
+    codes, scale = ops.nvfp4_quantize(weight, g)
+    assert torch.equal(blocks.quantised_weight(), ops.nvfp4_dequantize(codes, scale, 40, g))
+    assert torch.equal(blocks.pack().scale, scale) and torch.equal(blocks.pack().global_scale, g)
+    groups = FP4Linear.from_linear(layer.to_linear(weight), FP4Config("bnb-fp4", group_size=16))
+    codes, scale = ops.codebook4_quantize(weight, "bnb-fp4", 16)
+    assert torch.equal(groups.quantised_weight(), ops.codebook4_dequantize(codes, scale, "bnb-fp4", 40, 16))
+    assert torch.equal(groups.pack().scale, scale)
+
+
+@pytest.mark.parametrize(
+    ("config", "bits"),
+    [
+        (FP4Config("mxfp4"), 4.25),
+        (FP4Config("nvfp4"), 4.5 + 32 / (64 * 256)),
+        (FP4Config("nf4"), 4.5),
+        (FP4Config("nf4", group_size=128), 4.25),
+        (FP4Config("bnb-fp4", group_size=0), 4.125),
+    ],
+    ids=lambda value: getattr(value, "format", ""),
+)
+def test_bits_of_a_weight(config: FP4Config, bits: float) -> None:
+    model = nn.Sequential(PackedFP4Linear.from_linear(nn.Linear(256, 64), config))
+    assert summary(model).bits_per_weight == bits
 
 
 @each_config
@@ -222,7 +256,7 @@ def test_validate_refuses_corrupt_buffers(config: FP4Config) -> None:
         tiles[1, 0, 5] = 1  # row 21
         return tiles
 
-    bad_scale = 255 if config.format == "mxfp4" else torch.nan
+    bad_scale = {"mxfp4": 255, "nvfp4": 127}.get(config.format, torch.nan)
     for name, change, message in (
         ("weight", past_the_end, "weight: bits past the last row or column must be 0"),
         ("weight", past_the_rows, "weight: bits past the last row or column must be 0"),

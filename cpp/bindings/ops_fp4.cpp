@@ -120,10 +120,17 @@ Tensor mxfp4_dequantize_cpu(Tensor packed, Tensor scale, int64_t k) {
   return values;
 }
 
+Fp4Table table_of(const char* op, const std::string& format) {
+  if (format == "nf4") return kNf4;
+  if (format == "bnb-fp4") return kBnbFp4;
+  if (format == "e2m1" || format == "e1m2" || format == "e3m0") return fp4_table(format_of(op, format));
+  fail(op, ": format must be \"e2m1\", \"e1m2\", \"e3m0\", \"nf4\" or \"bnb-fp4\", got \"", format, "\"");
+}
+
 // A weight and what it owns: the contiguous tensors and the table that the pointers lead to.
 struct WeightArguments {
   Tensor tiles, scale;
-  std::optional<Tensor> codebook;
+  std::optional<Tensor> codebook, global_scale;
   Fp4Table table;
 
   Fp4Weight weight(int64_t n, int64_t k, int64_t group_size) const {
@@ -135,14 +142,16 @@ struct WeightArguments {
     const bool bytes = scale.scalar_type() == ScalarType::Byte;
     w.scale = bytes ? nullptr : data<float>(scale);
     w.scale_bytes = bytes ? data<uint8_t>(scale) : nullptr;
+    w.global_scale = data_or_null<float>(global_scale);
     w.group_size = group_size;
     return w;
   }
 };
 
 WeightArguments weight_arguments(const char* op, const Tensor& weight, const Tensor& scale, int64_t n, int64_t k,
-                                 const std::string& format, int64_t group_size, const std::optional<Tensor>& codebook) {
-  const Fp4Table table = fp4_table(format_of(op, format));
+                                 const std::string& format, int64_t group_size, const std::optional<Tensor>& codebook,
+                                 const std::optional<Tensor>& global_scale) {
+  const Fp4Table table = table_of(op, format);
   if (group_size < 0 || group_size % 8 != 0) {
     fail(op, ": group_size must be 0 or a positive multiple of 8, got ", group_size);
   }
@@ -150,18 +159,22 @@ WeightArguments weight_arguments(const char* op, const Tensor& weight, const Ten
   if (dtype != ScalarType::Float && dtype != ScalarType::Byte) {
     fail(op, ": scale must be float32, or uint8 for E8M0, got ", dtype_name(dtype));
   }
+  if (global_scale && dtype != ScalarType::Byte) {
+    fail(op, ": scale must be uint8, E4M3, with a global_scale, got ", dtype_name(dtype));
+  }
   const Tensor scales = checked(op, "scale", scale, dtype, {n, group_size > 0 ? ceil_div(k, group_size) : 1});
   const Tensor tiles = checked(op, "weight", weight, ScalarType::Int, tile_sizes(n, k, 4),
                                "; pack the weight with bitmill.ops.tile_pack");
-  return {tiles, scales, checked(op, "codebook", codebook, ScalarType::Float, {16}), table};
+  return {tiles, scales, checked(op, "codebook", codebook, ScalarType::Float, {16}),
+          checked(op, "global_scale", global_scale, ScalarType::Float, {}), table};
 }
 
 void check_integers(const char* op, const Fp4Weight& weight) {
   Fp4Integers integers;
   if (!fp4_integers(weight.table, integers)) {
     fail(op,
-         ": codebook must be integers of magnitude up to 127 times a power of two for activations=\"int8\", got other"
-         " values; move their common factor to scale, or pass activations=\"float\"");
+         ": the values of codes must be integers of magnitude up to 127 times a power of two for"
+         " activations=\"int8\", got others; move their common factor to scale, or pass activations=\"float\"");
   }
   const int64_t most = fp4_int8_columns(integers);
   const int64_t width = weight.group_size > 0 ? std::min(weight.group_size, weight.k) : weight.k;
@@ -172,13 +185,15 @@ void check_integers(const char* op, const Fp4Weight& weight) {
 }
 
 Tensor fp4_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias, std::string format,
-                      int64_t group_size, std::optional<Tensor> codebook, std::string activations) {
+                      int64_t group_size, std::optional<Tensor> codebook, std::string activations,
+                      std::optional<Tensor> global_scale) {
   const char* op = "fp4_linear";
   const bool int8 = multiplies_int8(op, activations);
   const Rows rows = rows_of(op, x);
   const Dtype dtype = float_dtype(op, rows.x);
   const int64_t k = rows.k, n = scale.dim() > 0 ? scale.size(0) : 0;
-  const WeightArguments arguments = weight_arguments(op, weight, scale, n, k, format, group_size, codebook);
+  const WeightArguments arguments =
+      weight_arguments(op, weight, scale, n, k, format, group_size, codebook, global_scale);
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
   Fp4MatmulParams p;
   p.weight = arguments.weight(n, k, group_size);
@@ -199,11 +214,12 @@ Tensor fp4_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tenso
 }
 
 Tensor fp4_weight_cpu(Tensor weight, Tensor scale, int64_t n, int64_t k, std::string format, int64_t group_size,
-                      std::optional<Tensor> codebook) {
+                      std::optional<Tensor> codebook, std::optional<Tensor> global_scale) {
   const char* op = "fp4_weight";
   if (n < 0 || k < 0 || k > kMaxColumns)
     fail(op, ": n must be at least 0 and k between 0 and 16777216, got n = ", n, ", k = ", k);
-  const WeightArguments arguments = weight_arguments(op, weight, scale, n, k, format, group_size, codebook);
+  const WeightArguments arguments =
+      weight_arguments(op, weight, scale, n, k, format, group_size, codebook, global_scale);
   const Tensor values = new_tensor({n, k}, ScalarType::Float);
   require(op, fp4_weight(arguments.weight(n, k, group_size), mutable_data<float>(values), torch_parallel_for));
   return values;

@@ -15,11 +15,6 @@ namespace {
 
 bool valid_size(int64_t m, int64_t k) { return m >= 0 && k >= 0 && k <= kMaxColumns; }
 
-float weight_scale(const Fp4Weight& w, int64_t groups, int64_t row, int64_t group) {
-  const int64_t index = row * groups + group;
-  return w.scale ? w.scale[index] : e8m0_to_float(w.scale_bytes[index]);
-}
-
 // Values without their scale, columns [begin, end) of the tile's 16 rows, to panel [end - begin][16].
 void decode_tile(const Fp4Weight& w, int64_t tile, int64_t begin, int64_t end, float* panel) {
   const int64_t words = word_count(w.k, 4), values = values_per_word(4);
@@ -54,7 +49,9 @@ Status fp4_weight(const Fp4Weight& w, float* values, ParallelFor parallel_for) {
       const int32_t* lane = w.tiles + (row / kTileRows) * words * kTileRows + row % kTileRows;
       for (int64_t j = 0; j < w.k; ++j) {
         const uint32_t code = (static_cast<uint32_t>(lane[(j / 8) * kTileRows]) >> (4 * (j % 8))) & 15u;
-        values[row * w.k + j] = detail::weight_scale(w, groups, row, j / shape.group_width()) * w.table[code];
+        const int64_t group = row * groups + j / shape.group_width();
+        values[row * w.k + j] = w.global_scale ? e4m3_to_float(w.scale_bytes[group]) * w.table[code] * *w.global_scale
+                                               : weight_scale(w, group) * w.table[code];
       }
     }
   });
@@ -108,7 +105,7 @@ Status fp4_matmul(const Fp4MatmulParams& p) {
     detail::decode_tile(w, tile, begin, end, panel);
   };
   const auto finish = [&](int64_t, int64_t tile, int64_t lane, int64_t group, float sum, float& value) {
-    value += detail::weight_scale(w, groups, tile * kTileRows + lane, group) * sum;
+    value += weight_scale(w, (tile * kTileRows + lane) * groups + group) * sum;
   };
   const auto done = [&](int64_t, int64_t tile, int64_t lane, float value) {
     return p.bias ? value + p.bias[tile * kTileRows + lane] : value;

@@ -71,13 +71,15 @@ Status mxfp4_quantize(const Mxfp4QuantizeParams& params);
 Status mxfp4_dequantize(const uint8_t* packed, const uint8_t* scale, int64_t m, int64_t k, float* values,
                         ParallelFor parallel_for = serial_for);
 
-// w[o, j] = scale[o, j / group_size] * table[code[o, j]]; one of `scale` and `scale_bytes` is given.
+// w[o, j] = scale[o, j / group_size] * table[code[o, j]]; one of `scale` and `scale_bytes` is given. Bytes are E8M0, or
+// with a global_scale E4M3: the scale is fl(byte * global_scale), and w fl(fl(byte * table[code]) * global_scale).
 struct Fp4Weight {
   const int32_t* tiles = nullptr;  // [tile_count(n), word_count(k, 4), 16]
   int64_t n = 0, k = 0;
   const float* table = nullptr;          // [16], the value of each code
   const float* scale = nullptr;          // [n, groups]
-  const uint8_t* scale_bytes = nullptr;  // [n, groups], E8M0
+  const uint8_t* scale_bytes = nullptr;  // [n, groups]
+  const float* global_scale = nullptr;   // one number or null
   int64_t group_size = 0;                // columns a group, a multiple of 8; 0: one group
 };
 Status fp4_weight(const Fp4Weight& weight, float* values, ParallelFor parallel_for = serial_for);
@@ -149,6 +151,15 @@ static constexpr Fp4Table fp4_table(Fp4Format format) {
   return table;
 }
 
+// bitsandbytes' tables: quantiles of a normal distribution, and an FP4 that is not E2M1.
+inline constexpr Fp4Table kNf4{{-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+                                -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+                                0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+                                0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f}};
+inline constexpr Fp4Table kBnbFp4{{0.0f, 0.0052083334885537624f, 0.6666666865348816f, 1.0f, 0.3333333432674408f, 0.5f,
+                                   0.1666666716337204f, 0.25f, 0.0f, -0.0052083334885537624f, -0.6666666865348816f,
+                                   -1.0f, -0.3333333432674408f, -0.5f, -0.1666666716337204f, -0.25f}};
+
 // The code of any float but NaN.
 static inline uint32_t fp4_code(uint32_t bits, const Fp4Steps& steps) {
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
@@ -175,6 +186,22 @@ static inline uint8_t e8m0_from_bits(uint32_t bits, bool up) {
 static inline float e8m0_to_float(uint8_t byte) {
   if (byte == 255) return std::numeric_limits<float>::quiet_NaN();
   return std::bit_cast<float>(byte == 0 ? 0x400000u : static_cast<uint32_t>(byte) << 23);
+}
+
+// E4M3: 4 exponent bits with bias 7, 3 mantissa bits.
+static inline float e4m3_to_float(uint8_t byte) {
+  const uint32_t magnitude = byte & 0x7Fu;
+  if (magnitude == 0x7F) return std::numeric_limits<float>::quiet_NaN();
+  const float value =
+      magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-9f : std::bit_cast<float>((magnitude << 20) + (120u << 23));
+  return byte > 0x7F ? -value : value;
+}
+
+// The scale at an index of [n, groups].
+static inline float weight_scale(const Fp4Weight& w, int64_t index) {
+  if (w.scale) return w.scale[index];
+  const uint8_t byte = w.scale_bytes[index];
+  return w.global_scale ? e4m3_to_float(byte) * *w.global_scale : e8m0_to_float(byte);
 }
 
 // Scale byte of an MXFP4 block from the bits of its largest magnitude.

@@ -60,8 +60,7 @@ void fp4_int8_matmul_tiles_generic(const Fp4MatmulParams& p, const Fp4Integers& 
           }
         }
         for (int64_t lane = 0; lane < lanes; ++lane) {
-          const int64_t index = (tile * kTileRows + lane) * groups + group;
-          const float scale = w.scale ? w.scale[index] : e8m0_to_float(w.scale_bytes[index]);
+          const float scale = weight_scale(w, (tile * kTileRows + lane) * groups + group);
           sum[lane] += scale * integers.unit * static_cast<float>(dot[lane]);
         }
       }

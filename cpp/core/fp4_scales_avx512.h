@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scales of FP4 weights with AVX-512: E8M0 bytes to floats, and the scales of a tile's rows side by side.
+// Scales of FP4 weights with AVX-512: E8M0 and E4M3 bytes to floats, and the scales of a tile's rows side by side.
 #pragma once
 
 #include "avx512.h"
@@ -25,6 +25,19 @@ static inline __m512 e8m0_to_floats(__m512i bytes) {
   return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, half, bits, _mm512_set1_epi32(0x400000)));
 }
 
+// E4M3 in the lowest byte of each lane; the other bytes are ignored.
+static inline __m512 e4m3_to_floats(__m512i bytes) {
+  const __m512i magnitude = _mm512_and_si512(bytes, _mm512_set1_epi32(0x7F));
+  const __m512i normal = _mm512_add_epi32(_mm512_slli_epi32(magnitude, 20), _mm512_set1_epi32(120 << 23));
+  const __mmask16 subnormal = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8));
+  const __m512 value = _mm512_mask_mul_ps(_mm512_castsi512_ps(normal), subnormal, _mm512_cvtepi32_ps(magnitude),
+                                          _mm512_set1_ps(0x1p-9f));
+  const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7F));
+  const __m512i bits = _mm512_mask_mov_epi32(_mm512_castps_si512(value), nan, _mm512_set1_epi32(0x7FC00000));
+  const __m512i sign = _mm512_and_si512(_mm512_slli_epi32(bytes, 24), _mm512_set1_epi32(INT32_MIN));
+  return _mm512_castsi512_ps(_mm512_or_si512(bits, sign));
+}
+
 // The scales of a tile's 16 rows times `unit` to floats [groups][16]. Lanes past n repeat the last row.
 static inline void expand_scales(const Fp4Weight& w, int64_t groups, int64_t tile, float unit, float* out) {
   const int64_t first = tile * kTileRows, last = w.n - 1 - first;
@@ -32,12 +45,14 @@ static inline void expand_scales(const Fp4Weight& w, int64_t groups, int64_t til
   const int64_t step = w.scale ? 4 : 16;  // groups in 16 bytes of a row
   if (groups < step) {
     for (int64_t i = 0; i < groups * kTileRows; ++i) {
-      const int64_t index = start_of(i % kTileRows) + i / kTileRows;
-      out[i] = (w.scale ? w.scale[index] : e8m0_to_float(w.scale_bytes[index])) * unit;
+      out[i] = weight_scale(w, start_of(i % kTileRows) + i / kTileRows) * unit;
     }
     return;
   }
-  const __m512 units = _mm512_set1_ps(unit);
+  const __m512 units = _mm512_set1_ps(unit), global = _mm512_set1_ps(w.global_scale ? *w.global_scale : 1.0f);
+  const auto floats_of = [&](__m512i bytes) {
+    return w.global_scale ? _mm512_mul_ps(e4m3_to_floats(bytes), global) : e8m0_to_floats(bytes);
+  };
   for (int64_t next = 0; next < groups; next += step) {
     const int64_t group = next + step <= groups ? next : groups - step;  // the last ones overlap
     const auto load = [&](int64_t lane) {
@@ -60,7 +75,7 @@ static inline void expand_scales(const Fp4Weight& w, int64_t groups, int64_t til
       }
       __m512i bytes = _mm512_castps_si512(z[i]);
       for (int j = 4 * i; j < 4 * i + 4; ++j, bytes = _mm512_srli_epi32(bytes, 8)) {
-        _mm512_storeu_ps(lanes + j * kTileRows, _mm512_mul_ps(e8m0_to_floats(bytes), units));
+        _mm512_storeu_ps(lanes + j * kTileRows, _mm512_mul_ps(floats_of(bytes), units));
       }
     }
   }

@@ -182,25 +182,39 @@ class FP4Config(Config):
     """4-bit floating-point weights.
 
     Attributes:
-        format: "e2m1", "e1m2" or "e3m0" with one float scale an output channel, or "mxfp4": E2M1 with one E8M0 scale
-            for 32 columns.
+        format: "e2m1", "e1m2" or "e3m0" with one float scale an output channel; "mxfp4": E2M1 with one E8M0 scale for
+            32 columns; "nvfp4": E2M1 with one E4M3 scale for 16 columns and a float scale of all; "nf4" or "bnb-fp4":
+            bitsandbytes' tables with one float scale, the largest magnitude, for `group_size` columns.
         scale_rule: for "mxfp4", how a block's scale follows from its largest magnitude: "floor" (the OCP text),
             "rceil", "ceil" or "even".
         activations: "float" multiplies activations as they are; "int8" rounds every row to int8 with a scale of its own
-            first, in training too (straight-through), which is faster.
+            first, in training too (straight-through), which is faster; not for "nf4" and "bnb-fp4", whose values are
+            no integers.
+        group_size: for "nf4" and "bnb-fp4", columns that share a scale, a multiple of 16, or 0 for a whole row. None
+            for the format's usual number, which then stands here: 64 for these two; the rest has no other.
     """
 
     format: str = "e2m1"
     scale_rule: str = "floor"
     activations: str = "float"
+    group_size: int = None  # type: ignore[assignment]  # __post_init__ puts a number here
 
-    FORMATS: ClassVar[tuple[str, ...]] = ("e2m1", "e1m2", "e3m0", "mxfp4")
+    FORMATS: ClassVar[tuple[str, ...]] = ("e2m1", "e1m2", "e3m0", "mxfp4", "nvfp4", "nf4", "bnb-fp4")
     SCALE_RULES: ClassVar[tuple[str, ...]] = ("floor", "rceil", "ceil", "even")
 
     def __post_init__(self) -> None:
         self._require_one_of("format", self.FORMATS)
         self._require_one_of("scale_rule", self.SCALE_RULES)
         self._require_one_of("activations", ACTIVATIONS)
+        usual = {"mxfp4": 32, "nvfp4": 16, "nf4": 64, "bnb-fp4": 64}.get(self.format, 0)
+        if self.group_size is None:
+            object.__setattr__(self, "group_size", usual)
+        if self.format in ("nf4", "bnb-fp4"):
+            valid = type(self.group_size) is int and 0 <= self.group_size <= MAX_GROUP and self.group_size % 16 == 0
+            self._require("group_size", valid, "0 (a whole row) or a positive multiple of 16 up to 2**24")
+            self._require("activations", self.activations == "float", f"'float' for format {self.format!r}")
+        else:
+            self._require_one_of("group_size", (usual,), f" for format {self.format!r}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bitmill import ops
 
-from .common import Case, assert_exact
+from .common import Case, assert_exact, assert_relative
 
 
 def fp4_cast_e2m1(case: Case) -> None:
@@ -60,9 +60,72 @@ def fp4_mxfp4(case: Case) -> None:
         assert_exact(values, case["out_dequant"][i], f"values of {rules[mode]}")
 
 
+def fp4_bnb_4bit(case: Case) -> None:
+    """Blocks over the flattened tensor: rows here are blocks, a last one that is short is a row of its own."""
+    name, width = "nf4" if case.number("hp_nf4") else "bnb-fp4", int(case.number("hp_blocksize"))
+    table = case["out_codebook"]
+    assert_exact(torch.tensor(ops.code_values(name)), table, "table")
+    bytes, values = case["out_packed"].flatten(), case["out_dequant"].flatten()
+    codes = torch.stack((bytes >> 4, bytes & 15), -1).flatten()[: values.numel()]
+    for block, want, value, absmax in zip(
+        case["in_x"].flatten().split(width), codes.split(width), values.split(width), case["out_absmax"], strict=True
+    ):
+        packed, scale = ops.codebook4_quantize(block, name, width)
+        assert_exact(scale, absmax.view(1), "absmax")
+        got = _codes(packed, block.numel())
+        # bitsandbytes has both codes of 0, by the sign of what was rounded
+        assert_exact(table[got.long()], table[want.long()], "values of codes")
+        assert_exact(ops.codebook4_dequantize(packed, scale, name, block.numel(), width), value, "values")
+        if name == "nf4":
+            assert_exact(got, want, "codes")
+
+
+def fp4_e4m3(case: Case) -> None:
+    x = case["in_f32_bits"].view(torch.float32)
+    dtype = torch.float16 if case.number("hp_type") else torch.bfloat16
+    every = torch.arange(65536).to(torch.int16).view(dtype)
+    assert_exact(ops.e4m3_cast(every), case["out_table"], "codes of every 16-bit pattern")
+    assert_exact(ops.e4m3_cast(x), case["out_f32_cuda"], "codes of float32")
+    within = every.abs() <= 448  # above, ml_dtypes has NaN from 464 on
+    assert_exact(ops.e4m3_cast(every[within]), case["out_table_mldtypes"][within], "codes, ml_dtypes")
+    assert_exact(ops.e4m3_uncast(torch.arange(256, dtype=torch.uint8)), case["out_values"], "values")
+
+
+def fp4_nvfp4(case: Case) -> None:
+    x, g = case["in_x"], case["in_g"].squeeze(0) if case.number("hp_has_global") else None
+    packed, scale = ops.nvfp4_quantize(x, g)
+    assert_exact(scale, case["out_scale"], "scales")
+    assert_exact(packed, case["out_packed"], "bytes")
+    assert_relative(ops.nvfp4_dequantize(packed, scale, x.shape[-1], g), case["out_dequant"], 1e-7, "values")
+
+
+def fp4_llmfp4_quantizer(case: Case) -> None:
+    x, bias = case["in_x"], case["in_bias"]
+    format = ("e3m0", "e2m1", "e1m2")[int(case.number("hp_mantissa_bits"))]
+    exact = bool((bias == bias.round()).all())
+
+    def compare(got: Tensor, want: Tensor, what: str) -> None:
+        if exact:
+            assert_exact(got, want, what)
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=0, equal_nan=True)
+
+    packed, scale = ops.fpq_quantize(x, bias, format), ops.fpq_scale(bias, format)
+    numbers = ~x.isnan()
+    assert_exact(_codes(packed, x.shape[1])[numbers], case["out_code"][numbers], "codes")
+    compare(ops.fpq_dequantize(packed, bias, x.shape[1], format)[numbers], case["out_q"][numbers], "values")
+    compare(ops.fp4_fake_quant(x, format, scale), case["out_q"], "values, NaN too")
+    largest = max(ops.code_values(format)) * scale
+    compare(x.clamp(-largest, largest), case["out_clipped"], "clipped")
+
+
 COMPARISONS: dict[str, Callable[[Case], None]] = {
     "fp4/cast-e2m1": fp4_cast_e2m1,
     "fp4/pack": fp4_pack,
     "fp4/e8m0": fp4_e8m0,
     "fp4/mxfp4": fp4_mxfp4,
+    "fp4/bnb-4bit": fp4_bnb_4bit,
+    "fp4/e4m3": fp4_e4m3,
+    "fp4/nvfp4": fp4_nvfp4,
+    "fp4/llmfp4-quantizer": fp4_llmfp4_quantizer,
 }

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-METHODS = ("pb-llm", "billm", "arb", "arb-x", "arb-rc", "fp4")
+FP4_FORMATS = ("mxfp4", "nvfp4", "nf4", "bnb-fp4")
+METHODS = ("pb-llm", "billm", "arb", "arb-x", "arb-rc", "fp4", *FP4_FORMATS)
 EVAL_LENGTH = 2048
 
 PERPLEXITY = (
@@ -66,9 +67,13 @@ def add_commands(commands: Any) -> None:
         choices=("gptq", "rtn"),
         help="pb-llm, billm, arb: whether later columns make up for errors; rtn with metric magnitude needs no text",
     )
-    methods.add_argument("--format", default="e2m1", choices=("e2m1", "e1m2", "e3m0", "mxfp4"), help="fp4: the format")
+    formats = ("e2m1", "e1m2", "e3m0", *FP4_FORMATS)
+    methods.add_argument("--format", default="e2m1", choices=formats, help="fp4: the format; the last ones are methods")
     methods.add_argument(
-        "--activations", default="float", choices=("float", "int8"), help="pb-llm, fp4: int8 is faster and less exact"
+        "--activations",
+        default="float",
+        choices=("float", "int8"),
+        help="pb-llm, fp4, mxfp4, nvfp4: int8 is faster and less exact",
     )
     methods.add_argument(
         "--tables",

@@ -58,7 +58,7 @@ def read_pretrained(path: str | os.PathLike[str], dtype: torch.dtype = torch.flo
         )
     elif (path / PACKED_FILE).exists():
         raise ValueError(f"the model must not be quantised yet, {path} has a {PACKED_FILE}; take the original")
-    with _reading(path):
+    with reading(path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         # Newer transformers multiply with GGUF's blocks as they are, unless told not to.
         if options and hasattr(transformers, "GgufConfig"):
@@ -131,23 +131,29 @@ def load_pretrained(folder: str | os.PathLike[str], activations: str | None = No
         raise ValueError(
             f"{folder} must hold a packed model, {missing[0]} is missing; run `bitmill quantize` to its end"
         )
-    with _reading(folder):
-        config = transformers.AutoConfig.from_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    _conv1d_to_linear_(model)
-    for module in model.modules():  # tables that no file holds, such as those of rotary embeddings
-        for name in module._non_persistent_buffers_set:
-            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
-        if module._non_persistent_buffers_set:
-            model._init_weights(module)
+    model, tokenizer = empty_model(folder)
     load(model, folder / PACKED_FILE)
     if activations is not None:
         _set_activations_(model, activations)
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return LanguageModel(model.eval(), tokenizer)
+
+
+def empty_model(folder: Path) -> LanguageModel:
+    """The model that a folder's config describes, on the meta device but for tables that no file holds."""
+    with reading(folder):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    _conv1d_to_linear_(model)
+    for module in model.modules():  # tables such as those of rotary embeddings
+        for name in module._non_persistent_buffers_set:
+            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
+        if module._non_persistent_buffers_set:
+            model._init_weights(module)
+    return LanguageModel(model, tokenizer)
 
 
 def _set_activations_(model: nn.Module, activations: str) -> None:
@@ -177,7 +183,7 @@ def _conv1d_to_linear_(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """What transformers and its parts raise for a broken folder, as one sentence."""
     try:
         yield

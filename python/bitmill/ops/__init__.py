@@ -13,6 +13,7 @@ from .binary_embedding import binary_embedding
 from .binary_encoder_layer import binary_encoder_layer
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
+from .codebook4 import codebook4_dequantize, codebook4_fake_quant, codebook4_quantize
 from .decode_attention import decode_attention
 from .fp4 import (
     code_values,
@@ -26,9 +27,12 @@ from .fp4 import (
     mxfp4_quantize,
 )
 from .fp4_linear import fp4_linear, fp4_weight
+from .fpq import fpq_bias, fpq_dequantize, fpq_quantize, fpq_scale
 from .int8 import int8_fake_quant, int8_quantize
 from .integer_linear import integer_linear
 from .layer_norm import layer_norm
+from .nested_scales import nested_dequantize, nested_map, nested_quantize
+from .nvfp4 import e4m3_cast, e4m3_uncast, nvfp4_dequantize, nvfp4_fake_quant, nvfp4_global_scale, nvfp4_quantize
 from .salient_scatter import salient_linear, salient_weight
 from .zoned import zoned_linear, zoned_weight
 
@@ -55,7 +59,12 @@ __all__ = [
     "bitpack",
     "bitunpack",
     "code_values",
+    "codebook4_dequantize",
+    "codebook4_fake_quant",
+    "codebook4_quantize",
     "decode_attention",
+    "e4m3_cast",
+    "e4m3_uncast",
     "e8m0_cast",
     "e8m0_uncast",
     "fp4_cast",
@@ -63,6 +72,10 @@ __all__ = [
     "fp4_linear",
     "fp4_uncast",
     "fp4_weight",
+    "fpq_bias",
+    "fpq_dequantize",
+    "fpq_quantize",
+    "fpq_scale",
     "int8_fake_quant",
     "int8_quantize",
     "integer_linear",
@@ -70,6 +83,13 @@ __all__ = [
     "mxfp4_dequantize",
     "mxfp4_fake_quant",
     "mxfp4_quantize",
+    "nested_dequantize",
+    "nested_map",
+    "nested_quantize",
+    "nvfp4_dequantize",
+    "nvfp4_fake_quant",
+    "nvfp4_global_scale",
+    "nvfp4_quantize",
     "salient_linear",
     "salient_weight",
     "tile_pack",

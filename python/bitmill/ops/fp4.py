@@ -23,6 +23,21 @@ from ._checks import FLOATS, MAX_COLUMNS, ceil_div, check_one_of, check_rows, ch
 from ._groups import columns_of_groups
 
 FORMATS = {"e2m1": (2, 1, 1), "e1m2": (1, 2, 0), "e3m0": (3, 0, 3)}  # exponent bits, mantissa bits, bias
+# bitsandbytes: quantiles of a normal distribution, and 0, 1/16, 8, 12, 4, 6, 2, 3 twelfths with both signs (not E2M1).
+CODEBOOKS = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "bnb-fp4": (
+        *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0),
+        *(0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
+        *(0.0, -0.0052083334885537624, -0.6666666865348816, -1.0),
+        *(-0.3333333432674408, -0.5, -0.1666666716337204, -0.25),
+    ),
+}
 NAN_POLICIES = ("max", "zero", "error")
 SCALE_RULES = ("floor", "rceil", "ceil", "even")
 MX_BLOCK = 32
@@ -45,8 +60,10 @@ def _magnitudes(format: str) -> list[tuple[int, float]]:
 
 
 def code_values(format: str) -> tuple[float, ...]:
-    """The values of codes 0 ... 15."""
-    check_one_of("code_values", "format", format, tuple(FORMATS))
+    """The values of codes 0 ... 15 of "e2m1", "e1m2" or "e3m0", or of bitsandbytes' tables "nf4" or "bnb-fp4"."""
+    check_one_of("code_values", "format", format, (*FORMATS, *CODEBOOKS))
+    if format in CODEBOOKS:
+        return CODEBOOKS[format]
     values = [integer * unit for integer, unit in _magnitudes(format)]
     return (*values, *(-value for value in values))
 
@@ -66,7 +83,8 @@ def _codes(x: Tensor, format: str) -> Tensor:
     return torch.where(x.isnan(), 7, index + 8 * (bits < 0).int())
 
 
-def _pack_nibbles(codes: Tensor) -> Tensor:
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Codes [..., k] to packed rows uint8 [..., ceil(k / 2)]."""
     padded = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
     return (padded[..., 0::2] | (padded[..., 1::2] << 4)).to(torch.uint8)
 
@@ -107,7 +125,7 @@ def _fp4_cast_reference(x: Tensor, format: str = "e2m1", nan: str = "max") -> Te
         nan != "error" or not values.isnan().any(),
         'fp4_cast: x must not have a NaN with nan="error", got at least one; remove it, or pass nan="max" or "zero"',
     )
-    return _pack_nibbles(_codes(values.nan_to_num(0.0, torch.inf, -torch.inf) if nan == "zero" else values, format))
+    return pack_nibbles(_codes(values.nan_to_num(0.0, torch.inf, -torch.inf) if nan == "zero" else values, format))
 
 
 @library.default("fp4_uncast")
@@ -141,7 +159,7 @@ def _mxfp4_quantize_reference(x: Tensor, scale_rule: str = "floor") -> tuple[Ten
     byte = _scale_bytes((blocks.view(torch.int32) & 0x7FFFFFFF).amax(-1), scale_rule)
     inverse = ((254 - byte.clamp_max(253)) << 23).view(torch.float32)  # exact: a finite block has at most byte 253
     codes = torch.where(byte.unsqueeze(-1) == 255, 0, _codes(blocks * inverse.unsqueeze(-1), "e2m1"))
-    return _pack_nibbles(codes.flatten(-2)[..., :k]), byte.to(torch.uint8)
+    return pack_nibbles(codes.flatten(-2)[..., :k]), byte.to(torch.uint8)
 
 
 @library.default("mxfp4_dequantize")
@@ -156,7 +174,7 @@ def _check_fp4_cast(x: Tensor, format: str, nan: str) -> None:
     check_rows("fp4_cast", x)
 
 
-def _check_packed(op: str, packed: Tensor, k: int) -> None:
+def check_packed(op: str, packed: Tensor, k: int) -> None:
     require(packed.dim() >= 1, f"{op}: packed must have at least one dimension, got a scalar")
     require(
         0 <= k <= MAX_COLUMNS and packed.shape[-1] == ceil_div(k, 2),
@@ -167,7 +185,7 @@ def _check_packed(op: str, packed: Tensor, k: int) -> None:
 
 def _check_fp4_uncast(packed: Tensor, k: int, format: str) -> None:
     check_one_of("fp4_uncast", "format", format, tuple(FORMATS))
-    _check_packed("fp4_uncast", packed, k)
+    check_packed("fp4_uncast", packed, k)
 
 
 def _check_e8m0_cast(x: Tensor, rounding: str) -> None:
@@ -185,7 +203,7 @@ def _check_mxfp4_quantize(x: Tensor, scale_rule: str) -> None:
 
 
 def _check_mxfp4_dequantize(packed: Tensor, scale: Tensor, k: int) -> None:
-    _check_packed("mxfp4_dequantize", packed, k)
+    check_packed("mxfp4_dequantize", packed, k)
     shape = [*packed.shape[:-1], ceil_div(k, MX_BLOCK)]
     check_tensor("mxfp4_dequantize", "scale", scale, torch.uint8, shape, packed)
 

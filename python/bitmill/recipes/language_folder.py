@@ -36,6 +36,7 @@ from .layerwise import decoder_blocks
 
 DTYPES = ("float32", "bfloat16", "float16")
 RUN_FILE, BLOCKS = "run.json", "blocks"
+FP4_FORMATS = ("mxfp4", "nvfp4", "nf4", "bnb-fp4")  # of FP4, and methods of their own
 ARB_LLM = {"arb": "arb", "arb-x": "arb_x", "arb-rc": "arb_rc"}  # methods, and what `arb_llm` calls them
 DEFAULT_LENGTH = 2048  # tokens of a window, if the model takes as many
 
@@ -48,7 +49,7 @@ class Settings:
         method: a key of `METHODS`.
         salient, bits, metric, structure, scale, group_size: of PB-LLM, `SalientConfig`.
         metric, rounding ("gptq" or "rtn"): of BiLLM and ARB-LLM too.
-        format: of FP4.
+        format: of the method "fp4".
         activations: "float" or "int8", of PB-LLM and FP4, and of the output head.
         tables: "int8" rounds the token embedding and the output head to 8-bit rows, "float" leaves them as they are.
         windows, length, seed: of the calibration text; windows of at most as many tokens as the model takes.
@@ -96,7 +97,8 @@ class Settings:
         )
 
     def fp4_config(self) -> FP4Config:
-        return FP4Config(self.format, activations=self.activations)
+        format = self.method if self.method in FP4_FORMATS else self.format
+        return FP4Config(format, activations=self.activations)
 
     @property
     def calibrated(self) -> bool:
@@ -136,7 +138,7 @@ METHODS: dict[str, Callable[[nn.Module, list[Tensor], Settings, Path], dict[str,
     "pb-llm": _pb_llm,
     "billm": _billm,
     **dict.fromkeys(ARB_LLM, _arb_llm),
-    "fp4": _fp4,
+    **dict.fromkeys(("fp4", *FP4_FORMATS), _fp4),
 }
 
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantisation to the 16 values of a table, with a float scale for a group of columns: bitsandbytes' NF4 and FP4.
+
+scale = amax / max |table|,  code = that of the value nearest to fl(x fl(1 / scale)),  x ~ table[code] scale.
+Between neighbours a < b, b is nearer above fl((a + b) / 2). Of equal values, zeros of both signs among them, the lowest
+code stands for all. Packed rows are those of fp4.py. Arithmetic and scales are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library as library
+from ._checks import ceil_div, check_rows, check_tensor, require
+from ._groups import columns_of_groups
+from .fp4 import check_packed, pack_nibbles, table, unpack_nibbles
+
+library.define("codebook4_quantize", "(Tensor x, Tensor codebook, int group_size=64) -> (Tensor packed, Tensor scale)")
+library.define(
+    "codebook4_dequantize", "(Tensor packed, Tensor scale, Tensor codebook, int k, int group_size=64) -> Tensor"
+)
+
+
+def _groups(k: int, group_size: int) -> int:
+    return ceil_div(k, group_size) if group_size else 1
+
+
+def nearest(values: Tensor, codebook: Tensor) -> Tensor:
+    """Codes, uint8, of values that are not NaN in a table of up to 256 values."""
+    ordered, order = codebook.sort(stable=True)
+    order = order[torch.searchsorted(ordered, ordered)].to(torch.uint8)
+    return order[torch.bucketize(values, (ordered[1:] + ordered[:-1]) / 2, out_int32=True)]
+
+
+@library.default("codebook4_quantize")
+def _codebook4_quantize_reference(x: Tensor, codebook: Tensor, group_size: int = 64) -> tuple[Tensor, Tensor]:
+    _check_codebook4_quantize(x, codebook, group_size)
+    k = x.shape[-1]
+    groups, width = _groups(k, group_size), group_size or max(k, 1)
+    padded = torch.nn.functional.pad(x.float(), (0, groups * width - k)).contiguous()
+    blocks = padded.unflatten(-1, (groups, width))
+    amax = blocks.abs().amax(-1)
+    largest = codebook.abs().max().expand_as(amax)  # torch may divide by a number as a product with its reciprocal
+    scale = torch.where((amax / largest < torch.inf) & (largest < torch.inf), amax / largest, torch.nan)
+    inverse = (1 / scale).clamp_max(torch.finfo(torch.float32).max)  # no 0 x infinity where a scale is next to nothing
+    codes = nearest(blocks * inverse.unsqueeze(-1), codebook.nan_to_num())  # a table with a NaN has no order
+    codes = torch.where(scale.isnan().unsqueeze(-1), 0, codes)
+    return pack_nibbles(codes.flatten(-2)[..., :k]), scale
+
+
+@library.default("codebook4_dequantize")
+def _codebook4_dequantize_reference(
+    packed: Tensor, scale: Tensor, codebook: Tensor, k: int, group_size: int = 64
+) -> Tensor:
+    _check_codebook4_dequantize(packed, scale, codebook, k, group_size)
+    return codebook[unpack_nibbles(packed, k).int()] * columns_of_groups(scale, k, group_size)
+
+
+def _check_groups(op: str, codebook: Tensor, group_size: int, like: Tensor) -> None:
+    check_tensor(op, "codebook", codebook, torch.float32, [16], like)
+    valid = group_size >= 0 and group_size % 8 == 0
+    require(valid, f"{op}: group_size must be 0 or a positive multiple of 8, got {group_size}")
+
+
+def _check_codebook4_quantize(x: Tensor, codebook: Tensor, group_size: int) -> None:
+    check_rows("codebook4_quantize", x)
+    _check_groups("codebook4_quantize", codebook, group_size, x)
+
+
+def _check_codebook4_dequantize(packed: Tensor, scale: Tensor, codebook: Tensor, k: int, group_size: int) -> None:
+    op = "codebook4_dequantize"
+    check_packed(op, packed, k)
+    _check_groups(op, codebook, group_size, packed)
+    check_tensor(op, "scale", scale, torch.float32, [*packed.shape[:-1], _groups(k, group_size)], packed)
+
+
+@torch.library.register_fake("bitmill::codebook4_quantize")
+def _(x: Tensor, codebook: Tensor, group_size: int = 64) -> tuple[Tensor, Tensor]:
+    _check_codebook4_quantize(x, codebook, group_size)
+    *leading, k = x.shape
+    packed = x.new_empty((*leading, ceil_div(k, 2)), dtype=torch.uint8)
+    return packed, x.new_empty((*leading, _groups(k, group_size)), dtype=torch.float32)
+
+
+@torch.library.register_fake("bitmill::codebook4_dequantize")
+def _(packed: Tensor, scale: Tensor, codebook: Tensor, k: int, group_size: int = 64) -> Tensor:
+    _check_codebook4_dequantize(packed, scale, codebook, k, group_size)
+    return packed.new_empty((*packed.shape[:-1], k), dtype=torch.float32)
+
+
+def _table(codebook: Tensor | str, device: torch.device) -> Tensor:
+    return table(codebook, device) if isinstance(codebook, str) else codebook
+
+
+def codebook4_quantize(x: Tensor, codebook: Tensor | str = "nf4", group_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Quantise to the nearest values of a table, with one scale for a group of columns; a partial group has its own.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., k].
+        codebook: float32 [16], the value of each code in any order, or a name that `code_values` takes.
+        group_size: columns that share a scale, a multiple of 8, or 0 for a whole row.
+    Returns:
+        packed: uint8 [..., ceil(k / 2)].
+        scale: float32 [..., ceil(k / group_size)], or [..., 1]; 0 for a group of zeros; NaN, with codes 0, for a group
+            with a NaN or an infinity, and for all where the codebook has one, or nothing but zeros.
+    Raises:
+        ValueError: for wrong shapes, dtypes or devices.
+    Source: bitsandbytes, quantize_4bit. Its blocks run over the flattened tensor, which are these where they divide k,
+    and its bytes have element 0 in the high nibble.
+    """
+    return torch.ops.bitmill.codebook4_quantize.default(x, _table(codebook, x.device), group_size)
+
+
+def codebook4_dequantize(packed: Tensor, scale: Tensor, codebook: Tensor | str, k: int, group_size: int = 64) -> Tensor:
+    """Undo `codebook4_quantize`: float32 [..., k]; a group whose scale is NaN is NaN."""
+    codebook = _table(codebook, packed.device)
+    return torch.ops.bitmill.codebook4_dequantize.default(packed, scale, codebook, k, group_size)
+
+
+class _FakeQuant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codebook: Tensor, group_size: int) -> Tensor:
+        packed, scale = codebook4_quantize(x, codebook, group_size)
+        return codebook4_dequantize(packed, scale, codebook, x.shape[-1], group_size).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None
+
+
+def codebook4_fake_quant(x: Tensor, codebook: Tensor | str = "nf4", group_size: int = 64) -> Tensor:
+    """x quantised and back, of x's dtype. The gradient goes straight through everywhere: no value is clipped."""
+    return _FakeQuant.apply(x, _table(codebook, x.device), group_size)
