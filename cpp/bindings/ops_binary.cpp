@@ -6,9 +6,9 @@
 #include "bit_checks.h"
 #include "bitpack.h"
 #include "boxing.h"
-#include "row_steps.h"
 #include "checks.h"
 #include "int8_rows.h"
+#include "row_steps.h"
 
 namespace bitmill {
 namespace {
