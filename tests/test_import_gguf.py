@@ -169,8 +169,8 @@ def test_names(tmp_path: Path) -> None:
             r"import_: 0\.weight must be an MXFP4 or NVFP4 tensor of the file, got none of that name; correct",
         ),
         ({"blk.2.weight": "2"}, r"blk\.2\.weight must be an MXFP4 or NVFP4 tensor of the file, got F32"),
-        ({"blk.0.weight": "1"}, r"import_: 1 must be a torch\.nn\.Linear of the model, got ReLU"),
-        (None, r"import_: blk\.0 must be a torch\.nn\.Linear of the model, got none of that name"),
+        ({"blk.0.weight": "1"}, r"import_: '1' must be a torch\.nn\.Linear of the model, got ReLU"),
+        (None, r"import_: 'blk\.0' must be a torch\.nn\.Linear of the model, got none of that name"),
     ):
         with pytest.raises(ValueError, match=message):
             import_(linears, path, names)

@@ -188,7 +188,7 @@ def test_what_does_not_fit_leaves_the_model_alone() -> None:
     for changes, message in (
         (
             {"1.weight_blocks": blocks, "1.weight_scales": scales},
-            "1 must be a .*, got ReLU",
+            "'1' must be a .*, got ReLU",
         ),
         (
             {"9.weight_blocks": blocks, "9.weight_scales": scales},
@@ -203,9 +203,14 @@ def test_what_does_not_fit_leaves_the_model_alone() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             import_(linears, {**tensors, **changes})
-    with pytest.raises(ValueError, match="the file must hold a layer in this format that filter_fn accepts, got none"):
+    with pytest.raises(ValueError, match="there must be a layer in this format that filter_fn accepts, got none"):
         import_(linears, tensors, filter_fn=lambda module, name: False)
     assert type(linears[0]) is nn.Linear
+    root = {"_blocks": blocks, "_scales": scales, "_bias": torch.ones(24)}
+    with pytest.raises(
+        ValueError, match=r"import_: '' must be a torch\.nn\.Linear of the model, got none of that name"
+    ):
+        import_(nn.Linear(64, 24), root)
 
 
 def test_truncated_files(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_unswizzle() -> None:
 def test_what_is_no_weight_of_torchao() -> None:
     with pytest.raises(ValueError, match="t must be an NVFP4Tensor or an MXTensor of torchao, got Tensor"):
         from_tensor(torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="the file must hold a layer in this format that filter_fn accepts, got none"):
+    with pytest.raises(ValueError, match="there must be a layer in this format that filter_fn accepts, got none"):
         import_(model())
     MXTensor = type("MXTensor", (types.SimpleNamespace,), {})
     t = MXTensor(elem_dtype=torch.float8_e4m3fn, block_size=32, qdata=torch.zeros(2, 16, dtype=torch.uint8))

@@ -8,7 +8,7 @@ rows of codes uint8 [..., k / 2], the first in the low nibble, and a row of scal
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -90,22 +90,8 @@ def damaged(path: str | os.PathLike[str], kind: str, error: Exception) -> ValueE
     return ValueError(f"{os.fspath(path)} cannot be read as a {kind} file: {reason}; copy it again")
 
 
-def pairs(tensors: Mapping[str, Tensor], suffix: str, *others: str) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
-    """NAME and the tensors NAME + suffix, NAME + other, ... of every name with the suffix.
-
-    Raises:
-        ValueError: if one of the others is missing.
-    """
-    for key, first in tensors.items():
-        if key.endswith(suffix):
-            name = key.removesuffix(suffix)
-            missing = [name + other for other in others if name + other not in tensors]
-            require(not missing, f"the file must hold {', '.join(missing)} beside {key}; take the whole checkpoint")
-            yield name, (first, *(tensors[name + other] for other in others))
-
-
 def bytes_of(op: str, name: str, t: Tensor, *aliases: str) -> Tensor:
-    """uint8, or one of torch's dtypes of that size (by name; older releases lack some), as uint8.
+    """uint8, or one of torch's dtypes `aliases` (by name; older releases lack some), as uint8; flat for wider ones.
 
     Raises:
         ValueError: for another dtype or layout.
@@ -117,7 +103,8 @@ def bytes_of(op: str, name: str, t: Tensor, *aliases: str) -> Tensor:
         f"{op}: {name} must be {' or '.join(map(short_name, allowed))}, got"
         f" {short_name(t.dtype) if isinstance(t, Tensor) else type(t).__name__}; load the tensor as the file has it",
     )
-    return t.contiguous().view(torch.uint8)
+    t = t if t.element_size() == 1 else t.contiguous().flatten()
+    return t.view(torch.uint8).contiguous()
 
 
 def reorder(op: str, codes: Tensor, nibble_order: str) -> Tensor:
@@ -225,7 +212,7 @@ def import_linears(model: nn.Module, layers: Mapping[str, Builder], filter_fn: F
         ValueError: if there is no such nn.Linear, or as a layer's function raises it, with the name.
     """
     replacements: dict[nn.Module, nn.Module] = {}
-    present = dict(model.named_modules(remove_duplicate=False))
+    present = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     names = []
     for name, packed in layers.items():
         linear = present.get(name)
@@ -233,13 +220,15 @@ def import_linears(model: nn.Module, layers: Mapping[str, Builder], filter_fn: F
             continue
         if type(linear) is not nn.Linear:
             got = "none of that name" if linear is None else type(linear).__name__
-            raise ValueError(f"import_: {name} must be a torch.nn.Linear of the model, got {got}; take its own model")
+            raise ValueError(f"import_: {name!r} must be a torch.nn.Linear of the model, got {got}; take its own model")
         try:
             require_bare(linear)
-            replacements[linear] = packed(linear)
+            layer = packed(linear)
         except ValueError as error:
             raise ValueError(f"import_: {name}: {error}") from None
+        device = linear.weight.device
+        replacements[linear] = layer if device.type == "meta" else layer.to(device)
         names.append(name)
-    require(bool(names), "import_: the file must hold a layer in this format that filter_fn accepts, got none")
+    require(bool(names), "import_: there must be a layer in this format that filter_fn accepts, got none")
     replace_modules(model, replacements)
     return names

@@ -44,7 +44,7 @@ except ImportError:
     raise ImportError("bitmill.integrations.gguf needs gguf, which is not installed: pip install gguf") from None
 
 SCALES = {"mxfp4": 1, "nvfp4": 4}  # of a block
-KINDS = {name: getattr(gguf.GGMLQuantizationType, name.upper(), None) for name in SCALES}  # older ones know no NVFP4
+KINDS = {kind.name.lower(): kind for kind in gguf.GGMLQuantizationType if kind.name.lower() in SCALES}
 WEIGHT, BIAS, GLOBAL_SCALE = ".weight", ".bias", ".scale"
 
 
@@ -182,7 +182,7 @@ def export(model: nn.Module, writer: gguf.GGUFWriter, names: Mapping[str, str] |
     Raises:
         ValueError: for a layer whose in_features is no multiple of 32 (MXFP4) or 64, or a name that is no such layer.
     """
-    layers = packed_layers(model, *SCALES)
+    layers = packed_layers(model, *KINDS)
     if names is None:
         names = {name: name + WEIGHT for name in layers}
     blocks = {}

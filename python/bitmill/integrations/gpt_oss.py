@@ -31,7 +31,6 @@ from ._fp4_files import (
     fp4_layers,
     import_linears,
     packed_layers,
-    pairs,
     read_tensors,
     reorder,
     rows_of,
@@ -87,8 +86,14 @@ def read(source: Source, nibble_order: str = "low") -> dict[str, FP4Weight]:
     Raises:
         ValueError: for a damaged file, a pair that is not complete, or as `from_blocks`, the name first.
     """
-    weights: dict[str, FP4Weight] = {}
-    for name, (blocks, scales) in pairs(read_tensors(source), BLOCKS, SCALES):
+    tensors, weights = read_tensors(source), {}
+    for key, blocks in tensors.items():
+        if not key.endswith(BLOCKS):
+            continue
+        name = key.removesuffix(BLOCKS)
+        scales = tensors.get(name + SCALES)
+        if scales is None:
+            raise ValueError(f"read: the file must hold {name}{SCALES} beside {key}; take the whole checkpoint")
         try:
             weights[name] = FP4Weight("mxfp4", *from_blocks(blocks, scales, nibble_order))
         except ValueError as error:
