@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitmill import cli, timing
-from bitmill.nn import PackedInt8Embedding, PackedInt8Linear, PackedSalientLinear
+from bitmill.nn import PackedFP4Linear, PackedInt8Embedding, PackedInt8Linear, PackedSalientLinear
 from bitmill.nn._module import PackedModule
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="needs transformers 5")
@@ -101,6 +101,7 @@ METHODS: dict[str, list[str]] = {
     "fp4": ["--format", "mxfp4", "--activations", "int8"],
     "nvfp4": ["--activations", "int8"],
     "nf4": [],
+    "mxfp4": ["--scale-rule", "even"],
 }
 
 
@@ -163,6 +164,14 @@ def test_a_folder_loads_for_other_activations(
     assert of_float != of_int8 == run("eval", tmp_path / "int8", *evaluate[2:])["perplexity"]
     assert cli.main(["eval", str(model), "--text", str(text), "--activations", "int8"]) == 1
     assert "activations go with a packed folder, got 'int8'" in capsys.readouterr().err
+
+
+def test_int8_activations_where_only_the_head_takes_them(model: Path, run: Run, tmp_path: Path) -> None:
+    run("quantize", model, "--out", tmp_path / "out", "--method", "nf4")
+    loaded = load_pretrained(tmp_path / "out", "int8").model
+    kinds = {(type(m), m.config.activations) for m in loaded.modules() if isinstance(m, PackedModule)}
+    assert kinds == {(PackedFP4Linear, "float"), (PackedInt8Embedding, "int8"), (PackedInt8Linear, "int8")}
+    assert not folders._takes_int8(loaded.model.layers) and folders._takes_int8(loaded)
 
 
 def test_layers_without_a_choice_of_activations(model: Path, text: Path, run: Run, tmp_path: Path) -> None:
@@ -298,7 +307,8 @@ def table(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_table_keeps_what_is_finished(
     table: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, picture = ["float32", "fp4", "pb-llm-100-rtn", "pb-llm-30-gptq-hessian"], tmp_path / "t.png"
+    rows = ["float32", "fp4", "pb-llm-100-rtn", "pb-llm-30-gptq-hessian", "mxfp4-even", "nvfp4"]
+    picture = tmp_path / "t.png"
     lines = table("--plot", picture, "--rows", *rows)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert [line.split()[1] for line in lines[2:]] == rows

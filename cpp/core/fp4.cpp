@@ -33,6 +33,7 @@ Status check(const Fp4Weight& w) {
   const bool empty = PanelShape{0, w.n, w.k, w.group_size}.groups() * w.n == 0;  // and may have no address
   const int scales = (w.scale != nullptr) + (w.scale_bytes != nullptr);
   if (!w.table || scales > 1 || (scales == 0 && !empty)) return Status::bad_argument;
+  if (w.global_scale && w.scale) return Status::bad_argument;
   return Status::ok;
 }
 

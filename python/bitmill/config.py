@@ -40,6 +40,15 @@ class Config:
             raise ValueError(f"{name}: unknown field {shorten(unknown[0])}; a newer bitmill may have written it")
         return classes[name](**fields)
 
+    def takes_activations(self, activations: str) -> bool:
+        """Whether a configuration like this one may have them."""
+        changed: dict[str, Any] = {"activations": activations}
+        try:
+            dataclasses.replace(self, **changed)
+        except (TypeError, ValueError):  # no such field, or not with the other fields
+            return False
+        return True
+
     def _require(self, field: str, condition: bool, expected: str) -> None:
         if not condition:
             raise ValueError(f"{type(self).__name__}: {field} must be {expected}, got {shorten(getattr(self, field))}")

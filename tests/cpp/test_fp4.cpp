@@ -287,6 +287,26 @@ void test_matmul(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bytes
   }
 }
 
+void test_e4m3_scales() {
+  const int32_t tiles[kTileRows] = {3};  // one weight of code 3
+  const float global_scale = 0.01f;
+  const Fp4Table table = fp4_table(kE2M1);
+  for (int byte = 0; byte < 256; ++byte) {
+    const int field = byte >> 3 & 15, mantissa = byte & 7;
+    const float magnitude = std::ldexp(static_cast<float>(field ? 8 + mantissa : mantissa), (field ? field : 1) - 10);
+    const float value = byte < 128 ? magnitude : -magnitude;
+    const uint8_t scale = static_cast<uint8_t>(byte);
+    Fp4Weight weight{.tiles = tiles, .n = 1, .k = 1, .table = table.value};
+    weight.scale_bytes = &scale;
+    weight.global_scale = &global_scale;
+    float dense;
+    CHECK(fp4_weight(weight, &dense) == Status::ok);
+    const bool nan = (byte & 127) == 127;
+    CHECK(nan ? std::isnan(dense) && std::isnan(e4m3_to_float(scale)) : e4m3_to_float(scale) == value);
+    CHECK(nan || dense == value * 1.5f * global_scale);
+  }
+}
+
 void test_bad_weights() {
   const float one = 1;
   const uint8_t byte = 127;
@@ -299,7 +319,10 @@ void test_bad_weights() {
   CHECK(fp4_weight(weight, &value) == Status::ok);
   weight.scale_bytes = &byte;
   CHECK(fp4_weight(weight, &value) == Status::bad_argument);  // two scales
+  weight.global_scale = &one;
   weight.scale_bytes = nullptr;
+  CHECK(fp4_weight(weight, &value) == Status::bad_argument);  // of bytes only
+  weight.global_scale = nullptr;
   weight.group_size = 12;
   CHECK(fp4_matmul({.weight = weight}) == Status::bad_argument);
   weight.group_size = 0;
@@ -327,6 +350,7 @@ int main() {
         test_matmul(2, 3, 0, group_size, bytes, Dtype::f32);
       }
     }
+    test_e4m3_scales();
     test_bad_weights();
   }
   return bitmill_test::failures() != 0;

@@ -119,7 +119,7 @@ def _times(
 
 def _takes_int8(blocks: nn.Module) -> bool:
     layers = [layer for layer in blocks.modules() if isinstance(layer, PackedModule)]
-    return any(hasattr(layer.config, "activations") for layer in layers)
+    return any(layer.config.takes_activations("int8") for layer in layers)
 
 
 def _found(

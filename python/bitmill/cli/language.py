@@ -69,6 +69,8 @@ def add_commands(commands: Any) -> None:
     )
     formats = ("e2m1", "e1m2", "e3m0", *FP4_FORMATS)
     methods.add_argument("--format", default="e2m1", choices=formats, help="fp4: the format; the last ones are methods")
+    rules = ("floor", "rceil", "ceil", "even")
+    methods.add_argument("--scale-rule", default="floor", choices=rules, help="mxfp4: how a block's scale is chosen")
     methods.add_argument(
         "--activations",
         default="float",

@@ -23,6 +23,7 @@ from ..config import Int8Config
 from ..convert import replace_modules
 from ..nn import PackedInt8Embedding, PackedInt8Linear
 from ..nn._module import PackedModule
+from ..ops.int8 import ACTIVATIONS
 from .transformers import PreTrainedModel, transformers
 
 PACKED_FILE = "packed.safetensors"
@@ -157,8 +158,10 @@ def empty_model(folder: Path) -> LanguageModel:
 
 
 def _set_activations_(model: nn.Module, activations: str) -> None:
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"load_pretrained: activations must be one of 'float', 'int8', got {activations!r}")
     layers = [module for module in model.modules() if isinstance(module, PackedModule)]
-    choosing = [layer for layer in layers if hasattr(layer.config, "activations")]
+    choosing = [layer for layer in layers if layer.config.takes_activations(activations)]
     if not choosing:
         raise ValueError(
             f"load_pretrained: activations must be None for layers that have no choice of them, got {activations!r}"

@@ -50,6 +50,7 @@ class Settings:
         salient, bits, metric, structure, scale, group_size: of PB-LLM, `SalientConfig`.
         metric, rounding ("gptq" or "rtn"): of BiLLM and ARB-LLM too.
         format: of the method "fp4".
+        scale_rule: of MXFP4's scales, `FP4Config`.
         activations: "float" or "int8", of PB-LLM and FP4, and of the output head.
         tables: "int8" rounds the token embedding and the output head to 8-bit rows, "float" leaves them as they are.
         windows, length, seed: of the calibration text; windows of at most as many tokens as the model takes.
@@ -65,6 +66,7 @@ class Settings:
     group_size: int | None = None
     rounding: str = "gptq"
     format: str = "e2m1"
+    scale_rule: str = "floor"
     activations: str = "float"
     tables: str = "int8"
     windows: int = 128
@@ -98,7 +100,7 @@ class Settings:
 
     def fp4_config(self) -> FP4Config:
         format = self.method if self.method in FP4_FORMATS else self.format
-        return FP4Config(format, activations=self.activations)
+        return FP4Config(format, self.scale_rule, self.activations)
 
     @property
     def calibrated(self) -> bool:

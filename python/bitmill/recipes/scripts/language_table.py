@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ... import FP4Config
 from ...bench.folders import measure as measure_folders
 from ...bench.language import DEFAULT_TOKENS, FLOAT32
 from ...integrations.language import read_pretrained
@@ -37,6 +38,10 @@ ORIGINAL = "float32"
 ROWS: dict[str, dict[str, Any]] = {
     ORIGINAL: {},
     "fp4": {"method": "fp4"},
+    "nf4": {"method": "nf4"},
+    "bnb-fp4": {"method": "bnb-fp4"},
+    "nvfp4": {"method": "nvfp4"},
+    **{f"mxfp4-{rule}": {"method": "mxfp4", "scale_rule": rule} for rule in FP4Config.SCALE_RULES},
     "pb-llm-100-rtn": {"salient": 1.0, "structure": "column", **PB_LLM["rtn"]},
     **{
         f"pb-llm-{percent}-{way}": {"salient": percent / 100, **options}
@@ -49,17 +54,19 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 class Family(NamedTuple):
-    """Rows that look alike in the plot: those whose names end in `way`."""
+    """Rows that look alike in the plot: those whose names end in `way`, or in one of several."""
 
     name: str
-    way: str
+    way: str | tuple[str, ...]
     marker: str
     colour: str
     side: str  # of a point where its label stands
 
     def label(self, row: str) -> str:
-        """The salient percentage, or the family's name."""
-        return f"{row.split('-')[2]} %" if row.startswith("pb-llm") else self.name
+        """The salient percentage, or the name of the format, or the family's."""
+        if row.startswith("pb-llm"):
+            return f"{row.split('-')[2]} %"
+        return self.name if isinstance(self.way, str) else row
 
 
 # The sides keep labels apart: at one file size the three of PB-LLM stand in this order, from above.
@@ -67,7 +74,7 @@ FAMILIES = (
     Family("PB-LLM, rounded", "-rtn", "o", "tab:blue", "above"),
     Family("PB-LLM, GPTQ, by magnitude", "-gptq-magnitude", "s", "tab:orange", "right"),
     Family("PB-LLM, GPTQ, by the Hessian", "-gptq-hessian", "^", "tab:green", "below"),
-    Family("FP4", "fp4", "D", "tab:purple", "left"),
+    Family("4-bit floats", ("fp4", "nf4", *(f"mxfp4-{r}" for r in FP4Config.SCALE_RULES)), "D", "tab:purple", "left"),
     Family("BiLLM", "billm", "v", "tab:red", "left"),
     Family("ARB-RC", "arb-rc", "P", "tab:brown", "left"),
 )
@@ -225,7 +232,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         if not points:
             continue
         sizes, values, labels = zip(*points, strict=True)
-        width = 1 if len(points) > 1 else 0
+        width = 1 if isinstance(family.way, str) and len(points) > 1 else 0
         axes.plot(sizes, values, marker=family.marker, color=family.colour, linewidth=width, label=family.name)
         offset, ha, va = SIDES[family.side]
         style: dict[str, Any] = {"ha": ha, "va": va, "color": family.colour, "fontsize": 8}
