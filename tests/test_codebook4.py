@@ -64,6 +64,18 @@ def test_codebook4_is_its_definition(name: str, group_size: int, dtype: torch.dt
     assert torch.equal(again[1], scale.view(2, 20, -1).transpose(0, 1))
 
 
+@pytest.mark.parametrize("name", ["nf4", "bnb-fp4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_codebook4_of_every_half(name: str, dtype: torch.dtype) -> None:
+    every = torch.arange(1 << 16).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    for x in (every, every[torch.randperm(every.numel())]):
+        x = x[: x.numel() // 256 * 256].view(-1, 256)
+        codes, scales = defined(x, TABLES[name], 64)
+        packed, scale = ops.codebook4_quantize(x, name, 64)
+        assert torch.equal(unpack_nibbles(packed, 256).long(), codes) and torch.equal(scale, scales)
+
+
 @each_table
 def test_every_value_keeps_its_code_and_ties_go_down(name: str) -> None:
     table = TABLES[name]

@@ -64,6 +64,19 @@ def test_nvfp4_is_its_definition(dtype: torch.dtype, with_global: bool) -> None:
         assert torch.equal(ops.nvfp4_quantize(stacked, g)[0], packed.view(2, 100, -1).transpose(0, 1))
 
 
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+def test_nvfp4_of_every_half(dtype: torch.dtype) -> None:
+    every = torch.arange(1 << 16).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    for x in (every, every[torch.randperm(every.numel())]):
+        x = x[: x.numel() // 64 * 64].view(-1, 64)
+        for g in (None, ops.nvfp4_global_scale(x), torch.tensor(1e-3)):
+            codes, byte, values = defined(x, g.item() if g is not None else 1.0)
+            packed, scale = ops.nvfp4_quantize(x, g)
+            assert torch.equal(unpack_nibbles(packed, 64), codes) and torch.equal(scale, byte)
+            assert torch.equal(ops.nvfp4_dequantize(packed, scale, 64, g), values)
+
+
 def test_nvfp4_global_scale() -> None:
     x = torch.randn(30, 64) * 1e-3
     g = ops.nvfp4_global_scale(x)
