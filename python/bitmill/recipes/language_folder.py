@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import FP4Config, Int8Config, SalientConfig, pack_, quantize_, summary
+from ..integrations.four_bit import is_four_bit, read_four_bit
 from ..integrations.language import (
     PACKED_FILE,
     LanguageModel,
@@ -194,9 +195,11 @@ def quantize_folder(
 
 
 def open_folder(path: str | os.PathLike[str]) -> LanguageModel:
-    """The model of a packed folder, or one that `read_pretrained` takes."""
-    packed = any((Path(path) / name).exists() for name in (PACKED_FILE, RUN_FILE))
-    return (load_pretrained if packed else read_pretrained)(path)
+    """The model of a packed folder, of a 4-bit one of another project, or one that `read_pretrained` takes."""
+    path = Path(path)
+    if any((path / name).exists() for name in (PACKED_FILE, RUN_FILE)):
+        return load_pretrained(path)
+    return (read_four_bit if is_four_bit(path) else read_pretrained)(path)
 
 
 def evaluate_folder(
