@@ -21,6 +21,7 @@ from bitmill.integrations import bitsandbytes, compressed_tensors, gpt_oss  # no
 from bitmill.integrations.four_bit import read_four_bit  # noqa: E402
 from bitmill.integrations.language import load_pretrained, save_pretrained  # noqa: E402
 from bitmill.nn import PackedFP4Linear  # noqa: E402
+from bitmill.recipes.language_folder import open_folder  # noqa: E402
 
 SIZES: dict[str, Any] = {
     "vocab_size": 11,
@@ -78,6 +79,7 @@ def test_a_folder_of_another_project(method: str, format: str, tied: bool, tmp_p
     assert type(loaded.lm_head) is nn.Linear and not hasattr(loaded.config, "quantization_config")
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     torch.testing.assert_close(loaded(ids()).logits, model(ids()).logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(open_folder(folder).model(ids()).logits, loaded(ids()).logits)
     save_pretrained(loaded, tokenizer, tmp_path / "packed")
     assert torch.equal(load_pretrained(tmp_path / "packed").model(ids()).logits, loaded(ids()).logits)
     if method == "bitsandbytes":
@@ -106,8 +108,8 @@ def test_folders_that_are_not_whole_or_of_another_method(tmp_path: Path) -> None
     model = quantised_llama("nvfp4")
     tensors = compressed_tensors.export(model)
     for method, message in (
-        (None, r"must have a quant_method of mxfp4, compressed-tensors, modelopt, bitsandbytes, got None; .*read_pret"),
-        ("gptq", r"must have a quant_method of .*, got gptq"),
+        (None, r"must have a quant_method of mxfp4, compressed-tensors, modelopt, bitsandbytes, got None; a model"),
+        ("gptq", r"must have a quant_method of .*, got 'gptq'"),
         ("modelopt", r"down_proj: from_tensors: global_scale must be at most 1 with .*; pass .divisor."),
     ):
         with pytest.raises(ValueError, match=message):
@@ -125,5 +127,9 @@ def test_folders_that_are_not_whole_or_of_another_method(tmp_path: Path) -> None
     save_file({**whole, "model.norm.weight": torch.ones(63)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match="cannot be read as a causal language model"):
         read_four_bit(folder)
-    with pytest.raises(ValueError, match=r"must be a folder with config\.json and safetensors; take one of those"):
+    for text in ("", "[]", '{"quantization_config": 3}', '{"quantization_config": {"quant_method": ["modelopt"]}}'):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"must have a quant_method of .*, got None; a model"):
+            read_four_bit(folder)
+    with pytest.raises(ValueError, match=r"must be a folder with config\.json and safetensors; it has no config"):
         read_four_bit(tmp_path / "nowhere")

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
+from ..config import shorten
 from . import bitsandbytes, compressed_tensors, gpt_oss
 from ._fp4_files import read_tensors
 from .language import LanguageModel, empty_model, reading
@@ -46,6 +47,22 @@ METHODS: dict[str, Importer] = {  # by what config.json calls them
 }
 
 
+def is_four_bit(folder: str | os.PathLike[str]) -> bool:
+    """Whether the folder is one for `read_four_bit`, by its config."""
+    return _quant_method(Path(folder)) in METHODS
+
+
+def _quant_method(folder: Path) -> str | None:
+    """What config.json has as quantization_config.quant_method, if it has."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return method if isinstance(method, str) else None
+
+
 def read_four_bit(folder: str | os.PathLike[str], activations: str = "float") -> LanguageModel:
     """A folder as it is published, as a model whose packed layers hold the same weights; nothing is dequantised.
 
@@ -60,16 +77,16 @@ def read_four_bit(folder: str | os.PathLike[str], activations: str = "float") ->
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"read_four_bit: {folder} must be a folder with config.json and safetensors; take one of those"
-        )
-    model, tokenizer = empty_model(folder)
-    method = _quant_method(model.config)
+        raise ValueError(f"read_four_bit: {folder} must be a folder with config.json and safetensors; it has no config")
+    method = _quant_method(folder)
     if method not in METHODS:
         raise ValueError(
-            f"read_four_bit: {folder} must have a quant_method of {', '.join(METHODS)}, got {method}; for a model that"
-            " is not quantised take bitmill.integrations.language.read_pretrained"
+            f"read_four_bit: {folder} must have a quant_method of {', '.join(METHODS)}, got {shorten(method)}; a model"
+            " that is not quantised is for bitmill.integrations.language.read_pretrained"
         )
+    model, tokenizer = empty_model(folder)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # packed layers say it themselves
     tensors = read_tensors(folder)
     try:
         names = METHODS[method](model, tensors, activations)
@@ -84,12 +101,3 @@ def read_four_bit(folder: str | os.PathLike[str], activations: str = "float") ->
     if missing:
         raise ValueError(f"read_four_bit: {folder} must hold the whole model, {missing[0]} is missing; copy it again")
     return LanguageModel(model.eval(), tokenizer)
-
-
-def _quant_method(config: Any) -> str | None:
-    """What a config says, which then forgets it: packed layers say it themselves."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return None
-    del config.quantization_config
-    return settings.get("quant_method") if isinstance(settings, dict) else str(settings.quant_method)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import FP4Config, Int8Config, SalientConfig, pack_, quantize_, summary
+from ..integrations.four_bit import is_four_bit, read_four_bit
 from ..integrations.language import (
     PACKED_FILE,
     LanguageModel,
@@ -196,13 +197,18 @@ def quantize_folder(
 
 
 def open_folder(path: str | os.PathLike[str], activations: str | None = None) -> LanguageModel:
-    """The model of a packed folder, with the activations that `load_pretrained` takes, or one for `read_pretrained`.
+    """The model of a packed folder, of a 4-bit one of another project, or one that `read_pretrained` takes.
 
+    Args:
+        activations: of the packed layers, as `load_pretrained` takes it.
     Raises:
-        ValueError: for activations of a model that is not packed, and for what those two refuse.
+        ValueError: for activations of a model that is not packed, and for what the readers refuse.
     """
-    if any((Path(path) / name).exists() for name in (PACKED_FILE, RUN_FILE)):
+    path = Path(path)
+    if any((path / name).exists() for name in (PACKED_FILE, RUN_FILE)):
         return load_pretrained(path, activations)
+    if is_four_bit(path):
+        return read_four_bit(path, activations or "float")
     if activations is not None:
         raise ValueError(f"activations go with a packed folder, got {activations!r} for {path}; quantise it first")
     return read_pretrained(path)
