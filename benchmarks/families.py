@@ -139,13 +139,24 @@ def pack_sign(x: Tensor) -> Tensor:
 
 def numpy_bits(x: Tensor) -> Tensor:
     """Bits of x >= 0 in bitmill's row layout, by NumPy."""
-    rows = np.packbits(x.numpy() >= 0, axis=1, bitorder="little")
+    return numpy_rows(x.numpy() >= 0)
+
+
+def numpy_signs(x: Tensor) -> Tensor:
+    """The same of x > 0."""
+    return numpy_rows(x.numpy() > 0)
+
+
+def numpy_rows(bits: Any) -> Tensor:
+    rows = np.packbits(bits, axis=1, bitorder="little")
     return torch.from_numpy(np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4))).view(np.int32))
 
 
 def fp4_codes(x: Tensor, values: Tensor) -> Tensor:
-    """The packed codes of the nearest values, found by search, ties as `fp4_cast` says (none in random data)."""
-    codes = (x.unsqueeze(-1) - values).abs().argmin(-1)
+    """The packed codes of the nearest values, found by search; of two that are as near, the even code."""
+    distance = (x.unsqueeze(-1) - values).abs()
+    even_first = torch.tensor([2, 1], dtype=torch.int8).repeat(len(values))[: len(values)]
+    codes = ((distance == distance.amin(-1, keepdim=True)) * even_first).argmax(-1)
     codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
     return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
 
@@ -257,7 +268,7 @@ FAMILIES = (
         "float32 rows to bits",
         (
             on_rows("bitpack, one plane", pack_plus, numpy_bits),
-            on_rows("bitpack, two planes", pack_sign, numpy_bits),
+            on_rows("bitpack, two planes", pack_sign, numpy_signs),
             on_rows("numpy packbits", numpy_bits, pack_plus, "peer"),
         ),
         macs=False,
