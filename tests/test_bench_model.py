@@ -95,12 +95,12 @@ def test_stages_add_up() -> None:
     stages = dict(result["stages"])
     whole = stages.pop("whole")
     assert list(stages) == [*stages_of.STAGES, stages_of.OTHER, stages_of.REST]
-    layer, embedding = stages.get("binary encoder layer", 0), stages[stages_of.EMBEDDING]
-    assert layer > 0 and embedding > 0 and stages[stages_of.MLP] == 0  # which is part of the layer
+    encoder, embedding = stages.get("binary encoder", 0), stages[stages_of.EMBEDDING]
+    assert encoder > 0 and embedding > 0 and stages[stages_of.MLP] == 0  # which is part of the encoder
     assert whole <= sum(stages.values()) * 1.001 and stages[stages_of.REST] >= 0
     kernels, text = 100 * sum(stages[name] for name in stages_of.KERNELS) / whole, models.render(result)
     assert f"{kernels:.0f} % inside matmul and attention kernels" in text
-    assert stages_of.LAYER in text and stages_of.MLP not in text
+    assert stages_of.ENCODER in text and stages_of.MLP not in text
 
 
 def test_memory_of_a_real_model_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention_checks.h"
@@ -92,7 +93,7 @@ struct MlpArguments {
   std::optional<Tensor> bias;
 };
 
-// down(f(up(x))) of rows of floats, as steps.
+// down(f(up(x))) of rows of floats.
 struct Mlp {
   Levels levels;
   std::optional<Tensor> shift;
@@ -101,27 +102,34 @@ struct Mlp {
   BinaryWeight first;
   OutputRanges ranges;
   LastLayer last;
-  PackedRows packed, between;
 
   // `prefix` stands before the names that an attention's arguments have too.
-  Mlp(const char* op, int64_t m, int64_t k, const MlpArguments& a, const std::string& prefix = "")
+  Mlp(const char* op, int64_t k, const MlpArguments& a, const std::string& prefix = "")
       : levels(levels_of(op, a.levels)),
         shift(checked(op, (prefix + "shift").c_str(), a.shift, ScalarType::Float, {k})),
         threshold(static_cast<float>(a.threshold)),
         inner(a.positive.dim() > 0 ? a.positive.size(a.positive.dim() - 1) : 0),
         first(binary_weight(op, a.up, a.up_nonzero, inner, k, "up")),
         ranges(output_ranges(op, a.positive, a.negative, a.single, {}, inner, prefix)),
-        last(op, inner, "down", a.down, a.down_nonzero, a.scale, a.bias, a.inner_levels, prefix),
-        packed(m * word_count(k), levels == Levels::sign),
-        between(m * word_count(inner), a.negative.has_value()) {}
+        last(op, inner, "down", a.down, a.down_nonzero, a.scale, a.bias, a.inner_levels, prefix) {}
 
-  // Packing and the first product; `last` reads `between`.
-  void add_steps(std::vector<RowStep>& steps, const float* x, int64_t m) const {
+  struct Scratch {
+    PackedRows input, between;
+
+    Scratch(const Mlp& mlp, int64_t m)
+        : input(m * word_count(mlp.first.k), mlp.levels == Levels::sign),
+          between(m * word_count(mlp.inner), mlp.ranges.negative.has_value()) {}
+  };
+
+  // Packing and both products.
+  void add_steps(std::vector<RowStep>& steps, const float* x, int64_t m, const float* residual, float* out,
+                 const Scratch& scratch) const {
     BinaryMatmulParams up = first.product(m);
-    packed.read_by(up, levels);
-    up.bits = ranges.output(between.sign.get(), between.nonzero.get());
-    steps.emplace_back(packing(x, m, first.k, shift, levels, threshold, packed));
+    scratch.input.read_by(up, levels);
+    up.bits = ranges.output(scratch.between.sign.get(), scratch.between.nonzero.get());
+    steps.emplace_back(packing(x, m, first.k, shift, levels, threshold, scratch.input));
     steps.emplace_back(up);
+    steps.emplace_back(last.product(scratch.between, m, residual, out));
   }
 };
 
@@ -147,10 +155,16 @@ struct SelfAttentionArguments {
   std::optional<Tensor> bias;
 };
 
+// One of a list where an empty tensor stands for none, as an empty list does for all.
+inline std::optional<Tensor> entry_of(const std::vector<Tensor>& tensors, size_t i) {
+  if (tensors.empty() || tensors[i].numel() == 0) return std::nullopt;
+  return tensors[i];
+}
+
 // attention(query(x), key(x), value(x)), as the packed input of the output projection.
 struct SelfAttention {
-  const SelfAttentionArguments& a;
-  Rows rows;
+  SelfAttentionArguments a;
+  int64_t m, k;
   Levels levels;
   int64_t layers, columns, width;  // columns: of a layer; width: of queries, keys and values each
   std::vector<BinaryWeight> weights;
@@ -161,9 +175,26 @@ struct SelfAttention {
   std::vector<int64_t> first;
   std::optional<MaskView> attended;
 
-  SelfAttention(const char* op, const Tensor& x, const SelfAttentionArguments& arguments);
-  // Of rows of floats x [m, k]; with `before`, of its results.
-  PackedRows run(const char* op, const float* x, const std::optional<LayerNormParams>& before = {});
+  // Of `rows`, as attention_rows has checked them.
+  SelfAttention(const char* op, const Rows& rows, SelfAttentionArguments arguments);
+
+  struct Scratch {
+    std::vector<PackedRows> inputs, projected;
+
+    explicit Scratch(const SelfAttention& of) {
+      for (int64_t i = 0; i < (of.one_input() ? 1 : of.layers); ++i) {
+        inputs.emplace_back(of.m * word_count(of.k), of.levels == Levels::sign);
+      }
+      for (int64_t i = 0; i < of.layers; ++i) {
+        projected.emplace_back(of.m * word_count(of.columns), of.ranges.negative.has_value());
+      }
+    }
+  };
+
+  // Packing and projections of rows of floats x [m, k].
+  void add_projections(std::vector<RowStep>& steps, const float* x, const Scratch& scratch) const;
+  // The context of what they have computed.
+  PackedRows attend(const char* op, const Scratch& scratch);
 
  private:
   bool one_input() const {
@@ -172,11 +203,9 @@ struct SelfAttention {
   }
 };
 
-inline Rows attention_rows(const char* op, const Tensor& x, const SelfAttentionArguments& a) {
-  if (a.heads < 1) fail(op, ": heads must be at least 1, got ", a.heads);
-  if (a.lengths && a.mask) fail(op, ": mask and lengths exclude each other, got both");
-  if (x.dim() != (a.lengths ? 2 : 3)) {
-    fail(op, ": x must have shape ", a.lengths ? "[rows, k] with lengths" : "[sequences, n, k]", ", got ",
+inline Rows attention_rows(const char* op, const Tensor& x, bool lengths) {
+  if (x.dim() != (lengths ? 2 : 3)) {
+    fail(op, ": x must have shape ", lengths ? "[rows, k] with lengths" : "[sequences, n, k]", ", got ",
          to_string(sizes_of(x)));
   }
   return float_rows(op, x);
@@ -184,6 +213,8 @@ inline Rows attention_rows(const char* op, const Tensor& x, const SelfAttentionA
 
 // How many columns a layer has.
 inline int64_t projected_columns(const char* op, const SelfAttentionArguments& a) {
+  if (a.heads < 1) fail(op, ": heads must be at least 1, got ", a.heads);
+  if (a.lengths && a.mask) fail(op, ": mask and lengths exclude each other, got both");
   const size_t layers = a.weight.size();
   if (layers != 1 && layers != 3) fail(op, ": weight must hold the weights of one or three layers, got ", layers);
   const int64_t columns = a.positive.dim() > 0 ? a.positive.size(a.positive.dim() - 1) : 0;
@@ -202,9 +233,10 @@ inline int64_t projected_columns(const char* op, const SelfAttentionArguments& a
   return columns;
 }
 
-inline SelfAttention::SelfAttention(const char* op, const Tensor& x, const SelfAttentionArguments& arguments)
-    : a(arguments),
-      rows(attention_rows(op, x, a)),
+inline SelfAttention::SelfAttention(const char* op, const Rows& rows, SelfAttentionArguments arguments)
+    : a(std::move(arguments)),
+      m(rows.m),
+      k(rows.k),
       levels(levels_of(op, a.levels)),
       layers(static_cast<int64_t>(a.weight.size())),
       columns(projected_columns(op, a)),
@@ -214,15 +246,13 @@ inline SelfAttention::SelfAttention(const char* op, const Tensor& x, const SelfA
       context_ranges(output_ranges(op, a.context_positive, a.context_negative, std::nullopt, {}, width, "context_")),
       last(op, width, "out", a.out, a.out_nonzero, a.scale, a.bias, a.out_levels) {
   for (size_t i = 0; i < a.weight.size(); ++i) {
-    std::optional<Tensor> nonzero;
-    if (!a.weight_nonzero.empty() && a.weight_nonzero[i].numel() > 0) nonzero = a.weight_nonzero[i];
-    weights.push_back(binary_weight(op, a.weight[i], nonzero, columns, rows.k));
-    if (!a.shift.empty()) shifts[i] = checked(op, "shift", a.shift[i], ScalarType::Float, {rows.k});
+    weights.push_back(binary_weight(op, a.weight[i], entry_of(a.weight_nonzero, i), columns, k));
+    shifts[i] = checked(op, "shift", entry_of(a.shift, i), ScalarType::Float, {k});
   }
-  first = a.lengths ? first_rows(op, *a.lengths, rows.m, "x") : first_rows(x.size(0), x.size(1));
+  first = a.lengths ? first_rows(op, *a.lengths, m, "x") : first_rows(rows.leading[0], rows.leading[1]);
   const int64_t sequences = static_cast<int64_t>(first.size()) - 1;
   p.batch = sequences * a.heads;
-  p.n = p.m = a.lengths ? longest(first) : x.size(1);
+  p.n = p.m = a.lengths ? longest(first) : rows.leading[1];
   p.d = p.e = width / a.heads;
   Rule{op, a.rule, a.scaling, a.beta}.apply(a.alpha_q, a.alpha_k, a.alpha_a, p);
   if (a.mask) {
@@ -231,31 +261,25 @@ inline SelfAttention::SelfAttention(const char* op, const Tensor& x, const SelfA
   }
 }
 
-inline PackedRows SelfAttention::run(const char* op, const float* x, const std::optional<LayerNormParams>& before) {
-  std::vector<PackedRows> inputs, projected;
-  const size_t inputs_count = one_input() ? 1 : weights.size();
-  for (size_t i = 0; i < inputs_count; ++i) {
-    inputs.emplace_back(rows.m * word_count(rows.k), levels == Levels::sign);
-    std::vector<RowStep> steps;
-    if (before && i == 0) steps.emplace_back(*before);
-    steps.emplace_back(packing(before ? before->out : x, rows.m, rows.k, shifts[i], levels,
-                               static_cast<float>(a.threshold[i]), inputs[i]));
-    for (size_t layer = i; layer < (inputs_count == 1 ? weights.size() : i + 1); ++layer) {
-      projected.emplace_back(rows.m * word_count(columns), a.negative.has_value());
-      BinaryMatmulParams product = weights[layer].product(rows.m);
-      inputs[i].read_by(product, levels);
-      const PackedRows& out = projected.back();
-      product.bits = ranges.output(out.sign.get(), out.nonzero.get(), static_cast<int64_t>(layer));
-      steps.emplace_back(product);
-    }
-    run_with_layer_norm(op, steps);
+inline void SelfAttention::add_projections(std::vector<RowStep>& steps, const float* x, const Scratch& scratch) const {
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const bool shared = i >= scratch.inputs.size();  // the first one's input
+    const PackedRows &input = scratch.inputs[shared ? 0 : i], &out = scratch.projected[i];
+    if (!shared) steps.emplace_back(packing(x, m, k, shifts[i], levels, static_cast<float>(a.threshold[i]), input));
+    BinaryMatmulParams product = weights[i].product(m);
+    input.read_by(product, levels);
+    product.bits = ranges.output(out.sign.get(), out.nonzero.get(), static_cast<int64_t>(i));
+    steps.emplace_back(product);
   }
+}
+
+inline PackedRows SelfAttention::attend(const char* op, const Scratch& scratch) {
   const auto heads_of = [&](size_t i) {
-    const PackedRows& packed = projected[layers == 1 ? 0 : i];
+    const PackedRows& packed = scratch.projected[layers == 1 ? 0 : i];
     const int64_t at = layers == 1 ? static_cast<int64_t>(i) * width / 32 : 0;
     return AttentionRows{columns / 32, packed.sign.get() + at, packed.nonzero ? packed.nonzero.get() + at : nullptr};
   };
-  PackedRows context(rows.m * width / 32, a.context_negative.has_value());
+  PackedRows context(m * width / 32, context_ranges.negative.has_value());
   p.bits.heads = a.heads;
   p.bits.q = heads_of(0);
   p.bits.k = heads_of(1);

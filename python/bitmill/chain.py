@@ -11,6 +11,7 @@ Here is what a chain is; `chained` puts them into the modules of hosts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +22,11 @@ from .binarize.functions import ALPHA_FLOOR
 from .nn import BinaryAttention, PackedBinaryLinear
 from .ops import (
     BitRanges,
+    EncoderLayerArguments,
     LayerNormArguments,
     MlpArguments,
     SelfAttentionArguments,
-    binary_encoder_layer,
+    binary_encoder,
     bit_ranges,
 )
 from .ops.binary_bits import NEVER
@@ -240,11 +242,11 @@ class AttentionChain(nn.Module):
         own: dict[str, Any] = self._buffers
         context = self.context.get()
         return SelfAttentionArguments(
-            _for_each([layer["shift"] for layer in layers], torch.zeros_like),
+            _for_each([layer["shift"] for layer in layers]),
             self.thresholds,
             self.levels,
             [layer["weight"] for layer in layers],
-            _for_each([layer["weight_nonzero"] for layer in layers], lambda plane: plane.new_empty(0)),
+            _for_each([layer["weight_nonzero"] for layer in layers]),
             *self.projected.get(),
             mask.float() if mask is not None and mask.dtype == torch.float64 else mask,
             lengths,
@@ -265,10 +267,10 @@ class AttentionChain(nn.Module):
         )
 
 
-def _for_each(tensors: list[Tensor | None], instead: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """One tensor for each layer, `instead` where it has none, or nothing if no layer has one."""
+def _for_each(tensors: list[Tensor | None]) -> list[Tensor]:
+    """One tensor for each layer, an empty one where it has none, or nothing if no layer has one."""
     some = next((t for t in tensors if t is not None), None)
-    return [] if some is None else [instead(some) if t is None else t for t in tensors]
+    return [] if some is None else [some.new_empty(0) if t is None else t for t in tensors]
 
 
 class MlpChain(nn.Module):
@@ -309,30 +311,35 @@ class MlpChain(nn.Module):
         )
 
 
-def encoder_layer(
+EncoderLayer = tuple[AttentionChain, nn.Module, MlpChain, nn.Module]  # each chain with its normalisation
+
+
+def encoder(
     x: Tensor,
-    attention: AttentionChain,
-    norm: nn.Module,
-    mlp: MlpChain,
-    last_norm: nn.Module,
+    layers: Sequence[EncoderLayer],
     masks: tuple[Tensor | None, Tensor | None],
     norm_first: bool = False,
     plain: tuple[type[nn.LayerNorm], ...] = (nn.LayerNorm,),
 ) -> Tensor | None:
-    """A layer of an encoder in one op, its residuals and normalisations included.
+    """Layers of an encoder, their residuals and normalisations included, in one op for all that are alike.
 
     Args:
         masks: the mask and the lengths of `AttentionChain.forward`.
         norm_first: normalise what goes into attention and MLP, and not the sums.
         plain: classes that compute layer normalisation and nothing else.
     Returns:
-        What `ops.binary_encoder_layer` does, or None if one of the normalisations is not of these classes, has hooks or
+        What `ops.binary_encoder` does, or None if one of the normalisations is not of these classes, has hooks or
         trains.
     """
-    first, last = layer_norm_of(norm, x, plain), layer_norm_of(last_norm, x, plain)
-    if first is None or last is None:
-        return None
-    return binary_encoder_layer(x, attention.arguments(*masks), first, mlp.arguments(), last, norm_first)
+    arguments = []
+    for attention, norm, mlp, last_norm in layers:
+        first, last = layer_norm_of(norm, x, plain), layer_norm_of(last_norm, x, plain)
+        if first is None or last is None:
+            return None
+        arguments.append(EncoderLayerArguments(attention.arguments(*masks), first, mlp.arguments(), last))
+    for _, alike in itertools.groupby(arguments, key=EncoderLayerArguments.shared):
+        x = binary_encoder(x, list(alike), norm_first)
+    return x
 
 
 def layer_norm_of(norm: Any, x: Tensor, plain: tuple[type[nn.LayerNorm], ...]) -> LayerNormArguments | None:

@@ -13,12 +13,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 ROUNDS = 9
 MATMUL, ATTENTION, EMBEDDING, REST = "binary matmul", "binary attention", "embedding", "Python and dispatch"
-# With the packing of their inputs; a layer with its residuals and normalisations too.
-LAYER, SELF_ATTENTION, MLP = "binary encoder layer", "binary self-attention", "binary MLP"
-KERNELS = (LAYER, SELF_ATTENTION, MLP, MATMUL, ATTENTION)
+# With the packing of their inputs; layers of an encoder with their residuals and normalisations too.
+ENCODER, SELF_ATTENTION, MLP = "binary encoder", "binary self-attention", "binary MLP"
+KERNELS = (ENCODER, SELF_ATTENTION, MLP, MATMUL, ATTENTION)
 OTHER, CALL = "other ops", "call"
 STAGES = {
-    LAYER: ("bitmill::binary_encoder_layer",),
+    ENCODER: ("bitmill::binary_encoder",),
     SELF_ATTENTION: ("bitmill::binary_self_attention",),
     MLP: ("bitmill::binary_mlp",),
     MATMUL: (

@@ -14,7 +14,7 @@ from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..chain import Attention, AttentionChain, MlpChain, NotChained, encoder_layer
+from ..chain import Attention, AttentionChain, MlpChain, NotChained, encoder
 from ..chained import Chained, register_chain
 from .timm import BinarySelfAttention, BinaryWindowAttention
 
@@ -100,8 +100,8 @@ class ChainedBlock(Chained, Block):
             ready = self.runs(x) and attn.runs(x) and mlp.runs(x) and x.shape[1] <= attn.chain.most_keys
             fast = any(getattr(norm, "_fast_norm", False) for norm in (self.norm1, self.norm2))
             if ready and not fast:
-                plain, masks = (nn.LayerNorm, LayerNorm), (attn_mask, None)
-                whole = encoder_layer(x, attn.chain, self.norm1, mlp.chain, self.norm2, masks, True, plain)
+                parts, plain = (attn.chain, self.norm1, mlp.chain, self.norm2), (nn.LayerNorm, LayerNorm)
+                whole = encoder(x, [parts], (attn_mask, None), norm_first=True, plain=plain)
                 if whole is not None:
                     return whole
         return self.plain.forward(self, x, attn_mask)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer, BertSelfAttention
 
-from ..chain import AttentionChain, MlpChain, NotChained, encoder_layer, has_hooks, undisturbed
+from ..chain import AttentionChain, EncoderLayer, MlpChain, NotChained, encoder, has_hooks, undisturbed
 from ..chained import Chained, register_chain
 from ._transformers_chain import ChainedAttention, Sequences, as_bool, attention_of
 
@@ -105,8 +105,8 @@ class BertLayerMixin(Chained):
         if chained and self.runs(hidden_states):
             masks = attention.masks(hidden_states, attention_mask)
             if masks is not None:
-                norms = attention.output.LayerNorm, self.output.LayerNorm
-                whole = encoder_layer(hidden_states, attention.chain, norms[0], self.chain, norms[1], masks)
+                parts = attention.chain, attention.output.LayerNorm, self.chain, self.output.LayerNorm
+                whole = encoder(hidden_states, [parts], masks)
                 if whole is not None:
                     return whole
         return self.feed_forward_chunk(attention(hidden_states, attention_mask, **kwargs)[0])
@@ -118,7 +118,7 @@ class BertLayerMixin(Chained):
 
 
 class EncoderChain(nn.Module):
-    """All layers of a BERT encoder in one loop, which calls their chains and normalisations alone.
+    """All layers of a BERT encoder in one op, if nothing but their chains and normalisations would be called.
 
     Args:
         layers: those of the encoder, whose attention and MLP are chained; they stay the host's.
@@ -145,13 +145,10 @@ class EncoderChain(nn.Module):
         plain = not layer.is_decoder and not layer.chunk_size_feed_forward
         return chained and plain and attention.self.config is config
 
-    def steps(self, most: int) -> list[tuple[Any, ...]] | None:
-        """Of each layer its two chains, each with the normalisation after it.
-
-        None if one of them is not as it was planned, for sequences of up to `most` tokens.
-        """
+    def planned(self, most: int) -> list[EncoderLayer] | None:
+        """The layers, or None if one of them is not as it was planned, for sequences of up to `most` tokens."""
         implementation = self.config._attn_implementation
-        steps = []
+        planned: list[EncoderLayer] = []
         for layer in self.layers:
             parts = layer._modules  # ten times faster than attributes
             inner = parts["attention"]._modules
@@ -161,22 +158,12 @@ class EncoderChain(nn.Module):
             if attention.implementation != implementation or most > attention.most_keys:
                 return None
             norm, last_norm = (block["output"]._modules["LayerNorm"] for block in (inner, parts))
-            steps.append((attention, norm, parts["chain"], last_norm))
-        return steps if undisturbed(self.skipped) else None
-
-    def forward(self, steps: list[tuple[Any, ...]], x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """The last hidden states. mask, lengths: as of `AttentionChain.forward`."""
-        for attention, norm, mlp, last_norm in steps:
-            whole = encoder_layer(x, attention, norm, mlp, last_norm, (mask, lengths))
-            if whole is None:
-                attended = norm(attention.forward(x, mask, lengths, x))
-                whole = last_norm(mlp.forward(attended, attended))
-            x = whole
-        return x
+            planned.append((attention, norm, parts["chain"], last_norm))
+        return planned if undisturbed(self.skipped) else None
 
 
 class BertEncoderMixin(Chained):
-    """The encoder of BERT and its relatives: without padding inside, and in one loop if all of it is chained."""
+    """The encoder of BERT and its relatives: without padding inside, and in one op if all of it is chained."""
 
     layer: Any
 
@@ -205,21 +192,20 @@ class BertEncoderMixin(Chained):
         x, mask = hidden_states, attention_mask
         if any(other is not None for other in others) or torch.compiler.is_compiling() or not self.runs(x):
             return self.plain.forward(self, x, mask, *others, **kwargs)
-        steps = self.chain.steps(x.shape[-2]) if isinstance(self.chain, EncoderChain) else None
-        kept = self._kept(x, mask, steps is not None)
+        layers = self.chain.planned(x.shape[-2]) if isinstance(self.chain, EncoderChain) else None
+        kept = self._kept(x, mask, layers is not None)
         if kept is None:
-            if steps is None:
+            last = None if layers is None else encoder(x, layers, (as_bool(mask), None))
+            if last is None:
                 return self.plain.forward(self, x, mask, *others, **kwargs)
-            last = self.chain(steps, x, as_bool(mask), None)
             return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
         lengths = kept.sum(-1)
         rows = kept.flatten().nonzero().squeeze(-1)
         tokens = x.flatten(0, 1)[rows]
-        if steps is None:
-            sequences = Sequences(lengths, int(lengths.max()))
-            output = self.plain.forward(self, tokens, sequences, *others, **kwargs)
+        last = None if layers is None else encoder(tokens, layers, (None, lengths))
+        if last is None:
+            output = self.plain.forward(self, tokens, Sequences(lengths, int(lengths.max())), *others, **kwargs)
         else:
-            last = self.chain(steps, tokens, None, lengths)
             output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
         padded = torch.zeros_like(x)
         padded.flatten(0, 1)[rows] = output.last_hidden_state

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 
-from ..chain import AttentionChain, MlpChain, NotChained, encoder_layer
+from ..chain import AttentionChain, MlpChain, NotChained, encoder
 from ..chained import Chained, register_chain
 from ._transformers_chain import ChainedAttention, attention_of
 
@@ -68,8 +68,8 @@ class ViTLayerMixin(Chained):
         if chained and self.runs(hidden_states) and mlp.runs(hidden_states):
             masks = attention.masks(hidden_states, attention_mask)
             if masks is not None:
-                norms = self.layernorm_before, self.layernorm_after
-                whole = encoder_layer(hidden_states, attention.chain, norms[0], mlp.chain, norms[1], masks, True)
+                parts = attention.chain, self.layernorm_before, mlp.chain, self.layernorm_after
+                whole = encoder(hidden_states, [parts], masks, norm_first=True)
                 if whole is not None:
                     return whole
         return self.plain.forward(self, hidden_states, attention_mask, **kwargs)

@@ -95,8 +95,8 @@ class SelfAttentionArguments(NamedTuple):
                 f" {len(entries)}",
             )
         for i, tiles in enumerate(self.weight):
-            _check_weight(op, "weight", tiles, self.nonzero_of(i), columns, k, x)
-            check_tensor(op, "shift", self.shift[i] if self.shift else None, torch.float32, [k], x)
+            _check_weight(op, "weight", tiles, entry_of(self.weight_nonzero, i), columns, k, x)
+            check_tensor(op, "shift", entry_of(self.shift, i), torch.float32, [k], x)
         width = columns // 3 if count == 1 else columns
         _check_ranges(op, self.positive, self.negative, self.single, [count], columns, x)
         _check_ranges(op, self.context_positive, self.context_negative, None, [], width, x, "context_")
@@ -110,11 +110,6 @@ class SelfAttentionArguments(NamedTuple):
         if mask is not None:
             check_mask(op, x, mask, [x.shape[0], heads, x.shape[1], x.shape[1]])
 
-    def nonzero_of(self, layer: int) -> Tensor | None:
-        """A plane of a list whose empty tensors stand for None, as an empty list does for all."""
-        planes = self.weight_nonzero
-        return planes[layer] if planes and planes[layer].numel() else None
-
 
 class LayerNormArguments(NamedTuple):
     """Of `layer_norm`, after x."""
@@ -127,6 +122,11 @@ class LayerNormArguments(NamedTuple):
         """Raises ValueError."""
         check_tensor(op, f"{prefix}weight", self.weight, torch.float32, x.shape[-1:], x)
         check_tensor(op, f"{prefix}bias", self.bias, torch.float32, x.shape[-1:], x)
+
+
+def entry_of(tensors: Sequence[Tensor], i: int) -> Tensor | None:
+    """One of a list where an empty tensor stands for None, as an empty list does for all."""
+    return tensors[i] if tensors and tensors[i].numel() else None
 
 
 def _last_size(t: Tensor) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _library as library
-from ._block_arguments import MlpArguments, SelfAttentionArguments
+from ._block_arguments import MlpArguments, SelfAttentionArguments, entry_of
 from .binary_attention_bits import binary_attention_bits
 from .binary_bits import BitRanges, binary_matmul_bits, binary_matmul_floats
 from .bitpack import bitpack
@@ -73,10 +73,10 @@ def _binary_self_attention_reference(x: Tensor, residual: Tensor | None, *argume
     of.check("binary_self_attention", x, residual)
     projected: list[Rows] = []
     for i, tiles in enumerate(of.weight):
-        rows = _pack(x, of.shift[i] if of.shift else None, of.threshold[i], of.levels)
+        rows = _pack(x, entry_of(of.shift, i), of.threshold[i], of.levels)
         others = (None if plane is None else plane[i] for plane in (of.negative, of.single))
         ranges = BitRanges(of.positive[i], *others)
-        projected.append(_to_bits(rows, tiles, of.nonzero_of(i), ranges, x.shape[-1], of.levels))
+        projected.append(_to_bits(rows, tiles, entry_of(of.weight_nonzero, i), ranges, x.shape[-1], of.levels))
     if len(of.weight) == 1:
         sign, nonzero = projected[0]
         nonzeros = (None,) * 3 if nonzero is None else nonzero.chunk(3, -1)
@@ -182,7 +182,8 @@ def binary_self_attention(
         context: ranges of the whole numbers A sgn(v) as the output projection's input, without single ones.
         out, out_nonzero, scale, bias: the output projection, as the second layer of `binary_mlp`.
         weight_nonzero: nothing, or for each weight its tiles of nonzero bits or an empty tensor.
-        shift, threshold, levels: how x becomes bits in each of the layers, as in `bitpack`; shift may be empty.
+        shift, threshold, levels: how x becomes bits in each of the layers, as in `bitpack`; shift holds nothing, or for
+            each layer its shift or an empty tensor.
         out_levels: the levels of the output projection's input.
         residual: float32 of the result's shape or None, added last in a rounding of its own.
         mask, lengths, rule, scaling, beta, alpha_q, alpha_k, alpha_a: those of `binary_attention_bits`.
