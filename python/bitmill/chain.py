@@ -27,7 +27,10 @@ from .ops import (
     MlpArguments,
     SelfAttentionArguments,
     binary_encoder,
+    binary_matmul_bits,
+    binary_matmul_floats,
     bit_ranges,
+    bitpack,
 )
 from .ops.binary_bits import NEVER
 from .ops.bitpack import binarized
@@ -109,6 +112,10 @@ def ranges_after(layer: PackedBinaryLinear, levels: str, level: Callable[[Tensor
         return level(z if bias is None else z + bias)
 
     return ranges_of(of_dot, layer.out_features, layer.in_features, levels, scale.device)
+
+
+def then(last: Callable[[Tensor], Tensor], first: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: last(first(x))
 
 
 def stacked(ranges: Sequence[BitRanges]) -> BitRanges:
@@ -288,7 +295,7 @@ class MlpChain(nn.Module):
         first, last = chainable(up, "the first layer"), chainable(down, "the second layer")
         self.input, inner = Input(first), Input(last)
         self.up, self.down, self.inner_levels = (first,), (last,), inner.levels
-        self.inner = Ranges(ranges_after(first, inner.levels, lambda z: inner.level(activation(z))))
+        self.inner = Ranges(ranges_after(first, inner.levels, then(inner.level, activation)))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return torch.ops.bitmill.binary_mlp.default(x, residual, *self.arguments())
@@ -308,6 +315,42 @@ class MlpChain(nn.Module):
             down["weight_nonzero"],
             down["scale"],
             down["bias"],
+        )
+
+
+class LayersChain(nn.Module):
+    """Layers one after another: float32 in and out, bits between.
+
+    Args:
+        layers: the packed layers, at least two, which stay the host's.
+        between: for each but the last what its outputs go through, a function of float32 [rows, outputs], output by
+            output.
+    Raises:
+        NotChained: if one of them is not a layer of bits, or a function has no ranges.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], between: Sequence[Callable[[Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.layers = tuple(chainable(layer, f"layer {i} of the chain") for i, layer in enumerate(layers))
+        inputs = [Input(layer) for layer in self.layers]
+        self.threshold, self.levels = inputs[0].threshold, [each.levels for each in inputs]
+        self.ranges = nn.ModuleList(
+            Ranges(ranges_after(layer, reader.levels, then(reader.level, f)))
+            for layer, reader, f in zip(self.layers, inputs[1:], between, strict=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        buffers: list[dict[str, Any]] = [layer._buffers for layer in self.layers]
+        sign, nonzero, _, _ = bitpack(x, buffers[0]["shift"], self.levels[0], self.threshold)
+        zeros = nonzero if self.levels[0] == "sign" else None
+        every: Any = self.ranges
+        for layer, own, ranges, levels in zip(self.layers, buffers, every, self.levels, strict=False):
+            found, sizes = ranges.get(), (layer.out_features, layer.in_features)
+            sign, nonzero = binary_matmul_bits(sign, own["weight"], found, *sizes, zeros, own["weight_nonzero"], levels)
+            zeros = None if found.negative is None else nonzero
+        own, k = buffers[-1], self.layers[-1].in_features
+        return binary_matmul_floats(
+            sign, own["weight"], own["scale"], own["bias"], k, zeros, own["weight_nonzero"], self.levels[-1]
         )
 
 

@@ -36,6 +36,16 @@ class Chained:
         raise TypeError(f"{cls.__name__} does not say what its chain is")
 
     @classmethod
+    def concerns(cls, module: Any) -> bool:
+        """Whether a module of the host's class is one that a chain is for at all."""
+        return True
+
+    @classmethod
+    def keep(cls, module: Any, chain: nn.Module) -> None:
+        """Put the chain where `module.chain` finds it."""
+        module.chain = chain
+
+    @classmethod
     def passed(cls, module: Any) -> tuple[nn.Module, ...]:
         """The modules that a chain does not call: that one of them has hooks or trains is a reason not to run it."""
         return tuple(module.children())
@@ -52,6 +62,7 @@ class Chained:
 
 _CHAINED: dict[type[nn.Module], type[Chained]] = {}
 _REGISTERED_IN = {  # of the modules that define a host's classes: what is imported when `chain_` meets one of them
+    "torch.nn.modules.container": "bitmill.integrations._torch_chain",
     "timm.layers.mlp": "bitmill.integrations._timm_chain",
     "timm.models.vision_transformer": "bitmill.integrations._timm_chain",
     "bitmill.integrations.timm": "bitmill.integrations._timm_chain",
@@ -84,7 +95,7 @@ def chain_(model: nn.Module) -> dict[str, str]:
     modules: list[Any] = list(model.modules())
     for module in reversed(modules):  # a block asks whether its parts are chained
         chained = _chained(type(module))
-        if chained is None:
+        if chained is None or not chained.concerns(module):
             continue
         try:
             _connect(module, chained)
@@ -119,7 +130,7 @@ def unchain_(model: nn.Module) -> list[str]:
 def _connect(module: Any, chained: type[Chained]) -> None:
     chain: Any = chained.plan(module).train(module.training)
     chain.passed = chained.passed(module)  # found once: looking for children takes longer than looking for hooks
-    module.chain = chain
+    chained.keep(module, chain)
 
 
 def _unchain(module: Any) -> None:
