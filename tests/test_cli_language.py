@@ -316,6 +316,12 @@ def test_the_table_keeps_what_is_finished(
     assert all(line.split(" | ")[-3:] == ["           -", "          -", "       - |"] for line in lines[2:])
     monkeypatch.setattr(language_table, "quantize_folder", None)  # nothing is done twice
     assert table("--rows", *rows[:2]) == lines[:4]
+    int8 = table("--int8", "--rows", *rows[:2])
+    assert [int8[2], int8[3]] == lines[2:4] and int8[4].startswith("|   int8 activations ") and len(int8) == 5
+    exact, rounded = (float(line.split(" | ")[1]) for line in int8[3:])
+    assert exact != rounded and abs(exact - rounded) < 0.1 * exact
+    monkeypatch.setattr(language_table, "evaluate_folder", None)
+    assert table("--int8", "--rows", *rows[:2]) == int8
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         table("--plot", picture, "--rows", *rows)

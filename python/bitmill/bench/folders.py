@@ -23,9 +23,9 @@ from ..cli import cpu_name
 from ..convert import dequantize_
 from ..integrations.language import load_pretrained, read_pretrained
 from ..integrations.transformers import transformers
+from ..nn import PackedInt8Embedding, PackedInt8Linear
 from ..nn._module import PackedModule
 from ..ops.int8 import ACTIVATIONS
-from ..recipes.layerwise import decoder_blocks
 from ..timing import Sample, Spread, interleave
 from .language import DEFAULT_TOKENS, FLOAT32, STEPS, last_logits, rates, verified
 from .memory import STATUS, measure_folder
@@ -92,7 +92,6 @@ def _times(
     original: Any, group: Mapping[str, Path], ids: Tensor, seconds: float, progress: bool
 ) -> tuple[dict[str, Spread], dict[str, float]]:
     """The spreads of samples such as "NAME float prompt", and the errors of models such as "NAME float"."""
-    blocks, _ = decoder_blocks(original)
     samples: dict[str, Sample] = {}
     errors: dict[str, float] = {}
 
@@ -111,14 +110,16 @@ def _times(
         wanted = last_logits(weights, ids)
         del weights
         add(name, "float", model, wanted, lean=None)
-        if _takes_int8(model.get_submodule(blocks)):
+        if takes_int8(model):
             add(name, "int8", load_pretrained(folder, "int8").model, wanted, lean=None)
     with tqdm(desc=", ".join(group), unit=" rounds", leave=False, disable=None if progress else True) as bar:
         return interleave(samples, seconds, bar.update), errors
 
 
-def _takes_int8(blocks: nn.Module) -> bool:
-    layers = [layer for layer in blocks.modules() if isinstance(layer, PackedModule)]
+def takes_int8(model: nn.Module) -> bool:
+    """Whether packed layers besides 8-bit tables can round their activations to int8."""
+    tables = (PackedInt8Embedding, PackedInt8Linear)
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedModule) and not isinstance(layer, tables)]
     return any(layer.config.takes_activations("int8") for layer in layers)
 
 

@@ -5,8 +5,9 @@
         --out table
 
 Each row is a run of `bitmill quantize` in a folder of its own under `--out`, and of `bitmill eval`. What is finished is
-not done again, so a table that was stopped, or that gets more rows, goes on. `--speed` then measures tokens a second
-and peak memory of the rows, against the float32 model in the same run, and again whenever it is given.
+not done again, so a table that was stopped, or that gets more rows, goes on. `--int8` measures the perplexity with int8
+activations too, where layers can have them. `--speed` then measures tokens a second and peak memory of the rows,
+against the float32 model in the same run, and again whenever it is given.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from torch import nn
 
 from ... import FP4Config
 from ...bench.folders import measure as measure_folders
+from ...bench.folders import takes_int8
 from ...bench.language import DEFAULT_TOKENS, FLOAT32
 from ...integrations.language import read_pretrained
-from ..language_folder import Settings, evaluate_folder, quantize_folder
+from ..language_folder import Settings, evaluate_folder, open_folder, quantize_folder
 
 FRACTIONS = (50, 30, 20, 10, 5)
 PB_LLM: dict[str, dict[str, str]] = {
@@ -111,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--windows", type=int, default=64, help="windows to calibrate on")
     p.add_argument("--length", type=int, default=1024, help="tokens of every window")
     p.add_argument("--eval-windows", type=int, default=20, help="windows of the text to measure, one after another")
+    p.add_argument("--int8", action="store_true", help="measure perplexities with int8 activations too")
     p.add_argument(
         "--speed", action="store_true", help="measure speed and peak memory of the rows, or measure them again"
     )
@@ -136,6 +139,16 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     row = {"name": name, "asked": asked, **facts, **found}
     _write(args.out, row)
     return row
+
+
+def measure_int8(args: argparse.Namespace, row: dict[str, Any]) -> None:
+    """Put the perplexity with int8 activations into the row and its file, None where there is no choice of them."""
+    folder = args.out / row["name"]
+    row["int8_perplexity"] = None
+    if row["name"] != ORIGINAL and takes_int8(open_folder(folder).model):
+        found = evaluate_folder(folder, args.text, args.length, windows=args.eval_windows, activations="int8")
+        row["int8_perplexity"] = found["perplexity"]
+    _write(args.out, row)
 
 
 def _write(out: Path, row: dict[str, Any]) -> None:
@@ -181,18 +194,26 @@ def _join(cells: list[str], widths: list[int]) -> str:
 
 def _lines(row: dict[str, Any]) -> list[list[str]]:
     """The cells of the row, and those of a second line for int8 activations where they were measured."""
-    value, found = row["perplexity"], row.get("inference", {})
-    memory, int8 = found.get("memory"), found.get("int8")
+    found = row.get("inference", {})
+    memory, int8, int8_perplexity = found.get("memory"), found.get("int8"), row.get("int8_perplexity")
     line = [
         row["name"],
-        f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if math.isfinite(value) else "inf",
+        _perplexity(row["perplexity"]),
         f"{row['bits_per_weight']:.2f}",
         f"{row['file_bytes'] / 1e6:.1f}",
         f"{row['cpu_seconds'] / 60:.1f}" if row["cpu_seconds"] else "-",
         *_speeds(found.get("float")),
         f"{memory['peak'] / 1e6:,.0f}" if memory else "-",
     ]
-    return [line, ["  int8 activations", *[""] * 4, *_speeds(int8), ""]] if int8 else [line]
+    if not int8 and not int8_perplexity:
+        return [line]
+    return [line, ["  int8 activations", _perplexity(int8_perplexity), *[""] * 3, *_speeds(int8), ""]]
+
+
+def _perplexity(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if math.isfinite(value) else "inf"
 
 
 def _speeds(found: dict[str, Any] | None) -> list[str]:
@@ -258,6 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for name in args.rows:
         rows.append(measure(args, name))
+        if args.int8 and "int8_perplexity" not in rows[-1]:
+            measure_int8(args, rows[-1])
         report(rows[-1])
     if args.speed:
         measure_speeds(args, rows)
