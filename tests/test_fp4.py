@@ -247,36 +247,3 @@ def test_casts_of_any_shape_and_stride(shape: tuple[int, ...], dtype: torch.dtyp
             assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
         for kernel in (ops.e8m0_cast, fp4._e8m0_cast_reference):
             assert torch.equal(kernel(x, "up"), ops.e8m0_cast(x.contiguous(), "up"))
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("format", FORMATS)
-def test_fake_quant(format: str, dtype: torch.dtype) -> None:
-    x = (torch.randn(4, 33) * 3).to(dtype).requires_grad_()
-    scale = torch.tensor([[0.5], [0.3], [2.0], [1.0]])
-    largest = max(VALUES[format])
-    out = ops.fp4_fake_quant(x, format, scale)
-    z = x.detach().float() / scale
-    expected = ops.fp4_uncast(ops.fp4_cast(z, format), 33, format) * scale
-    assert torch.equal(bits(out.detach().float()), bits(expected.to(dtype).float()))
-    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
-    assert torch.equal(grad, (z.abs() <= largest).to(dtype)) and grad.dtype == dtype
-    special = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    assert ops.fp4_fake_quant(special, format, 0.5)[1:].tolist() == [largest / 2, -largest / 2]
-    assert ops.fp4_fake_quant(special, format, 0.5)[0].isnan()
-    assert ops.fp4_fake_quant(torch.tensor(1.0), format, 1.0).shape == ()
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_fake_quant_lets_the_largest_weight_learn(format: str) -> None:
-    amax = torch.rand(10_000, 1).add(0.1).requires_grad_()  # amax / (amax / largest) may round above largest
-    ops.fp4_fake_quant(amax, format, amax.detach() / max(VALUES[format])).sum().backward()
-    assert amax.grad.eq(1).all()
-
-
-def test_mxfp4_fake_quant() -> None:
-    x = torch.randn(3, 50).requires_grad_()
-    out = ops.mxfp4_fake_quant(x, "rceil")
-    assert torch.equal(out, ops.mxfp4_dequantize(*ops.mxfp4_quantize(x.detach(), "rceil"), 50))
-    out.sum().backward()
-    assert x.grad.eq(1).all()

@@ -30,11 +30,26 @@ ScaleRule scale_rule_of(const char* op, const std::string& rule) {
   fail(op, ": scale_rule must be \"floor\", \"rceil\", \"ceil\" or \"even\", got \"", rule, "\"");
 }
 
-Tensor fp4_cast_cpu(Tensor x, std::string format, std::string nan) {
+Rounding rounding_of(const char* op, const std::string& rounding) {
+  if (rounding == "nearest_even") return Rounding::nearest_even;
+  if (rounding == "stochastic") return Rounding::stochastic;
+  if (rounding == "toward_zero") return Rounding::toward_zero;
+  if (rounding == "half_away") return Rounding::half_away;
+  fail(op, ": rounding must be \"nearest_even\", \"stochastic\", \"toward_zero\" or \"half_away\", got \"", rounding,
+       "\"");
+}
+
+RandomStream stream_of(int64_t seed, int64_t offset) {
+  return {static_cast<uint64_t>(seed), static_cast<uint64_t>(offset)};
+}
+
+Tensor fp4_cast_cpu(Tensor x, std::string format, std::string nan, std::string rounding, int64_t seed, int64_t offset) {
   const char* op = "fp4_cast";
   Fp4CastParams p;
   p.format = format_of(op, format);
   p.nan = nan_policy_of(op, nan);
+  p.rounding = rounding_of(op, rounding);
+  p.random = stream_of(seed, offset);
   const Rows rows = rows_of(op, x);
   const Tensor packed = new_tensor(with_last(rows.leading, ceil_div(rows.k, 2)), ScalarType::Byte);
   p.x = rows.x.const_data_ptr();
@@ -92,10 +107,13 @@ Tensor e8m0_uncast_cpu(Tensor codes) {
   return values;
 }
 
-std::tuple<Tensor, Tensor> mxfp4_quantize_cpu(Tensor x, std::string scale_rule) {
+std::tuple<Tensor, Tensor> mxfp4_quantize_cpu(Tensor x, std::string scale_rule, std::string rounding, int64_t seed,
+                                              int64_t offset) {
   const char* op = "mxfp4_quantize";
   Mxfp4QuantizeParams p;
   p.rule = scale_rule_of(op, scale_rule);
+  p.rounding = rounding_of(op, rounding);
+  p.random = stream_of(seed, offset);
   const Rows rows = rows_of(op, x);
   const Tensor packed = new_tensor(with_last(rows.leading, ceil_div(rows.k, 2)), ScalarType::Byte);
   const Tensor scale = new_tensor(with_last(rows.leading, ceil_div(rows.k, kMxBlock)), ScalarType::Byte);

@@ -11,6 +11,7 @@
 
 #include "floats.h"
 #include "parallel.h"
+#include "philox.h"
 #include "status.h"
 
 namespace bitmill {
@@ -31,6 +32,14 @@ enum class NanPolicy {
   error  // the cast answers Status::bad_argument
 };
 
+// Which of the two values around it a magnitude is cast to. Above the largest value it is that one, always.
+enum class Rounding {
+  nearest_even,  // the nearer one; ties as fp4_steps says
+  stochastic,    // the upper one with probability (magnitude - lower) / (upper - lower): fp4_round_up
+  toward_zero,   // the lower one
+  half_away      // the nearer one, or of two equally near the upper one
+};
+
 // How the scale 2^E of an MXFP4 block follows from its largest magnitude.
 enum class ScaleRule {
   floor,  // floor(log2 amax) - 2, the OCP text: magnitudes above 6 * 2^E saturate
@@ -45,10 +54,12 @@ struct Fp4CastParams {
   int64_t m = 0, k = 0, row_stride = 0;
   Fp4Format format = kE2M1;
   NanPolicy nan = NanPolicy::max;
+  Rounding rounding = Rounding::nearest_even;
+  RandomStream random = {};   // of Rounding::stochastic; element i, j is i * k + j
   uint8_t* packed = nullptr;  // [m, ceil(k / 2)]
   ParallelFor parallel_for = serial_for;
 };
-// Round to nearest, ties as fp4_steps says, saturating. Answers bad_argument for a NaN under NanPolicy::error.
+// Answers bad_argument for a NaN under NanPolicy::error.
 Status fp4_cast(const Fp4CastParams& params);
 Status fp4_uncast(const uint8_t* packed, int64_t m, int64_t k, Fp4Format format, float* values,
                   ParallelFor parallel_for = serial_for);
@@ -62,8 +73,10 @@ struct Mxfp4QuantizeParams {
   Dtype dtype = Dtype::f32;
   int64_t m = 0, k = 0, row_stride = 0;
   ScaleRule rule = ScaleRule::floor;
-  uint8_t* packed = nullptr;  // [m, ceil(k / 2)], E2M1
-  uint8_t* scale = nullptr;   // [m, ceil(k / 32)], E8M0
+  Rounding rounding = Rounding::nearest_even;  // of the codes
+  RandomStream random = {};                    // of Rounding::stochastic; element i, j is i * k + j
+  uint8_t* packed = nullptr;                   // [m, ceil(k / 2)], E2M1
+  uint8_t* scale = nullptr;                    // [m, ceil(k / 32)], E8M0
   ParallelFor parallel_for = serial_for;
 };
 // A block with a NaN or an infinity has scale 255 (NaN) and codes 0.
@@ -122,18 +135,21 @@ static constexpr Fp4Magnitude fp4_magnitude(Fp4Format format, int index) {
           std::bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23)};
 }
 
-// first[i]: the smallest bits of a float magnitude that are cast to index i + 1 or above. The middle of two values goes
-// to the even one of the two integers in the lower value's binade. With a mantissa that is IEEE's rule; E3M0's integers
-// are 0, 1, 2 and then 1, 2 in each binade, so all its ties but the first go up (LLM-FP4, quantiser).
+// first[i]: the smallest bits of a float magnitude that are cast to index i + 1 or above; for Rounding::stochastic, to
+// index i + 1 before fp4_round_up. With nearest_even the middle of two values goes to the even one of the two integers
+// in the lower value's binade. With a mantissa that is IEEE's rule; E3M0's integers are 0, 1, 2 and then 1, 2 in each
+// binade, so all its ties but the first go up (LLM-FP4, quantiser).
 struct Fp4Steps {
   uint32_t first[7];
 };
-static constexpr Fp4Steps fp4_steps(Fp4Format format) {
+static constexpr Fp4Steps fp4_steps(Fp4Format format, Rounding rounding = Rounding::nearest_even) {
+  const bool nearest = rounding == Rounding::nearest_even || rounding == Rounding::half_away;
   Fp4Steps steps{};
   for (int i = 0; i < 7; ++i) {
     const Fp4Magnitude below = fp4_magnitude(format, i);
-    const float middle = below.unit * (static_cast<float>(below.integer) + 0.5f);
-    steps.first[i] = std::bit_cast<uint32_t>(middle) + (below.integer % 2 == 0 ? 1u : 0u);
+    const float step = below.unit * (static_cast<float>(below.integer) + (nearest ? 0.5f : 1.0f));
+    const bool tie_goes_down = rounding == Rounding::nearest_even && below.integer % 2 == 0;
+    steps.first[i] = std::bit_cast<uint32_t>(step) + (tie_goes_down ? 1u : 0u);
   }
   return steps;
 }
@@ -166,6 +182,31 @@ static inline uint32_t fp4_code(uint32_t bits, const Fp4Steps& steps) {
   uint32_t index = 0;
   for (const uint32_t first : steps.first) index += magnitude >= first ? 1u : 0u;
   return ((bits >> 28) & 8u) | index;
+}
+
+// Of each index: its value, and 2^32 / the distance to the next one, which is one unit.
+struct Fp4Distances {
+  float value[8], inverse[8];
+};
+static constexpr Fp4Distances fp4_distances(Fp4Format format) {
+  Fp4Distances distances{};
+  for (int i = 0; i < 8; ++i) {
+    const Fp4Magnitude magnitude = fp4_magnitude(format, i);
+    distances.value[i] = magnitude.unit * static_cast<float>(magnitude.integer);
+    distances.inverse[i] = 0x1p32f / magnitude.unit;
+  }
+  return distances;
+}
+
+// Stochastic rounding of any float but NaN, from its code toward zero: the next code if
+//   floor(2^32 (|x| - value) / distance) + random >= 2^32.
+// The difference and the product are exact, so the probability is too, but for what lies below 2^-32.
+static inline uint32_t fp4_round_up(uint32_t code, uint32_t bits, const Fp4Distances& distances, uint32_t random) {
+  const uint32_t index = code & 7u;
+  if (index == 7) return code;
+  const float above = std::bit_cast<float>(bits & 0x7FFFFFFFu) - distances.value[index];
+  const uint32_t chance = static_cast<uint32_t>(above * distances.inverse[index]);
+  return code + (chance + random < chance ? 1u : 0u);  // the sum has a carry
 }
 
 // log2 of a finite magnitude plus 127, rounded, in 0 ... 255 (255: a magnitude above 2^127 rounded up).
@@ -219,12 +260,14 @@ namespace detail {
 // Rows [begin, end) each. A cast answers whether there was a NaN.
 bool fp4_cast_rows_generic(const Fp4CastParams& params, int64_t begin, int64_t end);
 bool fp4_cast_rows_avx512(const Fp4CastParams& params, int64_t begin, int64_t end);
+bool fp4_cast_rows_stochastic_avx512(const Fp4CastParams& params, int64_t begin, int64_t end);
 void fp4_uncast_rows_generic(const uint8_t* packed, int64_t k, Fp4Format format, float* values, int64_t begin,
                              int64_t end);
 void fp4_uncast_rows_avx512(const uint8_t* packed, int64_t k, Fp4Format format, float* values, int64_t begin,
                             int64_t end);
 void mxfp4_quantize_rows_generic(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
 void mxfp4_quantize_rows_avx512(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
+void mxfp4_quantize_rows_stochastic_avx512(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
 void mxfp4_dequantize_rows_generic(const uint8_t* packed, const uint8_t* scale, int64_t k, float* values, int64_t begin,
                                    int64_t end);
 void mxfp4_dequantize_rows_avx512(const uint8_t* packed, const uint8_t* scale, int64_t k, float* values, int64_t begin,

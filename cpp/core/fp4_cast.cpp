@@ -20,7 +20,10 @@ uint32_t nibble(const uint8_t* packed, int64_t column) { return (packed[column /
 
 template <class T>
 bool cast_rows(const Fp4CastParams& p, const T* x, int64_t begin, int64_t end) {
-  const Fp4Steps steps = fp4_steps(p.format);
+  const Fp4Steps steps = fp4_steps(p.format, p.rounding);
+  const Fp4Distances distances = fp4_distances(p.format);
+  const bool stochastic = p.rounding == Rounding::stochastic;
+  RandomWords random(p.random);
   const uint32_t nan_code = p.nan == NanPolicy::max ? 7 : 0;
   const int64_t bytes = ceil_div(p.k, 2);
   bool any_nan = false;
@@ -31,7 +34,9 @@ bool cast_rows(const Fp4CastParams& p, const T* x, int64_t begin, int64_t end) {
       const uint32_t bits = std::bit_cast<uint32_t>(to_float(input[column]));
       const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
       any_nan |= nan;
-      return nan ? nan_code : fp4_code(bits, steps);
+      if (nan) return nan_code;
+      const uint32_t code = fp4_code(bits, steps);
+      return stochastic ? fp4_round_up(code, bits, distances, random(row * p.k + column)) : code;
     };
     for (int64_t i = 0; i < bytes; ++i) {
       p.packed[row * bytes + i] = static_cast<uint8_t>(code(2 * i) | (code(2 * i + 1) << 4));
@@ -42,7 +47,10 @@ bool cast_rows(const Fp4CastParams& p, const T* x, int64_t begin, int64_t end) {
 
 template <class T>
 void quantize_rows(const Mxfp4QuantizeParams& p, const T* x, int64_t begin, int64_t end) {
-  constexpr Fp4Steps steps = fp4_steps(kE2M1);
+  constexpr Fp4Distances distances = fp4_distances(kE2M1);
+  const Fp4Steps steps = fp4_steps(kE2M1, p.rounding);
+  const bool stochastic = p.rounding == Rounding::stochastic;
+  RandomWords random(p.random);
   const int64_t blocks = ceil_div(p.k, kMxBlock), bytes = ceil_div(p.k, 2);
   for (int64_t row = begin; row < end; ++row) {
     const T* input = x + row * p.row_stride;
@@ -56,7 +64,9 @@ void quantize_rows(const Mxfp4QuantizeParams& p, const T* x, int64_t begin, int6
       const float inverse = std::bit_cast<float>((254u - std::min<uint32_t>(scale, 253u)) << 23);
       const auto code = [&](int64_t column) -> uint32_t {
         if (column >= last || scale == 255) return 0;
-        return fp4_code(std::bit_cast<uint32_t>(to_float(input[column]) * inverse), steps);
+        const uint32_t bits = std::bit_cast<uint32_t>(to_float(input[column]) * inverse);
+        const uint32_t code = fp4_code(bits, steps);
+        return stochastic ? fp4_round_up(code, bits, distances, random(row * p.k + column)) : code;
       };
       for (int64_t j = first; j < last; j += 2) {
         p.packed[row * bytes + j / 2] = static_cast<uint8_t>(code(j) | (code(j + 1) << 4));
@@ -121,7 +131,7 @@ struct CastKernels {
   double nanoseconds;  // a value, roughly
 };
 
-const CastKernels& cast_kernels() {
+const CastKernels& cast_kernels(Rounding rounding = Rounding::nearest_even) {
   using namespace detail;
 #ifdef BITMILL_AVX512
   static constexpr CastKernels kAvx512{fp4_cast_rows_avx512,
@@ -131,7 +141,14 @@ const CastKernels& cast_kernels() {
                                        e8m0_cast_avx512,
                                        e8m0_uncast_avx512,
                                        0.2};
-  if (selected() == InstructionSet::avx512) return kAvx512;
+  static constexpr CastKernels kStochastic{fp4_cast_rows_stochastic_avx512,
+                                           fp4_uncast_rows_avx512,
+                                           mxfp4_quantize_rows_stochastic_avx512,
+                                           mxfp4_dequantize_rows_avx512,
+                                           e8m0_cast_avx512,
+                                           e8m0_uncast_avx512,
+                                           0.6};
+  if (selected() == InstructionSet::avx512) return rounding == Rounding::stochastic ? kStochastic : kAvx512;
 #endif
   static constexpr CastKernels kGeneric{fp4_cast_rows_generic,
                                         fp4_uncast_rows_generic,
@@ -147,7 +164,7 @@ const CastKernels& cast_kernels() {
 
 Status fp4_cast(const Fp4CastParams& p) {
   if (!valid_size(p.m, p.k)) return Status::bad_size;
-  const CastKernels& kernels = cast_kernels();
+  const CastKernels& kernels = cast_kernels(p.rounding);
   std::atomic<bool> any_nan = false;
   split(p.parallel_for, p.m, static_cast<double>(p.k) * kernels.nanoseconds, [&](int64_t begin, int64_t end) {
     if (kernels.cast(p, begin, end)) any_nan = true;
@@ -178,7 +195,7 @@ Status e8m0_uncast(const uint8_t* bytes, int64_t count, float* values) {
 
 Status mxfp4_quantize(const Mxfp4QuantizeParams& p) {
   if (!valid_size(p.m, p.k)) return Status::bad_size;
-  const CastKernels& kernels = cast_kernels();
+  const CastKernels& kernels = cast_kernels(p.rounding);
   split(p.parallel_for, p.m, static_cast<double>(p.k) * kernels.nanoseconds,
         [&](int64_t begin, int64_t end) { kernels.quantize(p, begin, end); });
   return Status::ok;

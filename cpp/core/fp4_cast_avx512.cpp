@@ -50,7 +50,7 @@ void uncast_row(__m512 table, const uint8_t* packed, int64_t k, float* values) {
 
 bool fp4_cast_rows_avx512(const Fp4CastParams& p, int64_t begin, int64_t end) {
   return with_dtype(p.dtype, p.x, [&]<class T>(const T* x) {
-    const Fp4Caster caster = make_caster<T>(p.format, p.nan);
+    const Fp4Caster caster = make_caster<T>(p.format, p.nan, p.rounding);
     const RowsAsOne rows = rows_as_one(begin, end, p.k, p.k % 2 == 0 && p.row_stride == p.k);
     bool any_nan = false;
     for (int64_t row = begin; row < rows.end; ++row) {

@@ -15,7 +15,7 @@ namespace bitmill::detail {
 inline constexpr int64_t kCastBlock = 128;  // values that make one vector of codes
 
 struct Fp4Caster {
-  __m512i low, high;  // codes of the words `lowest`, `lowest` + 1, ...
+  __m512i low, high;  // codes of the words `lowest`, the last one of code 0, `lowest` + 1, ...
   __m512i magnitude;  // mask of a word's magnitude
   __m512i lowest, infinity, nan_word;
   __m512i order;           // of pairs of codes
@@ -35,24 +35,25 @@ static inline __m512i pair_order(bool floats) {
 }
 
 template <class T>
-static inline Fp4Caster make_caster(Fp4Format format, NanPolicy nan) {
+static inline Fp4Caster make_caster(Fp4Format format, NanPolicy nan, Rounding rounding) {
   constexpr int width = 8 * sizeof(T);
   constexpr int mantissa_bits = std::is_same_v<T, float> ? 23 : std::is_same_v<T, BFloat16> ? 7 : 10;
   constexpr int bias = std::is_same_v<T, Float16> ? 15 : 127;
   const auto all = [](uint32_t word) { return _mm512_set1_epi16(static_cast<short>(word)); };
-  const Fp4Steps steps = fp4_steps(format);
-  const uint32_t first = steps.first[0] >> 23;  // codes above 0 begin above this power of two
+  const Fp4Steps steps = fp4_steps(format, rounding);
   const int fraction = format.mantissa_bits + 1 + 1;
+  const uint32_t below = (1u << (23 - fraction)) - 1;  // of a float, what its word has as one bit
+  const uint32_t lowest = ((steps.first[0] | ((steps.first[0] & below) + below)) >> (23 - fraction)) - 1;
   alignas(64) uint16_t table[64];
   for (uint32_t i = 0; i < 64; ++i) {
-    table[i] = static_cast<uint16_t>(fp4_code((first << 23) + (i << (23 - fraction)), steps));
+    table[i] = static_cast<uint16_t>(fp4_code((lowest + i) << (23 - fraction), steps));
   }
   const int shift = mantissa_bits - fraction;
   const uint32_t magnitude = (1u << (width - 1 - shift)) - 1, exponents = (1u << (width - 1 - mantissa_bits)) - 1;
   return {_mm512_load_si512(table),
           _mm512_load_si512(table + 32),
           all(magnitude),
-          all((first - 127 + bias) << fraction),
+          all(lowest - ((127 - bias) << fraction)),
           all(exponents << fraction),
           all(nan == NanPolicy::max ? magnitude : 0),
           pair_order(std::is_same_v<T, float>),

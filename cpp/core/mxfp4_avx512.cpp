@@ -100,7 +100,7 @@ void dequantize_row(__m512 table, const uint8_t* packed, const uint8_t* scale, i
 }  // namespace
 
 void mxfp4_quantize_rows_avx512(const Mxfp4QuantizeParams& p, int64_t begin, int64_t end) {
-  const Fp4Caster caster = make_caster<float>(kE2M1, NanPolicy::zero);
+  const Fp4Caster caster = make_caster<float>(kE2M1, NanPolicy::zero, p.rounding);
   const RowsAsOne rows = rows_as_one(begin, end, p.k, p.k % kMxBlock == 0 && p.row_stride == p.k);
   with_dtype(p.dtype, p.x, [&](const auto* x) {
     for (int64_t row = begin; row < rows.end; ++row) {

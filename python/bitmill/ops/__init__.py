@@ -20,12 +20,11 @@ from .fp4 import (
     e8m0_cast,
     e8m0_uncast,
     fp4_cast,
-    fp4_fake_quant,
     fp4_uncast,
     mxfp4_dequantize,
-    mxfp4_fake_quant,
     mxfp4_quantize,
 )
+from .fp4_fake_quant import fp4_fake_quant, mxfp4_fake_quant
 from .fp4_linear import fp4_linear, fp4_weight
 from .fpq import fpq_bias, fpq_dequantize, fpq_quantize, fpq_scale
 from .int8 import int8_fake_quant, int8_quantize

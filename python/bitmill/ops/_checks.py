@@ -53,6 +53,14 @@ def check_rows(op: str, x: Tensor, name: str = "x") -> int:
     return k
 
 
+def check_broadcast(op: str, name: str, t: Tensor, shape: Sequence[int]) -> None:
+    sizes = zip(reversed(t.shape), reversed(shape), strict=False)
+    require(
+        t.dim() <= len(shape) and all(own in (1, size) for own, size in sizes),
+        f"{op}: {name} must broadcast to shape {list(shape)}, got {list(t.shape)}",
+    )
+
+
 def check_one_of(op: str, name: str, value: str, allowed: Sequence[str]) -> None:
     choices = ", ".join(f'"{a}"' for a in allowed[:-1]) + f' or "{allowed[-1]}"'
     require(value in allowed, f'{op}: {name} must be {choices}, got "{value}"')

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""4-bit floats: casts to packed codes and back, E8M0 scales, MXFP4 blocks, and fake quantisation for training.
+"""4-bit floats: casts to packed codes and back, E8M0 scales, MXFP4 blocks.
 
 Magnitudes: e2m1 0 .5 1 1.5 2 3 4 6;  e1m2 0 .5 1 1.5 2 2.5 3 3.5;  e3m0 0 .25 .5 1 2 4 8 16. A code is the sign in bit
-3 and the index of the magnitude in bits 2..0. fp4_cast rounds to nearest and saturates; a tie goes to the even integer
-x / s, s = 2^(exponent - mantissa bits), which in e3m0 sends every tie but the first up (LLM-FP4's quantiser).
+3 and the index of the magnitude in bits 2..0. Casts saturate. Between two magnitudes, lower and upper, `rounding` is
+  nearest_even: the nearer one; a tie goes to the even integer x / s, s = 2^(exponent - mantissa bits), which in e3m0
+    sends every tie but the first up (LLM-FP4's quantiser);   half_away: the nearer one, a tie to the upper;
+  toward_zero: the lower one;   stochastic: the upper one with probability p = (|x| - lower) / (upper - lower), that is
+    where floor(2^32 p) + r >= 2^32, r the element's random number of 32 bits.
+r is word e % 4 of Philox4x32-10 with the counter words (e / 4, lower and upper half; offset, lower and upper half) and
+the key (seed, lower and upper half), e the element's index in row-major order: the same for any threads and device.
 Packed rows: uint8 [..., ceil(k / 2)], element 0 in the low nibble, an odd k padded with code 0.
 E8M0: byte e is 2^(e - 127), 255 is NaN.  MXFP4: value = 2^(byte - 127) e2m1, one byte for 32 columns, where the byte is
   floor: floor(log2 amax) - 2 + 127 (the OCP text);  ceil: ceil(log2 amax) - 2 + 127;
@@ -12,17 +17,14 @@ E8M0: byte e is 2^(e - 127), 255 is NaN.  MXFP4: value = 2^(byte - 127) e2m1, on
 
 from __future__ import annotations
 
-import struct
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from . import _library as library
 from ._checks import FLOATS, MAX_COLUMNS, ceil_div, check_one_of, check_rows, check_tensor, require
+from ._fp4_codes import FORMATS, ROUNDINGS, codes, magnitudes, stochastic_words
 from ._groups import columns_of_groups
 
-FORMATS = {"e2m1": (2, 1, 1), "e1m2": (1, 2, 0), "e3m0": (3, 0, 3)}  # exponent bits, mantissa bits, bias
 # bitsandbytes: quantiles of a normal distribution, and 0, 1/16, 8, 12, 4, 6, 2, 3 twelfths with both signs (not E2M1).
 CODEBOOKS = {
     "nf4": (
@@ -43,20 +45,13 @@ SCALE_RULES = ("floor", "rceil", "ceil", "even")
 MX_BLOCK = 32
 _INFINITY = 0x7F800000  # as the bits of a float32 magnitude; NaN lies above
 
-library.define("fp4_cast", '(Tensor x, str format="e2m1", str nan="max") -> Tensor')
+_ROUNDING = 'str rounding="nearest_even", SymInt seed=0, SymInt offset=0'
+library.define("fp4_cast", f'(Tensor x, str format="e2m1", str nan="max", {_ROUNDING}) -> Tensor')
 library.define("fp4_uncast", '(Tensor packed, int k, str format="e2m1") -> Tensor')
 library.define("e8m0_cast", '(Tensor x, str rounding="down") -> Tensor')
 library.define("e8m0_uncast", "(Tensor codes) -> Tensor")
-library.define("mxfp4_quantize", '(Tensor x, str scale_rule="floor") -> (Tensor packed, Tensor scale)')
+library.define("mxfp4_quantize", f'(Tensor x, str scale_rule="floor", {_ROUNDING}) -> (Tensor packed, Tensor scale)')
 library.define("mxfp4_dequantize", "(Tensor packed, Tensor scale, int k) -> Tensor")
-
-
-def _magnitudes(format: str) -> list[tuple[int, float]]:
-    """Each magnitude as an integer number of units, the units of its binade."""
-    _, mantissa_bits, bias = FORMATS[format]
-    hidden = 1 << mantissa_bits
-    fields = [divmod(index, hidden) for index in range(8)]
-    return [(m + hidden * (e > 0), 2.0 ** (max(e, 1) - bias - mantissa_bits)) for e, m in fields]
 
 
 def code_values(format: str) -> tuple[float, ...]:
@@ -64,23 +59,8 @@ def code_values(format: str) -> tuple[float, ...]:
     check_one_of("code_values", "format", format, (*FORMATS, *CODEBOOKS))
     if format in CODEBOOKS:
         return CODEBOOKS[format]
-    values = [integer * unit for integer, unit in _magnitudes(format)]
+    values = [integer * unit for integer, unit in magnitudes(format)]
     return (*values, *(-value for value in values))
-
-
-def _steps(format: str) -> list[int]:
-    """Bits of the smallest float32 magnitude that is cast to index 1, 2, ... 7; cpp/core/fp4.h gives the tie rule."""
-    middles = [(integer, (integer + 0.5) * unit) for integer, unit in _magnitudes(format)[:7]]
-    return [struct.unpack("I", struct.pack("f", value))[0] + (integer % 2 == 0) for integer, value in middles]
-
-
-def _codes(x: Tensor, format: str) -> Tensor:
-    """Codes of float32 values, as int32; NaN becomes 7."""
-    x = x.contiguous()
-    bits = x.view(torch.int32)
-    steps = torch.tensor(_steps(format), dtype=torch.int32, device=x.device)
-    index = torch.bucketize(bits & 0x7FFFFFFF, steps, right=True, out_int32=True)
-    return torch.where(x.isnan(), 7, index + 8 * (bits < 0).int())
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -92,6 +72,12 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor, k: int) -> Tensor:
     """Packed rows to codes: uint8 [..., ceil(k / 2)] to uint8 [..., k]."""
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :k]
+
+
+def to_blocks(x: Tensor, size: int) -> Tensor:
+    """[..., k] to [..., ceil(k / size), size], filled with zeros."""
+    k = x.shape[-1]
+    return torch.nn.functional.pad(x, (0, -k % size)).unflatten(-1, (ceil_div(k, size), size))
 
 
 def table(format: str, device: torch.device) -> Tensor:
@@ -118,14 +104,17 @@ def _scale_bytes(amax: Tensor, scale_rule: str) -> Tensor:
 
 
 @library.default("fp4_cast")
-def _fp4_cast_reference(x: Tensor, format: str = "e2m1", nan: str = "max") -> Tensor:
-    _check_fp4_cast(x, format, nan)
+def _fp4_cast_reference(
+    x: Tensor, format: str = "e2m1", nan: str = "max", rounding: str = "nearest_even", seed: int = 0, offset: int = 0
+) -> Tensor:
+    _check_fp4_cast(x, format, nan, rounding)
     values = x.float()
     require(
         nan != "error" or not values.isnan().any(),
         'fp4_cast: x must not have a NaN with nan="error", got at least one; remove it, or pass nan="max" or "zero"',
     )
-    return pack_nibbles(_codes(values.nan_to_num(0.0, torch.inf, -torch.inf) if nan == "zero" else values, format))
+    values = values.nan_to_num(0.0, torch.inf, -torch.inf) if nan == "zero" else values
+    return pack_nibbles(codes(values, format, rounding, stochastic_words(x, rounding, seed, offset)))
 
 
 @library.default("fp4_uncast")
@@ -151,15 +140,19 @@ def _e8m0_uncast_reference(codes: Tensor) -> Tensor:
 
 
 @library.default("mxfp4_quantize")
-def _mxfp4_quantize_reference(x: Tensor, scale_rule: str = "floor") -> tuple[Tensor, Tensor]:
-    _check_mxfp4_quantize(x, scale_rule)
+def _mxfp4_quantize_reference(
+    x: Tensor, scale_rule: str = "floor", rounding: str = "nearest_even", seed: int = 0, offset: int = 0
+) -> tuple[Tensor, Tensor]:
+    _check_mxfp4_quantize(x, scale_rule, rounding)
     k = x.shape[-1]
-    padded = torch.nn.functional.pad(x.float(), (0, -k % MX_BLOCK)).contiguous()
-    blocks = padded.unflatten(-1, (ceil_div(k, MX_BLOCK), MX_BLOCK))
+    blocks = to_blocks(x.float(), MX_BLOCK).contiguous()
+    words = stochastic_words(x, rounding, seed, offset)
+    words = None if words is None else to_blocks(words, MX_BLOCK)
     byte = _scale_bytes((blocks.view(torch.int32) & 0x7FFFFFFF).amax(-1), scale_rule)
     inverse = ((254 - byte.clamp_max(253)) << 23).view(torch.float32)  # exact: a finite block has at most byte 253
-    codes = torch.where(byte.unsqueeze(-1) == 255, 0, _codes(blocks * inverse.unsqueeze(-1), "e2m1"))
-    return pack_nibbles(codes.flatten(-2)[..., :k]), byte.to(torch.uint8)
+    code = codes(blocks * inverse.unsqueeze(-1), "e2m1", rounding, words)
+    code = torch.where(byte.unsqueeze(-1) == 255, 0, code)
+    return pack_nibbles(code.flatten(-2)[..., :k]), byte.to(torch.uint8)
 
 
 @library.default("mxfp4_dequantize")
@@ -168,9 +161,10 @@ def _mxfp4_dequantize_reference(packed: Tensor, scale: Tensor, k: int) -> Tensor
     return _fp4_uncast_reference(packed, k) * columns_of_groups(_e8m0_uncast_reference(scale), k, MX_BLOCK)
 
 
-def _check_fp4_cast(x: Tensor, format: str, nan: str) -> None:
+def _check_fp4_cast(x: Tensor, format: str, nan: str, rounding: str) -> None:
     check_one_of("fp4_cast", "format", format, tuple(FORMATS))
     check_one_of("fp4_cast", "nan", nan, NAN_POLICIES)
+    check_one_of("fp4_cast", "rounding", rounding, ROUNDINGS)
     check_rows("fp4_cast", x)
 
 
@@ -197,8 +191,9 @@ def _check_e8m0_uncast(codes: Tensor) -> None:
     check_tensor("e8m0_uncast", "codes", codes, torch.uint8, codes.shape, codes)
 
 
-def _check_mxfp4_quantize(x: Tensor, scale_rule: str) -> None:
+def _check_mxfp4_quantize(x: Tensor, scale_rule: str, rounding: str) -> None:
     check_one_of("mxfp4_quantize", "scale_rule", scale_rule, SCALE_RULES)
+    check_one_of("mxfp4_quantize", "rounding", rounding, ROUNDINGS)
     check_rows("mxfp4_quantize", x)
 
 
@@ -213,8 +208,10 @@ def short_name(dtype: torch.dtype) -> str:
 
 
 @torch.library.register_fake("bitmill::fp4_cast")
-def _(x: Tensor, format: str = "e2m1", nan: str = "max") -> Tensor:
-    _check_fp4_cast(x, format, nan)
+def _(
+    x: Tensor, format: str = "e2m1", nan: str = "max", rounding: str = "nearest_even", seed: int = 0, offset: int = 0
+) -> Tensor:
+    _check_fp4_cast(x, format, nan, rounding)
     return x.new_empty((*x.shape[:-1], ceil_div(x.shape[-1], 2)), dtype=torch.uint8)
 
 
@@ -237,8 +234,10 @@ def _(codes: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("bitmill::mxfp4_quantize")
-def _(x: Tensor, scale_rule: str = "floor") -> tuple[Tensor, Tensor]:
-    _check_mxfp4_quantize(x, scale_rule)
+def _(
+    x: Tensor, scale_rule: str = "floor", rounding: str = "nearest_even", seed: int = 0, offset: int = 0
+) -> tuple[Tensor, Tensor]:
+    _check_mxfp4_quantize(x, scale_rule, rounding)
     *leading, k = x.shape
     packed = x.new_empty((*leading, ceil_div(k, 2)), dtype=torch.uint8)
     return packed, x.new_empty((*leading, ceil_div(k, MX_BLOCK)), dtype=torch.uint8)
@@ -250,45 +249,24 @@ def _(packed: Tensor, scale: Tensor, k: int) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], k), dtype=torch.float32)
 
 
-class _FakeQuant(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor | float, format: str) -> Tensor:
-        z = torch.atleast_1d(x.float() / scale)
-        values = fp4_uncast(fp4_cast(z, format), z.shape[-1], format)
-        # The division rounds: amax / (amax / largest) may come out a unit in the last place above `largest`.
-        largest = max(code_values(format)) * (1 + 2**-23)
-        ctx.save_for_backward((z.abs() <= largest).view(x.shape))
-        return (torch.where(z.isnan(), z, values).view(x.shape) * scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (inside,) = ctx.saved_tensors
-        return grad * inside, None, None
-
-
-class _Mxfp4FakeQuant(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale_rule: str) -> Tensor:
-        return mxfp4_dequantize(*mxfp4_quantize(x, scale_rule), x.shape[-1]).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, None
-
-
-def fp4_cast(x: Tensor, format: str = "e2m1", nan: str = "max") -> Tensor:
-    """Cast to the nearest FP4 codes, saturating, two a byte; the module's docstring gives values and ties.
+def fp4_cast(
+    x: Tensor, format: str = "e2m1", nan: str = "max", rounding: str = "nearest_even", seed: int = 0, offset: int = 0
+) -> Tensor:
+    """Cast to FP4 codes, saturating, two a byte; the module's docstring gives values and roundings.
 
     Args:
         x: float32, bfloat16 or float16 [..., k].
         format: "e2m1", "e1m2" or "e3m0".
         nan: what NaN becomes: "max" code 7 for both signs (as cuda_fp4.h), "zero" code 0, "error" a ValueError.
+        rounding: "nearest_even", "stochastic", "toward_zero" or "half_away".
+        seed, offset: int64, of the random numbers for "stochastic"; another offset (of every step of a training, say)
+            gives independent ones.
     Returns:
         uint8 [..., ceil(k / 2)].
     Raises:
         ValueError: for another dtype, a scalar, unknown names, or a NaN with nan="error".
     """
-    return torch.ops.bitmill.fp4_cast.default(x, format, nan)
+    return torch.ops.bitmill.fp4_cast.default(x, format, nan, rounding, seed, offset)
 
 
 def fp4_uncast(packed: Tensor, k: int, format: str = "e2m1") -> Tensor:
@@ -306,35 +284,24 @@ def e8m0_uncast(codes: Tensor) -> Tensor:
     return torch.ops.bitmill.e8m0_uncast.default(codes)
 
 
-def mxfp4_quantize(x: Tensor, scale_rule: str = "floor") -> tuple[Tensor, Tensor]:
+def mxfp4_quantize(
+    x: Tensor, scale_rule: str = "floor", rounding: str = "nearest_even", seed: int = 0, offset: int = 0
+) -> tuple[Tensor, Tensor]:
     """Quantise to MXFP4 in blocks of 32 along the last dimension; a partial block counts as filled with zeros.
 
     Args:
         x: float32, bfloat16 or float16 [..., k].
         scale_rule: "floor", "rceil", "ceil" or "even" (see the module's docstring).
+        rounding, seed, offset: of the codes, as of `fp4_cast`; element indices are those of x.
     Returns:
         packed: uint8 [..., ceil(k / 2)], E2M1 codes.
         scale: uint8 [..., ceil(k / 32)], E8M0; 255 (NaN), with codes 0, for a block with a NaN or an infinity.
     Raises:
-        ValueError: for another dtype, a scalar, or an unknown rule.
+        ValueError: for another dtype, a scalar, or an unknown name.
     """
-    return torch.ops.bitmill.mxfp4_quantize.default(x, scale_rule)
+    return torch.ops.bitmill.mxfp4_quantize.default(x, scale_rule, rounding, seed, offset)
 
 
 def mxfp4_dequantize(packed: Tensor, scale: Tensor, k: int) -> Tensor:
     """Undo `mxfp4_quantize`: float32 [..., k]; a block whose scale is 255 is NaN."""
     return torch.ops.bitmill.mxfp4_dequantize.default(packed, scale, k)
-
-
-def fp4_fake_quant(x: Tensor, format: str, scale: Tensor | float) -> Tensor:
-    """scale * cast(x / scale), of x's dtype and computed in float32; NaN stays NaN.
-
-    The gradient goes straight through where |x / scale| is at most the format's largest value, and is 0 elsewhere;
-    `scale`, which broadcasts against x, gets none.
-    """
-    return _FakeQuant.apply(x, scale, format)
-
-
-def mxfp4_fake_quant(x: Tensor, scale_rule: str = "floor") -> Tensor:
-    """x quantised to MXFP4 blocks and back, of x's dtype. The gradient goes straight through everywhere."""
-    return _Mxfp4FakeQuant.apply(x, scale_rule)

@@ -14,8 +14,9 @@ import math
 import torch
 from torch import Tensor
 
-from ._checks import check_one_of, check_rows, require
-from .fp4 import FORMATS, fp4_cast, fp4_uncast
+from ._checks import check_broadcast, check_one_of, check_rows
+from ._fp4_codes import FORMATS, ROUNDINGS
+from .fp4 import NAN_POLICIES, fp4_cast, fp4_uncast
 
 
 def _check_format(function: str, format: str) -> None:
@@ -36,22 +37,35 @@ def fpq_scale(bias: Tensor, format: str = "e2m1") -> Tensor:
     return torch.exp2(FORMATS[format][2] - bias.double()).float()
 
 
-def fpq_quantize(x: Tensor, bias: Tensor, format: str = "e2m1") -> Tensor:
-    """Quantise to the nearest value, saturating.
+def fpq_quantize(
+    x: Tensor,
+    bias: Tensor,
+    format: str = "e2m1",
+    nan: str = "max",
+    rounding: str = "nearest_even",
+    seed: int = 0,
+    offset: int = 0,
+) -> Tensor:
+    """Quantise, saturating.
 
     Args:
         x: float32, bfloat16 or float16 [..., k].
         bias: what broadcasts to x: [n, 1] for the rows of a weight; [] for activations; [k] for activations with
             pre-shifted biases, rho + k_j of input channel j.
         format: "e2m1", "e1m2" or "e3m0".
+        nan, rounding, seed, offset: as of `fp4_cast`; the published rounding is "nearest_even".
     Returns:
-        packed: uint8 [..., ceil(k / 2)], rows of fp4.py; NaN is code 7. `fp4_fake_quant(x, format, fpq_scale(bias,
+        packed: uint8 [..., ceil(k / 2)], rows of fp4.py. `fp4_fake_quant(x, format, fpq_scale(bias,
         format))` is the same for training, with a straight-through gradient, and keeps NaN.
     Raises:
-        ValueError: for another dtype, a scalar, an unknown format, or a bias that does not broadcast.
+        ValueError: for another dtype, a scalar, unknown names, a bias that does not broadcast, or a NaN with
+            nan="error".
     """
     check_rows("fpq_quantize", x)
-    return fp4_cast(x.float() / _scale_of("fpq_quantize", x.shape, bias, format), format)
+    check_one_of("fpq_quantize", "nan", nan, NAN_POLICIES)
+    check_one_of("fpq_quantize", "rounding", rounding, ROUNDINGS)
+    values = x.float() / _scale_of("fpq_quantize", x.shape, bias, format)
+    return fp4_cast(values, format, nan, rounding, seed, offset)
 
 
 def fpq_dequantize(packed: Tensor, bias: Tensor, k: int, format: str = "e2m1") -> Tensor:
@@ -62,9 +76,5 @@ def fpq_dequantize(packed: Tensor, bias: Tensor, k: int, format: str = "e2m1") -
 
 def _scale_of(function: str, shape: torch.Size, bias: Tensor, format: str) -> Tensor:
     _check_format(function, format)
-    sizes = zip(reversed(bias.shape), reversed(shape), strict=False)
-    require(
-        bias.dim() <= len(shape) and all(own in (1, size) for own, size in sizes),
-        f"{function}: bias must broadcast to shape {list(shape)}, got {list(bias.shape)}",
-    )
+    check_broadcast(function, "bias", bias, shape)
     return fpq_scale(bias, format)

@@ -3,7 +3,7 @@
 
 A byte of E4M3 is a sign, 4 exponent bits with bias 7 and 3 mantissa bits; 127 (255) is NaN, 448 the largest value.
   scale byte = E4M3(clamp(fl(fl(amax / 6) / g), 2^-6, 448)),  s its value,  r = fl(fl(1 / g) / s)
-  code = E2M1(fl(x r)), nearest even, saturating;  x ~ fl(e2m1 s g)
+  code = E2M1(fl(x r)), rounded as fp4.py says, saturating;  x ~ fl(e2m1 s g)
 with a single rounding wherever fl is; without g, 1 stands for it. g is what values are multiplied with to decode them:
 amax / 2688 (448 times 6) uses all of E4M3. Some files hold its reciprocal.
 """
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from . import _library as library
-from ._checks import FLOATS, ceil_div, check_rows, check_tensor, require
+from ._checks import FLOATS, ceil_div, check_one_of, check_rows, check_tensor, require
+from ._fp4_codes import ROUNDINGS, codes, stochastic_words
 from ._groups import columns_of_groups
-from .fp4 import _codes, check_packed, pack_nibbles, short_name, table, unpack_nibbles
+from .fp4 import check_packed, pack_nibbles, short_name, table, to_blocks, unpack_nibbles
 
 NV_BLOCK = 16
 E4M3_MAX, _E2M1_MAX, _SMALLEST_SCALE = 448.0, 6.0, 2.0**-6
@@ -26,7 +27,11 @@ _NAN = 127
 
 library.define("e4m3_cast", "(Tensor x) -> Tensor")
 library.define("e4m3_uncast", "(Tensor codes) -> Tensor")
-library.define("nvfp4_quantize", "(Tensor x, Tensor? global_scale=None) -> (Tensor packed, Tensor scale)")
+library.define(
+    "nvfp4_quantize",
+    '(Tensor x, Tensor? global_scale=None, str rounding="nearest_even", SymInt seed=0, SymInt offset=0)'
+    " -> (Tensor packed, Tensor scale)",
+)
 library.define("nvfp4_dequantize", "(Tensor packed, Tensor scale, int k, Tensor? global_scale=None) -> Tensor")
 
 
@@ -45,10 +50,14 @@ def _e4m3_uncast_reference(codes: Tensor) -> Tensor:
 
 
 @library.default("nvfp4_quantize")
-def _nvfp4_quantize_reference(x: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    _check_nvfp4_quantize(x, global_scale)
+def _nvfp4_quantize_reference(
+    x: Tensor, global_scale: Tensor | None = None, rounding: str = "nearest_even", seed: int = 0, offset: int = 0
+) -> tuple[Tensor, Tensor]:
+    _check_nvfp4_quantize(x, global_scale, rounding)
     k = x.shape[-1]
-    blocks = torch.nn.functional.pad(x.float(), (0, -k % NV_BLOCK)).unflatten(-1, (ceil_div(k, NV_BLOCK), NV_BLOCK))
+    blocks = to_blocks(x.float(), NV_BLOCK)
+    words = stochastic_words(x, rounding, seed, offset)
+    words = None if words is None else to_blocks(words, NV_BLOCK)
     amax = blocks.abs().amax(-1)
     # Full tensors: torch may divide by a number as a product with its reciprocal.
     factor = torch.ones_like(amax) if global_scale is None else global_scale.expand_as(amax)
@@ -56,8 +65,9 @@ def _nvfp4_quantize_reference(x: Tensor, global_scale: Tensor | None = None) -> 
     byte = _e4m3_cast_reference(wanted.clamp(_SMALLEST_SCALE, E4M3_MAX))
     inverse = 1 / factor / _e4m3_uncast_reference(byte)
     valid = (amax < torch.inf) & (inverse > 0) & (inverse < torch.inf)
-    codes = torch.where(valid.unsqueeze(-1), _codes(blocks * inverse.unsqueeze(-1), "e2m1"), 0)
-    return pack_nibbles(codes.flatten(-2)[..., :k]), torch.where(valid, byte, _NAN)
+    code = codes(blocks * inverse.unsqueeze(-1), "e2m1", rounding, words)
+    code = torch.where(valid.unsqueeze(-1), code, 0)
+    return pack_nibbles(code.flatten(-2)[..., :k]), torch.where(valid, byte, _NAN)
 
 
 @library.default("nvfp4_dequantize")
@@ -76,7 +86,8 @@ def _check_e4m3_uncast(codes: Tensor) -> None:
     check_tensor("e4m3_uncast", "codes", codes, torch.uint8, codes.shape, codes)
 
 
-def _check_nvfp4_quantize(x: Tensor, global_scale: Tensor | None) -> None:
+def _check_nvfp4_quantize(x: Tensor, global_scale: Tensor | None, rounding: str) -> None:
+    check_one_of("nvfp4_quantize", "rounding", rounding, ROUNDINGS)
     check_rows("nvfp4_quantize", x)
     check_tensor("nvfp4_quantize", "global_scale", global_scale, torch.float32, [], x)
 
@@ -101,8 +112,10 @@ def _(codes: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("bitmill::nvfp4_quantize")
-def _(x: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    _check_nvfp4_quantize(x, global_scale)
+def _(
+    x: Tensor, global_scale: Tensor | None = None, rounding: str = "nearest_even", seed: int = 0, offset: int = 0
+) -> tuple[Tensor, Tensor]:
+    _check_nvfp4_quantize(x, global_scale, rounding)
     *leading, k = x.shape
     packed = x.new_empty((*leading, ceil_div(k, 2)), dtype=torch.uint8)
     return packed, x.new_empty((*leading, ceil_div(k, NV_BLOCK)), dtype=torch.uint8)
@@ -134,23 +147,26 @@ def nvfp4_global_scale(x: Tensor) -> Tensor:
     return (amax / torch.full_like(amax, E4M3_MAX * _E2M1_MAX)).clamp_min(2.0**-120)
 
 
-def nvfp4_quantize(x: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def nvfp4_quantize(
+    x: Tensor, global_scale: Tensor | None = None, rounding: str = "nearest_even", seed: int = 0, offset: int = 0
+) -> tuple[Tensor, Tensor]:
     """Quantise to NVFP4 in blocks of 16 along the last dimension; a partial block counts as filled with zeros.
 
     Args:
         x: float32, bfloat16 or float16 [..., k].
         global_scale: float32 [], what decoded values are multiplied with besides (not its reciprocal), such as
             `nvfp4_global_scale(x)`; None for 1, with which blocks above 2688 saturate, and ones far below 1 are 0.
+        rounding, seed, offset: of the codes, as of `fp4_cast`; scales are rounded to nearest even.
     Returns:
         packed: uint8 [..., ceil(k / 2)], E2M1 codes.
         scale: uint8 [..., ceil(k / 16)], E4M3, at least 2^-6 (byte 8), also for zeros; 127 (NaN), with codes 0, for a
             block with a NaN or an infinity, and for all blocks where global_scale is not positive and finite, or so
             small that a reciprocal overflows.
     Raises:
-        ValueError: for wrong shapes, dtypes or devices.
+        ValueError: for wrong shapes, dtypes, devices or names.
     Source: torchao, nvfp4_quantize.
     """
-    return torch.ops.bitmill.nvfp4_quantize.default(x, global_scale)
+    return torch.ops.bitmill.nvfp4_quantize.default(x, global_scale, rounding, seed, offset)
 
 
 def nvfp4_dequantize(packed: Tensor, scale: Tensor, k: int, global_scale: Tensor | None = None) -> Tensor:
@@ -160,15 +176,20 @@ def nvfp4_dequantize(packed: Tensor, scale: Tensor, k: int, global_scale: Tensor
 
 class _FakeQuant(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, global_scale: Tensor | None) -> Tensor:
-        packed, scale = nvfp4_quantize(x, global_scale)
+    def forward(ctx: Any, x: Tensor, global_scale: Tensor | None, *rounding: Any) -> Tensor:
+        packed, scale = nvfp4_quantize(x, global_scale, *rounding)
         return nvfp4_dequantize(packed, scale, x.shape[-1], global_scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, None
+        return grad, None, None, None, None
 
 
-def nvfp4_fake_quant(x: Tensor, global_scale: Tensor | None = None) -> Tensor:
-    """x quantised to NVFP4 and back, of x's dtype. The gradient goes straight through everywhere."""
-    return _FakeQuant.apply(x, global_scale)
+def nvfp4_fake_quant(
+    x: Tensor, global_scale: Tensor | None = None, rounding: str = "nearest_even", seed: int = 0, offset: int = 0
+) -> Tensor:
+    """x quantised to NVFP4 and back, of x's dtype. The gradient goes straight through everywhere.
+
+    The arguments are those of `nvfp4_quantize`.
+    """
+    return _FakeQuant.apply(x, global_scale, rounding, seed, offset)
