@@ -28,6 +28,7 @@ CONFIGS: list[Config] = [
     SalientConfig(fraction=0.02),
     *(FP4Config(format=f) for f in FP4Config.FORMATS),
     FP4Config(activations="int8"),
+    FP4Config("nvfp4", embeddings=True),
     OneBitConfig(),
     OneBitConfig("plus", "int8"),
 ]
@@ -35,7 +36,7 @@ KINDS: list[Config] = [
     BinaryConfig(method="bit", embeddings=True),
     BinaryConfig(),
     SalientConfig(fraction=0.3),  # always a bitmap
-    FP4Config("mxfp4"),
+    FP4Config("mxfp4", embeddings=True),
     OneBitConfig(),
 ]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=repr)

@@ -200,7 +200,7 @@ def test_kinds_are_the_layers_that_exist() -> None:
         *("BinaryLinear", "BinaryConv2d", "BinaryEmbedding", "SalientLinear", "FP4Linear"),
         *("OneBitLinear", "PackedOneBitLinear", "PackedZonedLinear", "PackedInt8Linear", "PackedInt8Embedding"),
         *("PackedBinaryLinear", "PackedBinaryConv2d", "PackedBinaryEmbedding", "PackedSalientLinear"),
-        "PackedFP4Linear",
+        *("FP4Embedding", "PackedFP4Embedding", "PackedFP4Linear"),
     }
     assert issubclass(BinaryEmbedding, nn.Embedding) and not issubclass(PackedBinaryLinear, nn.Linear)
 

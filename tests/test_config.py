@@ -72,6 +72,7 @@ FIELDS = [
     (FP4Config, "scale_rule", [None, "round", 0]),
     (FP4Config, "activations", [None, 8, "int4"]),
     (FP4Config, "group_size", [16, 64, "0", False, 0.0]),
+    (FP4Config, "embeddings", [None, 0, 1]),
     (OneBitConfig, "zero", [None, 0, True, "Torch"]),
     (OneBitConfig, "activations", [None, 8, "int4"]),
     (ZonedConfig, "block", [None, True, 0, -32, 100, 128.0, (1 << 24) + 32]),

@@ -22,9 +22,17 @@ from ._checkpoint_file import DTYPES, FORMAT_VERSION, KEY, as_bytes, canonical, 
 from .chained import chain_, unchain_
 from .config import BinaryConfig, Config, FP4Config, Int8Config, OneBitConfig, SalientConfig, ZonedConfig, shorten
 from .convert import LATENT, PACKED, replace_modules, require_bare
-from .nn import BinaryConv2d, BinaryEmbedding, PackedBinaryConv2d, PackedBinaryEmbedding, PackedInt8Embedding
+from .nn import (
+    BinaryConv2d,
+    BinaryEmbedding,
+    FP4Embedding,
+    PackedBinaryConv2d,
+    PackedBinaryEmbedding,
+    PackedFP4Embedding,
+    PackedInt8Embedding,
+)
 from .nn._conv import conv_arguments
-from .nn._module import LatentLinear, PackedModule
+from .nn._module import LatentEmbedding, LatentLinear, PackedModule
 
 KINDS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in LATENT + PACKED}
 CONFIGS: dict[str, type[Config]] = {
@@ -35,11 +43,15 @@ CONFIGS: dict[str, type[Config]] = {
     "OneBit": OneBitConfig,
     "Zoned": ZonedConfig,
 }
-TABLES: tuple[type[nn.Module], ...] = (nn.Embedding, BinaryEmbedding, PackedBinaryEmbedding, PackedInt8Embedding)
+TABLES: tuple[type[nn.Module], ...] = (
+    *(nn.Embedding, BinaryEmbedding, FP4Embedding),
+    *(PackedBinaryEmbedding, PackedFP4Embedding, PackedInt8Embedding),
+)
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv2d, BinaryConv2d, PackedBinaryConv2d)
 LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, *(cls for cls in LATENT + PACKED if cls not in TABLES + CONVS))
 SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim", "padding_idx")
-COUNTS = {"entries": int, "encoding": str, "map_rows": int, "map_columns": int}  # other arguments are true or false
+# Other arguments are true or false.
+COUNTS = {"entries": int, "encoding": str, "map_rows": int, "map_columns": int, "dtype": str}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -248,7 +260,7 @@ def _is_writable(t: Tensor) -> bool:
 def _arguments(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, PackedModule):
         return module.arguments()
-    if isinstance(module, BinaryEmbedding):
+    if isinstance(module, LatentEmbedding):
         names = ("num_embeddings", "embedding_dim", "padding_idx")
         return {name: getattr(module, name) for name in names}
     if isinstance(module, BinaryConv2d):

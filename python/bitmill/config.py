@@ -201,12 +201,14 @@ class FP4Config(Config):
             no integers.
         group_size: for "nf4" and "bnb-fp4", columns that share a scale, a multiple of 16, or 0 for a whole row. None
             for the format's usual number, which then stands here: 64 for these two; the rest has no other.
+        embeddings: let `quantize_` swap nn.Embedding too.
     """
 
     format: str = "e2m1"
     scale_rule: str = "floor"
     activations: str = "float"
     group_size: int = None  # type: ignore[assignment]  # __post_init__ puts a number here
+    embeddings: bool = False
 
     FORMATS: ClassVar[tuple[str, ...]] = ("e2m1", "e1m2", "e3m0", "mxfp4", "nvfp4", "nf4", "bnb-fp4")
     SCALE_RULES: ClassVar[tuple[str, ...]] = ("floor", "rceil", "ceil", "even")
@@ -214,6 +216,7 @@ class FP4Config(Config):
     def __post_init__(self) -> None:
         self._require_one_of("format", self.FORMATS)
         self._require_one_of("scale_rule", self.SCALE_RULES)
+        self._require_one_of("embeddings", (True, False))
         self._require_one_of("activations", ACTIVATIONS)
         usual = {"mxfp4": 32, "nvfp4": 16, "nf4": 64, "bnb-fp4": 64}.get(self.format, 0)
         if self.group_size is None:

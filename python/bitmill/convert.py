@@ -17,11 +17,13 @@ from .nn import (
     BinaryConv2d,
     BinaryEmbedding,
     BinaryLinear,
+    FP4Embedding,
     FP4Linear,
     OneBitLinear,
     PackedBinaryConv2d,
     PackedBinaryEmbedding,
     PackedBinaryLinear,
+    PackedFP4Embedding,
     PackedFP4Linear,
     PackedInt8Embedding,
     PackedInt8Linear,
@@ -30,15 +32,16 @@ from .nn import (
     PackedZonedLinear,
     SalientLinear,
 )
-from .nn._module import LatentLinear
+from .nn._module import LatentEmbedding, LatentLinear
 
-LATENT = (BinaryLinear, BinaryConv2d, BinaryEmbedding, SalientLinear, FP4Linear, OneBitLinear)
+LATENT = (BinaryLinear, BinaryConv2d, BinaryEmbedding, SalientLinear, FP4Linear, FP4Embedding, OneBitLinear)
 PACKED = (
     PackedBinaryLinear,
     PackedBinaryConv2d,
     PackedBinaryEmbedding,
     PackedSalientLinear,
     PackedFP4Linear,
+    PackedFP4Embedding,
     PackedOneBitLinear,
     PackedZonedLinear,
     PackedInt8Embedding,
@@ -50,6 +53,7 @@ LAYERS: dict[type[Config], type[LatentLinear]] = {
     FP4Config: FP4Linear,
     OneBitConfig: OneBitLinear,
 }
+TABLES: dict[type[Config], type[LatentEmbedding]] = {BinaryConfig: BinaryEmbedding, FP4Config: FP4Embedding}
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -58,8 +62,8 @@ def quantize_(model: nn.Module, config: Config, filter_fn: Filter | None = None)
     """Swap the model's nn.Linear layers for the training form that `config` describes, in place.
 
     Parameters are shared, not copied, so an optimizer made before still sees them and tied weights stay tied. A
-    subclass of nn.Linear is left alone, because its forward may differ. BinaryConfig(embeddings=True) swaps
-    nn.Embedding too, BinaryConfig(convs=True) nn.Conv2d.
+    subclass of nn.Linear is left alone, because its forward may differ. BinaryConfig and FP4Config with embeddings=True
+    swap nn.Embedding too, BinaryConfig(convs=True) nn.Conv2d.
 
     Args:
         model: any module; a module that occurs under several names is swapped under all of them.
@@ -76,8 +80,8 @@ def quantize_(model: nn.Module, config: Config, filter_fn: Filter | None = None)
         known = ", ".join(kind.__name__ for kind in LAYERS)
         raise ValueError(f"quantize_: config must be one of {known}, got {config!r}")
     swaps: dict[type[nn.Module], Callable[[Any, Any], nn.Module]] = {nn.Linear: layer.from_linear}
-    if isinstance(config, BinaryConfig) and config.embeddings:
-        swaps[nn.Embedding] = BinaryEmbedding.from_embedding
+    if isinstance(config, (BinaryConfig, FP4Config)) and config.embeddings:
+        swaps[nn.Embedding] = TABLES[type(config)].from_embedding
     if isinstance(config, BinaryConfig) and config.convs:
         swaps[nn.Conv2d] = BinaryConv2d.from_conv
 

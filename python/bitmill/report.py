@@ -17,7 +17,7 @@ from .chained import chains
 from .checkpoint import file_size
 from .config import BinaryConfig, FP4Config, Int8Config, OneBitConfig, SalientConfig
 from .convert import LATENT, PACKED
-from .nn import PackedBinaryEmbedding, PackedInt8Embedding, PackedZonedLinear
+from .nn import PackedBinaryEmbedding, PackedFP4Embedding, PackedInt8Embedding, PackedZonedLinear
 from .nn._module import PackedModule
 from .ops._library import has_compiled_kernel
 from .ops._machine import kernel_of
@@ -162,7 +162,7 @@ def _layer(name: str, module: nn.Module) -> LayerSummary:
     tensors = dict((*module.named_parameters(), *module.named_buffers()))
     size = sum(t.nbytes for t in tensors.values())
     weight_bits = 8 * sum(t.nbytes for key, t in tensors.items() if key != "bias")
-    lookup = isinstance(module, (nn.Embedding, PackedBinaryEmbedding, PackedInt8Embedding))
+    lookup = isinstance(module, (nn.Embedding, PackedBinaryEmbedding, PackedFP4Embedding, PackedInt8Embedding))
     macs = 0 if lookup else n * k
     return LayerSummary(
         name,

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all layers share: the training form is an nn.Linear with a latent weight, the packed form owns buffers only.
+"""What all layers share: the training form is an nn.Linear or nn.Embedding with a latent weight, the packed form owns
+buffers only.
 
 A packed layer can be built empty from its `arguments()` and its config, so a checkpoint is data: the class's name,
 its config, its arguments and its tensors.
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..config import Config
 
 L = TypeVar("L", bound="LatentLinear")
+E = TypeVar("E", bound="LatentEmbedding")
 
 
 def as_float32(t: Tensor | None) -> Tensor | None:
@@ -75,6 +77,48 @@ class LatentLinear(nn.Linear):
         return f"{super().extra_repr()}, {self.config}"
 
 
+class LatentEmbedding(nn.Embedding):
+    """Training form: nn.Embedding whose table [num_embeddings, embedding_dim] is latent and is quantised in forward."""
+
+    config_class: ClassVar[type[Config]]
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        config: Config | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        config = config if config is not None else self.config_class()
+        if not isinstance(config, self.config_class):
+            expected = self.config_class.__name__
+            raise ValueError(f"{type(self).__name__}: config must be a {expected}, got {type(config).__name__}")
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self.config: Any = config
+
+    @classmethod
+    def from_embedding(cls: type[E], embedding: nn.Embedding, config: Config | None = None) -> E:
+        """A layer on the same Parameter: nothing is copied, a tied weight stays tied.
+
+        Raises:
+            ValueError: for a subclass of nn.Embedding, or one with max_norm, sparse or scale_grad_by_freq.
+        """
+        if type(embedding) is not nn.Embedding:
+            raise ValueError(
+                f"{cls.__name__}: embedding must be a torch.nn.Embedding, got {type(embedding).__name__},"
+                " whose forward may differ"
+            )
+        for option in ("max_norm", "sparse", "scale_grad_by_freq"):
+            if getattr(embedding, option):
+                raise ValueError(f"{cls.__name__}: {option} is not supported; build the nn.Embedding without it")
+        sizes = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
+        layer = cls(*sizes, config, device="meta")
+        layer.weight = embedding.weight
+        return layer.train(embedding.training)
+
+
 class PackedModule(nn.Module):
     """Packed form: buffers only, ready to save. Subclasses add `forward` and `dequantize`."""
 
@@ -119,6 +163,14 @@ def linear_from(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, trainin
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().to(dtype).clone())
     return linear.train(training)
+
+
+def embedding_from(table: Tensor, padding_idx: int | None, training: bool) -> nn.Embedding:
+    """An nn.Embedding that owns a copy of the table."""
+    rows, dim = table.shape
+    embedding = nn.Embedding(rows, dim, padding_idx, device="meta")
+    embedding.weight = nn.Parameter(table.detach().clone())
+    return embedding.train(training)
 
 
 def require_width(layer: str, x: Tensor, k: int) -> None:

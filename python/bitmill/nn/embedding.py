@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,49 +15,18 @@ from ..ops import binary_embedding, tile_pack
 from ..ops._checks import tile_shape
 from ..ops._groups import columns_of_groups
 from ..ops.binary_matmul import unpack_signs
-from ._module import PackedModule, require_finite
+from ._module import LatentEmbedding, PackedModule, embedding_from, require_finite
 from .binary import check_padding
 
 
-class BinaryEmbedding(nn.Embedding):
+class BinaryEmbedding(LatentEmbedding):
     """Training form: latent table [num_embeddings, embedding_dim]; the padding row gets no gradient.
 
     Output dtype = the table's dtype.
     """
 
+    config_class: ClassVar = BinaryConfig
     config: BinaryConfig
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        padding_idx: int | None = None,
-        config: BinaryConfig | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
-        self.config = config if config is not None else BinaryConfig()
-
-    @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, config: BinaryConfig | None = None) -> BinaryEmbedding:
-        """A layer on the same Parameter: nothing is copied, a tied weight stays tied.
-
-        Raises:
-            ValueError: for a subclass of nn.Embedding, or one with max_norm, sparse or scale_grad_by_freq.
-        """
-        if type(embedding) is not nn.Embedding:
-            raise ValueError(
-                f"BinaryEmbedding: embedding must be a torch.nn.Embedding, got {type(embedding).__name__},"
-                " whose forward may differ"
-            )
-        for option in ("max_norm", "sparse", "scale_grad_by_freq"):
-            if getattr(embedding, option):
-                raise ValueError(f"BinaryEmbedding: {option} is not supported; build the nn.Embedding without it")
-        sizes = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
-        layer = cls(*sizes, config, device="meta")
-        layer.weight = embedding.weight
-        return layer.train(embedding.training)
 
     def _rule(self) -> WeightRule:
         return method(self.config.method).table_rule(self.config.weight_bits)
@@ -92,7 +61,7 @@ class BinaryEmbedding(nn.Embedding):
     @torch.no_grad()
     def dequantize(self) -> nn.Embedding:
         """An nn.Embedding with the binarised table."""
-        return _embedding_from(self._table().value.to(self.weight.dtype), self.padding_idx, self.training)
+        return embedding_from(self._table().value.to(self.weight.dtype), self.padding_idx, self.training)
 
 
 class PackedBinaryEmbedding(PackedModule):
@@ -161,15 +130,8 @@ class PackedBinaryEmbedding(PackedModule):
         """An nn.Embedding with the binarised table."""
         signs = unpack_signs(self.weight, self.weight_nonzero, self.num_embeddings, self.embedding_dim)
         scale = columns_of_groups(self.scale, self.embedding_dim, self.config.group_size)
-        return _embedding_from(scale * signs.to(scale.dtype), self.padding_idx, self.training)
+        return embedding_from(scale * signs.to(scale.dtype), self.padding_idx, self.training)
 
     def validate(self) -> None:
         check_padding("weight", self.weight, self.num_embeddings, self.embedding_dim)
         check_padding("weight_nonzero", self.weight_nonzero, self.num_embeddings, self.embedding_dim)
-
-
-def _embedding_from(table: Tensor, padding_idx: int | None, training: bool) -> nn.Embedding:
-    rows, dim = table.shape
-    embedding = nn.Embedding(rows, dim, padding_idx, device="meta")
-    embedding.weight = nn.Parameter(table.detach().clone())
-    return embedding.train(training)

@@ -24,6 +24,7 @@ from .fp4 import (
     mxfp4_dequantize,
     mxfp4_quantize,
 )
+from .fp4_embedding import fp4_embedding
 from .fp4_fake_quant import fp4_fake_quant, mxfp4_fake_quant
 from .fp4_linear import fp4_linear, fp4_weight
 from .fpq import fpq_bias, fpq_dequantize, fpq_quantize, fpq_scale
@@ -68,6 +69,7 @@ __all__ = [
     "e8m0_cast",
     "e8m0_uncast",
     "fp4_cast",
+    "fp4_embedding",
     "fp4_fake_quant",
     "fp4_linear",
     "fp4_uncast",
