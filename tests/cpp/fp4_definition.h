@@ -28,26 +28,27 @@ inline constexpr NamedFormat kFormats[] = {
     {"e3m0", bitmill::kE3M0, {0, .25, .5, 1, 2, 4, 8, 16}, {0, 2, 3, 4, 5, 6, 7}},
 };
 
-// The code of x; NaN is 7. `random` counts for stochastic rounding only.
-inline int defined_code(const NamedFormat& named, Rounding rounding, float x, uint32_t random) {
-  if (std::isnan(x)) return 7;
+// The codes of x by Rounding; NaN is 7. `random` counts for stochastic rounding only.
+struct DefinedCodes {
+  int of[4];
+  int operator[](Rounding rounding) const { return of[static_cast<int>(rounding)]; }
+};
+inline DefinedCodes defined_codes(const NamedFormat& named, float x, uint32_t random) {
+  if (std::isnan(x)) return {{7, 7, 7, 7}};
   const double magnitude = std::fabs(static_cast<double>(x));
   int i = 7;
   while (magnitude < named.values[i]) --i;
-  const int sign = std::signbit(x) ? 8 : 0;
-  if (i == 7) return 7 + sign;
+  const int sign = std::signbit(x) ? 8 : 0, code = i + sign;
+  if (i == 7) return {{code, code, code, code}};
   const double lower = named.values[i], upper = named.values[i + 1], middle = (lower + upper) / 2;
-  switch (rounding) {
-    case Rounding::nearest_even:
-      return (magnitude == middle ? named.tie_codes[i] : magnitude > middle ? i + 1 : i) + sign;
-    case Rounding::stochastic:
-      return i + (std::floor((magnitude - lower) / (upper - lower) * 0x1p32) + random >= 0x1p32) + sign;
-    case Rounding::toward_zero:
-      return i + sign;
-    case Rounding::half_away:
-      return i + (magnitude >= middle) + sign;
-  }
-  return -1;
+  const double chance = std::floor((magnitude - lower) / (upper - lower) * 0x1p32);
+  DefinedCodes codes{};
+  const auto set = [&](Rounding rounding, int value) { codes.of[static_cast<int>(rounding)] = value; };
+  set(Rounding::nearest_even, magnitude == middle ? named.tie_codes[i] + sign : code + (magnitude > middle));
+  set(Rounding::stochastic, code + (chance + random >= 0x1p32));
+  set(Rounding::toward_zero, code);
+  set(Rounding::half_away, code + (magnitude >= middle));
+  return codes;
 }
 
 }  // namespace bitmill_test

@@ -14,7 +14,7 @@
 namespace {
 
 using namespace bitmill;
-using bitmill_test::defined_code;
+using bitmill_test::defined_codes;
 using bitmill_test::kFormats;
 using bitmill_test::kRoundings;
 using bitmill_test::NamedFormat;
@@ -72,7 +72,7 @@ void test_casts() {
           const float value = dtype == Dtype::bf16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
           const uint32_t word = random(static_cast<uint64_t>(i));
           const int code = (packed[static_cast<size_t>(row * bytes + column / 2)] >> (4 * (column % 2))) & 15;
-          wrong += code != defined_code(named, rounding, value, word);
+          wrong += code != defined_codes(named, value, word)[rounding];
         }
         CHECK(wrong == 0);
       }
@@ -106,7 +106,7 @@ void test_neighbours() {
       CHECK(fp4_cast(p) == Status::ok);
       RandomWords random({});
       for (size_t i = 0; i < x.size(); ++i) {
-        CHECK(((packed[i / 2] >> (4 * (i % 2))) & 15) == defined_code(named, rounding, x[i], random(i)));
+        CHECK(((packed[i / 2] >> (4 * (i % 2))) & 15) == defined_codes(named, x[i], random(i))[rounding]);
       }
     }
   }
@@ -132,7 +132,7 @@ void test_mxfp4() {
       const int code = (packed[static_cast<size_t>(row * bytes + column / 2)] >> (4 * (column % 2))) & 15;
       const float unit = e8m0_to_float(scale[static_cast<size_t>(row * blocks + column / 32)]);
       const uint32_t word = RandomWords(stream)(static_cast<uint64_t>(i));
-      CHECK(code == defined_code(kFormats[0], rounding, x[static_cast<size_t>(i)] / unit, word));
+      CHECK(code == defined_codes(kFormats[0], x[static_cast<size_t>(i)] / unit, word)[rounding]);
     }
   }
 }
