@@ -64,6 +64,9 @@ def test_fp4_cast_equals_the_op(format: str) -> None:
     x = activations(4, 33) * 4
     packed = arrays.fp4_cast(x, format)
     assert np.array_equal(packed, ops.fp4_cast(torch.from_numpy(x), format).numpy())
+    for rounding in ("nearest_even", "stochastic", "toward_zero", "half_away"):
+        want = ops.fp4_cast(torch.from_numpy(x), format, "max", rounding, -5, 1 << 40)
+        assert np.array_equal(arrays.fp4_cast(x, format, rounding, -5, 1 << 40), want.numpy())
     values = arrays.fp4_uncast(packed, 33, format)
     assert np.array_equal(values, ops.fp4_uncast(torch.from_numpy(packed), 33, format).numpy())
 
@@ -90,6 +93,10 @@ def test_strided_arrays_give_the_same_bits() -> None:
             "a must be int32, got 'int64'",
         ),
         (lambda: arrays.fp4_cast(np.zeros(3, np.float32), "e4m3"), "format must be one of e2m1, e1m2, e3m0"),
+        (
+            lambda: arrays.fp4_cast(np.zeros(3, np.float32), "e2m1", "up"),
+            "rounding must be one of nearest_even, ",
+        ),
         (lambda: arrays.fp4_uncast(np.zeros(3, np.uint8), -2), "k must be an integer in [0,"),
     ],
 )

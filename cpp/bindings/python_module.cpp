@@ -108,13 +108,22 @@ Array<int32_t> multiply(const Array<int32_t>& a, const std::optional<Array<int32
 
 Fp4Format format_of(const std::string& format) { return format == "e1m2" ? kE1M2 : format == "e3m0" ? kE3M0 : kE2M1; }
 
-Array<uint8_t> cast_rows(const py::array& x, bool half, const std::string& format) {
+Rounding rounding_of(const std::string& rounding) {
+  if (rounding == "stochastic") return Rounding::stochastic;
+  if (rounding == "toward_zero") return Rounding::toward_zero;
+  return rounding == "half_away" ? Rounding::half_away : Rounding::nearest_even;
+}
+
+Array<uint8_t> cast_rows(const py::array& x, bool half, const std::string& format, const std::string& rounding,
+                         int64_t seed, int64_t offset) {
   Fp4CastParams p;
   p.x = x.data();
   p.dtype = half ? Dtype::f16 : Dtype::f32;
   p.m = x.shape(0);
   p.k = p.row_stride = x.shape(1);
   p.format = format_of(format);
+  p.rounding = rounding_of(rounding);
+  p.random = {static_cast<uint64_t>(seed), static_cast<uint64_t>(offset)};
   Array<uint8_t> packed({p.m, ceil_div(p.k, 2)});
   p.packed = packed.mutable_data();
   require(fp4_cast(p));

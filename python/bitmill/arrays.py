@@ -21,6 +21,7 @@ except ImportError as error:
 _MAX_COLUMNS = 1 << 24
 _LEVELS = ("sign", "plus", "bool")
 _FORMATS = ("e2m1", "e1m2", "e3m0")
+_ROUNDINGS = ("nearest_even", "stochastic", "toward_zero", "half_away")
 
 
 def bitpack(
@@ -86,12 +87,19 @@ def binary_matmul(
     return _C.binary_matmul(rows, mask, tiles, n, k, levels == "bool").reshape(*a.shape[:-1], n)
 
 
-def fp4_cast(x: NDArray[np.generic], format: str = "e2m1") -> NDArray[np.uint8]:
-    """Cast float32 or float16 [..., k] to packed 4-bit codes uint8 [..., ceil(k / 2)]: nearest even, saturating,
-    NaN to the largest value."""
+def fp4_cast(
+    x: NDArray[np.generic],
+    format: str = "e2m1",
+    rounding: str = "nearest_even",
+    seed: int = 0,
+    offset: int = 0,
+) -> NDArray[np.uint8]:
+    """Cast float32 or float16 [..., k] to packed 4-bit codes uint8 [..., ceil(k / 2)], saturating, NaN to the largest
+    value. Roundings, seed and offset are those of `bitmill.ops.fp4_cast`."""
     _require(format in _FORMATS, "fp4_cast", "format", f"one of {', '.join(_FORMATS)}", format)
+    _require(rounding in _ROUNDINGS, "fp4_cast", "rounding", f"one of {', '.join(_ROUNDINGS)}", rounding)
     rows = _float_rows("fp4_cast", x)
-    packed = _C.fp4_cast(rows, rows.dtype == np.float16, format)
+    packed = _C.fp4_cast(rows, rows.dtype == np.float16, format, rounding, seed, offset)
     return packed.reshape(*x.shape[:-1], packed.shape[1])
 
 
