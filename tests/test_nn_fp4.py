@@ -29,11 +29,25 @@ KINDS = [
     *(FP4Config("e2m1"), FP4Config("mxfp4"), FP4Config("mxfp4", "even"), FP4Config("nf4")),
     *(FP4Config(f, activations="int8") for f in ("e1m2", "mxfp4", "nvfp4")),
 ]
-each_kind = pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.format}-{c.scale_rule}-{c.activations}")
+FOUR_BITS = [
+    *(FP4Config("e2m1", activations="e2m1"), FP4Config("e3m0", activations="e1m2")),
+    *(FP4Config("e1m2", activations="e3m0"), FP4Config("nvfp4", activations="nvfp4")),
+    FP4Config("mxfp4", "rceil", activations="mxfp4"),
+]
+
+
+def name_of(config: FP4Config) -> str:
+    return f"{config.format}-{config.scale_rule}-{config.activations}"
+
+
+each_kind = pytest.mark.parametrize("config", [*KINDS, *FOUR_BITS], ids=name_of)
 
 
 def training_layer(config: FP4Config, n: int = 21, k: int = 77, bias: bool = True) -> FP4Linear:
-    return FP4Linear.from_linear(nn.Linear(k, n, bias), config)
+    layer = FP4Linear.from_linear(nn.Linear(k, n, bias), config)
+    if config.static_activations:
+        layer.calibrate(torch.rand(k) * 3 + 0.1)
+    return layer
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
@@ -138,6 +152,8 @@ def test_rows_of_zeros_and_empty_layers(config: FP4Config) -> None:
     for n, k in ((0, 9), (5, 0)):
         empty = FP4Linear(k, n, config=config, device="meta").to_empty(device="cpu")
         nn.init.ones_(empty.bias)
+        if config.static_activations:
+            empty.calibrate(torch.ones(k))
         for form in (empty, empty.pack()):
             assert torch.equal(form(torch.randn(2, k)), torch.ones(2, n))
 
@@ -227,7 +243,7 @@ def test_copies(config: FP4Config) -> None:
 
 @each_kind
 def test_packed_layer_is_built_from_its_arguments(config: FP4Config) -> None:
-    packed = PackedFP4Linear.from_linear(nn.Linear(77, 21), config)
+    packed = training_layer(config).pack()
     empty = PackedFP4Linear(**packed.arguments(), config=packed.config, device="meta")
     assert all(t.is_meta for t in empty.buffers()) and packed.weight_shape() == (21, 77)
     shapes = {name: (t.shape, t.dtype) for name, t in packed.state_dict().items()}
@@ -244,7 +260,7 @@ def test_packed_layer_is_built_from_its_arguments(config: FP4Config) -> None:
 @each_kind
 def test_validate_refuses_corrupt_buffers(config: FP4Config) -> None:
     def corrupt(name: str, change) -> PackedFP4Linear:
-        packed = PackedFP4Linear.from_linear(nn.Linear(77, 21), config)
+        packed = training_layer(config).pack()
         setattr(packed, name, change(getattr(packed, name)))
         return packed
 
@@ -266,6 +282,59 @@ def test_validate_refuses_corrupt_buffers(config: FP4Config) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             corrupt(name, change).validate()
+    if config.static_activations:
+        for name, change, message in (
+            ("input_scale", lambda t: t * 0, "input_scale: it must be positive and finite, got 0"),
+            ("input_scale", lambda t: t * torch.nan, "input_scale: it must be positive and finite, got nan"),
+            ("input_scale", lambda t: t.view(1), r"input_scale must have shape \[\], got \[1\]"),
+            ("input_shift", lambda t: t + 8, "input_shift(: every shift)? must be at most"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                corrupt(name, change).validate()
+
+
+@pytest.mark.parametrize("config", FOUR_BITS, ids=name_of)
+def test_four_bit_activations(config: FP4Config) -> None:
+    """The layer is the product of what both sides are cast to; what saturates has no gradient."""
+    layer, x = training_layer(config), (4 * torch.randn(5, 77)).requires_grad_()
+    how = (config.activations, layer.input_scale, layer.input_shift, config.scale_rule)
+    values = ops.fp4_activations_fake_quant(x.detach(), *how)
+    want = nn.functional.linear(values, layer.dequantize().weight, layer.bias)
+    packed = layer.pack()
+    for form in (layer, packed):
+        assert_close(form(x), want)
+    assert summary(nn.Sequential(packed)).layers[0].kernel == ops._machine.kernel_of(packed.kernel)
+    assert packed.kernel == ("fp4_linear" if config.activations == "e3m0" else "fp4_fp4_linear")
+    layer(x).sum().backward()
+    if config.static_activations:
+        largest = max(ops.code_values(config.activations)) * layer.input_scale * torch.exp2(-layer.input_shift.float())
+        assert torch.equal(x.grad == 0, x.abs() > largest * 1.000001) and (x.grad == 0).any()
+    else:
+        assert (x.grad != 0).all()
+    state = set(packed.state_dict())
+    packed.set_activations("float")
+    assert_close(packed(x), nn.functional.linear(x, layer.dequantize().weight, layer.bias))
+    assert state - set(packed.state_dict()) == ({"input_scale", "input_shift"} if config.static_activations else set())
+
+
+@pytest.mark.parametrize("format", FP4Config.STATIC)
+def test_calibrate(format: str) -> None:
+    amax = torch.tensor([4.0, 2.0, 1.0, 0.3, 1e-9, 0.0])
+    layer = FP4Linear(6, 3, config=FP4Config(activations=format))
+    assert layer(torch.randn(2, 6)).isnan().all()
+    with pytest.raises(ValueError, match="input_scale must be finite to be packed, got nan; call calibrate"):
+        layer.pack()
+    layer.calibrate(amax)
+    assert layer.input_scale.item() == pytest.approx(4 / max(ops.code_values(format)))
+    most = {"e1m2": 1, "e2m1": 3, "e3m0": 7}[format]
+    assert layer.input_shift.tolist() == [min(shift, most) for shift in (0, 1, 2, 4, 32, 99)]
+    layer.calibrate(torch.zeros(6))
+    assert layer(torch.zeros(1, 6)).isfinite().all() and layer.pack()(torch.zeros(1, 6)).isfinite().all()
+    for wrong in (amax[:5], amax * torch.nan, -amax):
+        with pytest.raises(ValueError, match=r"amax must be finite magnitudes of shape \[6\]"):
+            layer.calibrate(wrong)
+    with pytest.raises(ValueError, match="activations must be one of e2m1, e1m2, e3m0 to be calibrated, got 'float'"):
+        FP4Linear(6, 3).calibrate(amax)
 
 
 def test_from_linear_refuses_other_modules_and_configs() -> None:
@@ -275,7 +344,7 @@ def test_from_linear_refuses_other_modules_and_configs() -> None:
         FP4Linear.from_linear(nn.Linear(3, 3), BinaryConfig())
 
 
-@each_kind
+@pytest.mark.parametrize("config", KINDS, ids=name_of)
 def test_compile_without_recompiling(config: FP4Config) -> None:
     layer = training_layer(config)
     for form in (layer, layer.pack()):

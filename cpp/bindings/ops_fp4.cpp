@@ -3,6 +3,7 @@
 #include "boxing.h"
 #include "checks.h"
 #include "fp4.h"
+#include "fp4_activations.h"
 #include "int8_rows.h"
 
 namespace bitmill {
@@ -231,6 +232,96 @@ Tensor fp4_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tenso
   return out;
 }
 
+Fp4Activations activations_of(const char* op, const std::string& format) {
+  if (format == "mxfp4") return Fp4Activations::mxfp4;
+  if (format == "nvfp4") return Fp4Activations::nvfp4;
+  if (format == "e2m1" || format == "e1m2") return Fp4Activations::fpq;
+  fail(op, ": activations must be \"e2m1\", \"e1m2\", \"mxfp4\" or \"nvfp4\", got \"", format, "\"");
+}
+
+// Rows as 4-bit floats to q int8 [m, k] and row_scale float32 [m, groups].
+struct ActivationArguments {
+  Fp4ActivationsParams p;
+  std::optional<Tensor> shift;
+
+  ActivationArguments(const char* op, const Rows& rows, const std::string& format, const std::optional<Tensor>& scale,
+                      const std::optional<Tensor>& shifts, const std::string& scale_rule) {
+    p.kind = activations_of(op, format);
+    p.rule = scale_rule_of(op, scale_rule);
+    p.dtype = float_dtype(op, rows.x);
+    p.x = rows.x.const_data_ptr();
+    p.m = rows.m;
+    p.k = rows.k;
+    p.parallel_for = torch_parallel_for;
+    const bool fpq = p.kind == Fp4Activations::fpq;
+    if (fpq != scale.has_value()) {
+      fail(op, ": input_scale must ", fpq ? "be given" : "be None", " for activations \"", format, "\"");
+    }
+    if (shifts && !fpq) fail(op, ": input_shift must be None for activations \"", format, "\"");
+    if (!fpq) return;
+    p.format = format_of(op, format);
+    p.scale = *data<float>(checked(op, "input_scale", *scale, ScalarType::Float, {}));
+    shift = checked(op, "input_shift", shifts, ScalarType::Byte, {rows.k});
+    p.shift = data_or_null<uint8_t>(shift);
+  }
+
+  void run(const char* op, int8_t* q, float* row_scale) {
+    p.q = q;
+    p.row_scale = row_scale;
+    const Status status = fp4_activations(p);
+    if (status == Status::bad_argument) {
+      fail(op, ": input_shift must be at most ", (1 << p.format.exponent_bits) - 1, " for this format, got more");
+    }
+    require(op, status);
+  }
+};
+
+std::tuple<Tensor, Tensor> fp4_activations_cpu(Tensor x, std::string format, std::optional<Tensor> input_scale,
+                                               std::optional<Tensor> input_shift, std::string scale_rule) {
+  const char* op = "fp4_activations";
+  const Rows rows = rows_of(op, x);
+  ActivationArguments arguments(op, rows, format, input_scale, input_shift, scale_rule);
+  const Tensor q = new_tensor(sizes_of(x), ScalarType::Char);
+  const Tensor row_scale = new_tensor(with_last(rows.leading, arguments.p.groups()), ScalarType::Float);
+  arguments.run(op, mutable_data<int8_t>(q), mutable_data<float>(row_scale));
+  return {q, row_scale};
+}
+
+Tensor fp4_fp4_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias, std::string format,
+                          int64_t group_size, std::optional<Tensor> global_scale, std::string activations,
+                          std::optional<Tensor> input_scale, std::optional<Tensor> input_shift,
+                          std::string scale_rule) {
+  const char* op = "fp4_fp4_linear";
+  const Rows rows = rows_of(op, x);
+  ActivationArguments casting(op, rows, activations, input_scale, input_shift, scale_rule);
+  const int64_t k = rows.k, n = scale.dim() > 0 ? scale.size(0) : 0;
+  const bool grouped = casting.p.kind != Fp4Activations::fpq;
+  const int64_t width = casting.p.kind == Fp4Activations::mxfp4 ? kMxBlock : kNvBlock;
+  if (group_size != (grouped ? width : 0)) {
+    fail(op, ": group_size must be ", grouped ? width : 0, " for activations \"", activations, "\", got ", group_size);
+  }
+  const WeightArguments arguments =
+      weight_arguments(op, weight, scale, n, k, format, group_size, std::nullopt, global_scale);
+  const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
+  Fp4MatmulParams p;
+  p.weight = arguments.weight(n, k, group_size);
+  check_integers(op, p.weight);
+  const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
+  const auto q = scratch<int8_t>(rows.m * k);
+  const auto row_scale = scratch<float>(rows.m * casting.p.groups());
+  casting.run(op, q.get(), row_scale.get());
+  p.x = q.get();
+  p.dtype = casting.p.dtype;
+  p.m = rows.m;
+  p.row_scale = row_scale.get();
+  p.grouped_rows = grouped;
+  p.bias = data_or_null<float>(bias_row);
+  p.out = out.mutable_data_ptr();
+  p.parallel_for = torch_parallel_for;
+  require(op, fp4_matmul(p));
+  return out;
+}
+
 Tensor fp4_weight_cpu(Tensor weight, Tensor scale, int64_t n, int64_t k, std::string format, int64_t group_size,
                       std::optional<Tensor> codebook, std::optional<Tensor> global_scale) {
   const char* op = "fp4_weight";
@@ -255,4 +346,6 @@ STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) {
   m.impl("mxfp4_dequantize", BITMILL_BOX(bitmill::mxfp4_dequantize_cpu));
   m.impl("fp4_linear", BITMILL_BOX(bitmill::fp4_linear_cpu));
   m.impl("fp4_weight", BITMILL_BOX(bitmill::fp4_weight_cpu));
+  m.impl("fp4_activations", BITMILL_BOX(bitmill::fp4_activations_cpu));
+  m.impl("fp4_fp4_linear", BITMILL_BOX(bitmill::fp4_fp4_linear_cpu));
 }

@@ -100,11 +100,14 @@ Status fp4_weight(const Fp4Weight& weight, float* values, ParallelFor parallel_f
 // y[i, o] = sum_g scale[o, g] sum_{j in g} table[code[o, j]] x[i, j] + bias[o], float sums, columns first to last. With
 // int8 activations the sum over a group is one of integers, dot, exact; groups are added first to last to 0, and
 //   y[i, o] = fl(row_scale[i] * sum_g fl(fl(scale[o, g] * unit) * float(dot))) + bias[o]     (every operation rounded)
+// or, where every group of a row has a scale of its own,
+//   y[i, o] = sum_g fl(fl(scale[o, g] * unit) * fl(row_scale[i, g] * float(dot))) + bias[o]
 struct Fp4MatmulParams {
   const void* x = nullptr;  // [m, k], contiguous, of `dtype`; int8 if there is a row_scale
   Dtype dtype = Dtype::f32;
   int64_t m = 0;
-  const float* row_scale = nullptr;  // [m] or null: activations are row_scale[i] x[i, j]
+  const float* row_scale = nullptr;  // [m], or [m, groups], or null: activations are row_scale[i] x[i, j]
+  bool grouped_rows = false;         // row_scale is [m, groups]
   Fp4Weight weight;
   const float* bias = nullptr;  // [n] or null
   void* out = nullptr;          // [m, n] of `dtype`

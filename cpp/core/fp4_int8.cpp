@@ -61,12 +61,13 @@ void fp4_int8_matmul_tiles_generic(const Fp4MatmulParams& p, const Fp4Integers& 
         }
         for (int64_t lane = 0; lane < lanes; ++lane) {
           const float scale = weight_scale(w, (tile * kTileRows + lane) * groups + group);
-          sum[lane] += scale * integers.unit * static_cast<float>(dot[lane]);
+          const auto total = static_cast<float>(dot[lane]);
+          sum[lane] += scale * integers.unit * (p.grouped_rows ? p.row_scale[row * groups + group] * total : total);
         }
       }
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const int64_t column = tile * kTileRows + lane;
-        float value = sum[lane] * p.row_scale[row];
+        float value = p.grouped_rows ? sum[lane] : sum[lane] * p.row_scale[row];
         if (p.bias) value += p.bias[column];
         with_dtype(p.dtype, p.out, [&](auto* out) { store(value, out + row * w.n + column); });
       }

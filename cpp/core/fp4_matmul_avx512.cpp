@@ -75,7 +75,7 @@ struct FloatPath : FloatSums<T> {
 #pragma GCC unroll 8
       for (int t = 0; t < kSingleTiles; ++t) {
         const __m512 scale = _mm512_loadu_ps(task.scales(tile + t) + group * kTileRows);
-        _mm512_store_ps(result[t], this->fold(_mm512_load_ps(result[t]), scale, sum[t]));
+        _mm512_store_ps(result[t], this->fold(_mm512_load_ps(result[t]), scale, sum[t], row, group));
       }
     }
     finish_rows(task, *this, row, 1, tile, kSingleTiles, result[0]);

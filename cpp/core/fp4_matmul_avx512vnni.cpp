@@ -2,6 +2,7 @@
 // int8 activations times FP4 weights whose 16 values are integers: vpermb decodes 64 codes to unsigned bytes, value
 // plus an offset, vpdpbusd multiplies them with 4 columns of activations. A sum begins with what the offset adds to it,
 // negated. Sums are exact modulo 2^32, so only their end must be within int32.
+#include <algorithm>
 #include <bit>
 
 #include "fp4_tiles_avx512.h"
@@ -9,6 +10,8 @@
 namespace bitmill::detail {
 namespace {
 
+// `grouped`: every group of a row has a scale of its own.
+template <bool grouped>
 struct Int8Path {
   using Input = int8_t;
   using Sum = __m512i;
@@ -17,7 +20,8 @@ struct Int8Path {
   __m512i table;                    // 4 times: vpermb takes 6 bits
   float unit;
   int64_t groups;
-  const int32_t* first_sum;  // [m][groups]
+  const int32_t* first_sum;  // [m][groups], and 3 rows more, which a block may count
+  const float* row_scale;    // the same, if grouped
 
   // Rows that are missing count as zeros.
   static int64_t fours(int64_t rows) { return rows % 4 == 1 ? rows - 1 : ceil_div(rows, 4) * 4; }
@@ -43,18 +47,21 @@ struct Int8Path {
     return sum;
   }
 
-  static __m512 fold(__m512 result, __m512 scale, Sum sum) {
-    return _mm512_add_ps(result, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum)));
+  __m512 fold(__m512 result, __m512 scale, Sum sum, int64_t row, int64_t group) const {
+    __m512 total = _mm512_cvtepi32_ps(sum);
+    if constexpr (grouped) total = _mm512_mul_ps(_mm512_set1_ps(row_scale[row * groups + group]), total);
+    return _mm512_add_ps(result, _mm512_mul_ps(scale, total));
   }
 
   static void finish(const Fp4Task& task, int64_t row, int64_t column, __mmask16 lanes, __m512 value, __m512 bias) {
     const Fp4MatmulParams& p = task.p;
-    value = _mm512_add_ps(_mm512_mul_ps(value, _mm512_set1_ps(p.row_scale[row])), bias);
+    if constexpr (!grouped) value = _mm512_mul_ps(value, _mm512_set1_ps(p.row_scale[row]));
+    value = _mm512_add_ps(value, bias);
     with_dtype(p.dtype, p.out, [&](auto* out) { store16(out + row * p.weight.n + column, lanes, value); });
   }
 
   void single(const Fp4Task& task, int64_t row, int64_t tile, const float* x) const {
-    block<Int8Path, 1, kChunkTiles>(task, *this, row, tile, x);
+    block<Int8Path<grouped>, 1, kChunkTiles>(task, *this, row, tile, x);
   }
 };
 
@@ -76,8 +83,8 @@ void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& p, const Fp4Integer
   int offset = 0;
   for (const int8_t value : integers.value) offset = -value > offset ? -value : offset;
   const auto* x = static_cast<const int8_t*>(p.x);
-  // Up to 3 rows past the end, which a block may count.
-  int32_t* first_sum = new int32_t[static_cast<size_t>((p.m + 3) * groups)]();
+  const auto numbers = static_cast<size_t>((p.m + 3) * groups);
+  int32_t* first_sum = new int32_t[numbers]();
   for (int64_t row = 0; row < p.m; ++row) {
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t last = (group + 1) * width < k ? (group + 1) * width : k;
@@ -87,8 +94,14 @@ void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& p, const Fp4Integer
   alignas(16) uint8_t table[16];
   for (int i = 0; i < 16; ++i) table[i] = static_cast<uint8_t>(integers.value[i] + offset);
   const __m512i values = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
-  const Int8Path path{values, integers.unit, groups, first_sum};
-  multiply_tiles(p, path, begin, end);
+  if (p.grouped_rows) {
+    float* row_scale = new float[numbers]();
+    std::copy(p.row_scale, p.row_scale + p.m * groups, row_scale);
+    multiply_tiles(p, Int8Path<true>{values, integers.unit, groups, first_sum, row_scale}, begin, end);
+    delete[] row_scale;
+  } else {
+    multiply_tiles(p, Int8Path<false>{values, integers.unit, groups, first_sum, nullptr}, begin, end);
+  }
   delete[] first_sum;
 }
 

@@ -13,7 +13,7 @@
 //   broadcast(element)      a
 //   multiply_add(sum, a, w)
 //   unit                    what a scale is multiplied with
-//   fold(result, scale, sum)                 a group's sum added to the result
+//   fold(result, scale, sum, row, group)     a group's sum added to the result
 //   finish(task, row, column, lanes, value, bias)  16 results to memory
 //   single(task, row, tile, x)   one packed row times the tiles of a chunk
 // Sums run over the columns first to last, one accumulator an output: they depend neither on the threads nor on the
@@ -96,7 +96,9 @@ struct FloatSums {
   static Sum start(int64_t, int64_t) { return _mm512_setzero_ps(); }
   static __m512 broadcast(float element) { return _mm512_set1_ps(element); }
 
-  static __m512 fold(__m512 result, __m512 scale, Sum sum) { return _mm512_fmadd_ps(scale, sum, result); }
+  static __m512 fold(__m512 result, __m512 scale, Sum sum, int64_t, int64_t) {
+    return _mm512_fmadd_ps(scale, sum, result);
+  }
 
   static void finish(const Fp4Task& task, int64_t row, int64_t column, __mmask16 lanes, __m512 value, __m512 bias) {
     store16(static_cast<T*>(task.p.out) + row * task.p.weight.n + column, lanes, _mm512_add_ps(value, bias));
@@ -184,7 +186,7 @@ static void block(const Fp4Task& task, const Path& path, int64_t row, int64_t ti
       const __m512 scale = _mm512_loadu_ps(scales[t] + group * kTileRows);
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
-        _mm512_store_ps(result[r][t], path.fold(_mm512_load_ps(result[r][t]), scale, sum[r][t]));
+        _mm512_store_ps(result[r][t], path.fold(_mm512_load_ps(result[r][t]), scale, sum[r][t], row + r, group));
       }
     }
   }

@@ -188,7 +188,7 @@ class SalientConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class FP4Config(Config):
-    """4-bit floating-point weights.
+    """4-bit floating-point weights, and activations of as many bits if wanted.
 
     Attributes:
         format: "e2m1", "e1m2" or "e3m0" with one float scale an output channel; "mxfp4": E2M1 with one E8M0 scale for
@@ -198,7 +198,9 @@ class FP4Config(Config):
             "rceil", "ceil" or "even".
         activations: "float" multiplies activations as they are; "int8" rounds every row to int8 with a scale of its own
             first, in training too (straight-through), which is faster; not for "nf4" and "bnb-fp4", whose values are
-            no integers.
+            no integers. "mxfp4" for weights in "mxfp4" and "nvfp4" for "nvfp4" cast them to such blocks. "e2m1",
+            "e1m2" or "e3m0", for weights in any of these three, cast them to this format with a scale and shifts of
+            the input channels that a layer has to be given (`recipes.llm_fp4`).
         group_size: for "nf4" and "bnb-fp4", columns that share a scale, a multiple of 16, or 0 for a whole row. None
             for the format's usual number, which then stands here: 64 for these two; the rest has no other.
         embeddings: let `quantize_` swap nn.Embedding too.
@@ -210,23 +212,31 @@ class FP4Config(Config):
     group_size: int = None  # type: ignore[assignment]  # __post_init__ puts a number here
     embeddings: bool = False
 
-    FORMATS: ClassVar[tuple[str, ...]] = ("e2m1", "e1m2", "e3m0", "mxfp4", "nvfp4", "nf4", "bnb-fp4")
+    STATIC: ClassVar[tuple[str, ...]] = ("e2m1", "e1m2", "e3m0")  # activations with scales known beforehand
+    FORMATS: ClassVar[tuple[str, ...]] = (*STATIC, "mxfp4", "nvfp4", "nf4", "bnb-fp4")
     SCALE_RULES: ClassVar[tuple[str, ...]] = ("floor", "rceil", "ceil", "even")
 
     def __post_init__(self) -> None:
         self._require_one_of("format", self.FORMATS)
         self._require_one_of("scale_rule", self.SCALE_RULES)
         self._require_one_of("embeddings", (True, False))
-        self._require_one_of("activations", ACTIVATIONS)
+        integers = self.format not in ("nf4", "bnb-fp4")
+        own = self.STATIC if self.format in self.STATIC else (self.format,)
+        allowed = (*ACTIVATIONS, *own) if integers else ("float",)
+        self._require_one_of("activations", allowed, f" for format {self.format!r}")
         usual = {"mxfp4": 32, "nvfp4": 16, "nf4": 64, "bnb-fp4": 64}.get(self.format, 0)
         if self.group_size is None:
             object.__setattr__(self, "group_size", usual)
         if self.format in ("nf4", "bnb-fp4"):
             valid = type(self.group_size) is int and 0 <= self.group_size <= MAX_GROUP and self.group_size % 16 == 0
             self._require("group_size", valid, "0 (a whole row) or a positive multiple of 16 up to 2**24")
-            self._require("activations", self.activations == "float", f"'float' for format {self.format!r}")
         else:
             self._require_one_of("group_size", (usual,), f" for format {self.format!r}")
+
+    @property
+    def static_activations(self) -> bool:
+        """Whether a layer has an input_scale and input_shift."""
+        return self.activations in self.STATIC
 
 
 @dataclasses.dataclass(frozen=True)

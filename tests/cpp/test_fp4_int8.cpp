@@ -46,7 +46,7 @@ void test_integers() {
   }
 }
 
-void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bytes, Dtype dtype) {
+void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bytes, bool grouped_rows, Dtype dtype) {
   const int64_t groups = group_size > 0 ? ceil_div(k, group_size) : 1;
   std::vector<uint8_t> codes(n * k), scale_bytes(n * groups);
   std::vector<int32_t> tiles(tile_count(n) * word_count(k, 4) * kTileRows);
@@ -54,7 +54,7 @@ void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bytes, Dt
   CHECK(tile_pack(codes.data(), n, k, 4, tiles.data()) == Status::ok);
   std::vector<int8_t> q(m * k);
   for (int8_t& value : q) value = static_cast<int8_t>(static_cast<int>(next() >> 8) % 255 - 127);
-  std::vector<float> scale(n * groups), row_scale(m), bias(n);
+  std::vector<float> scale(n * groups), row_scale(grouped_rows ? m * groups : m), bias(n);
   for (auto* values : {&scale, &row_scale, &bias}) {
     for (float& value : *values) value = next_float();
   }
@@ -65,6 +65,7 @@ void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bytes, Dt
   p.dtype = dtype;
   p.m = m;
   p.row_scale = row_scale.data();
+  p.grouped_rows = grouped_rows;
   p.weight = {.tiles = tiles.data(), .n = n, .k = k, .table = table};
   p.weight.scale = bytes ? nullptr : scale.data();
   p.weight.scale_bytes = bytes ? scale_bytes.data() : nullptr;
@@ -125,12 +126,14 @@ int main() {
   test_integers();
   for (const int64_t group_size : {0, 8, 16, 32, 64, 128}) {
     for (const bool bytes : {false, true}) {
-      for (const int64_t m : {0, 1, 2, 5, 8, 13}) {
-        compare(m, 19, 77, group_size, bytes, Dtype::f32);
-        compare(m, 150, 264, group_size, bytes, Dtype::bf16);
+      for (const bool grouped_rows : {false, true}) {
+        for (const int64_t m : {0, 1, 2, 5, 8, 13}) {
+          compare(m, 19, 77, group_size, bytes, grouped_rows, Dtype::f32);
+          compare(m, 150, 264, group_size, bytes, grouped_rows, Dtype::bf16);
+        }
+        compare(3, 5, 0, group_size, bytes, grouped_rows, Dtype::f32);
+        compare(3, 0, 9, group_size, bytes, grouped_rows, Dtype::f32);
       }
-      compare(3, 5, 0, group_size, bytes, Dtype::f32);
-      compare(3, 0, 9, group_size, bytes, Dtype::f32);
     }
   }
   test_widest_sums();

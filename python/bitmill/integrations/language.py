@@ -8,7 +8,6 @@ A packed folder holds the config and the tokenizer as transformers writes them, 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -167,7 +166,7 @@ def _set_activations_(model: nn.Module, activations: str) -> None:
             f"load_pretrained: activations must be None for layers that have no choice of them, got {activations!r}"
         )
     for layer in choosing:
-        layer.config = dataclasses.replace(layer.config, activations=activations)
+        layer.set_activations(activations)
 
 
 def _conv1d_to_linear_(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ its config, its arguments and its tensors.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -138,6 +139,10 @@ class PackedModule(nn.Module):
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
+
+    def set_activations(self, activations: str) -> None:
+        """Multiply other activations from now on; the configuration must allow them."""
+        self.config = dataclasses.replace(self.config, activations=activations)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments besides `config` that rebuild this layer's empty buffers."""

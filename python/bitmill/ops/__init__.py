@@ -24,10 +24,11 @@ from .fp4 import (
     mxfp4_dequantize,
     mxfp4_quantize,
 )
+from .fp4_activations import fp4_activations, fp4_activations_fake_quant, fp4_fp4_linear
 from .fp4_embedding import fp4_embedding
 from .fp4_fake_quant import fp4_fake_quant, mxfp4_fake_quant
 from .fp4_linear import fp4_linear, fp4_weight
-from .fpq import fpq_bias, fpq_dequantize, fpq_quantize, fpq_scale
+from .fpq import fpq_bias, fpq_dequantize, fpq_quantize, fpq_scale, fpq_shift
 from .int8 import int8_fake_quant, int8_quantize
 from .integer_linear import integer_linear
 from .layer_norm import layer_norm
@@ -68,9 +69,12 @@ __all__ = [
     "e4m3_uncast",
     "e8m0_cast",
     "e8m0_uncast",
+    "fp4_activations",
+    "fp4_activations_fake_quant",
     "fp4_cast",
     "fp4_embedding",
     "fp4_fake_quant",
+    "fp4_fp4_linear",
     "fp4_linear",
     "fp4_uncast",
     "fp4_weight",
@@ -78,6 +82,7 @@ __all__ = [
     "fpq_dequantize",
     "fpq_quantize",
     "fpq_scale",
+    "fpq_shift",
     "int8_fake_quant",
     "int8_quantize",
     "integer_linear",

@@ -37,6 +37,21 @@ def fpq_scale(bias: Tensor, format: str = "e2m1") -> Tensor:
     return torch.exp2(FORMATS[format][2] - bias.double()).float()
 
 
+def largest_shift(format: str) -> int:
+    """How far a channel's bias may lie above the tensor's: 2^E - 1."""
+    _check_format("largest_shift", format)
+    return int(2 ** FORMATS[format][0]) - 1
+
+
+def fpq_shift(bias: Tensor, rho: Tensor, format: str = "e2m1") -> Tensor:
+    """Pre-shifted exponent biases: what is added to rho for every input channel, uint8 of bias' shape.
+
+    round(bias) - round(rho), within 0 ... 2^E - 1, as in the published code; bias is `fpq_bias` of a channel's largest
+    magnitude. fp4_activations.py multiplies with such activations as integers.
+    """
+    return (bias.round() - rho.round()).clamp(0, largest_shift(format)).to(torch.uint8)
+
+
 def fpq_quantize(
     x: Tensor,
     bias: Tensor,
