@@ -6,9 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitmill import ops
+from bitmill.ops import fpq_bias
+from bitmill.recipes.fpq_search import Search, bias_of, search_layer
+from bitmill.recipes.llm_fp4 import pack_linear
 
 from .common import Case, assert_exact, assert_relative
 
@@ -119,6 +122,41 @@ def fp4_llmfp4_quantizer(case: Case) -> None:
     compare(x.clamp(-largest, largest), case["out_clipped"], "clipped")
 
 
+def fp4_llmfp4_calibration(case: Case) -> None:
+    baseline, x, weight = bool(case.number("hp_baseline")), case["in_x"], case["par_weight"]
+    search = Search(search="paper", shift=not baseline, candidates=int(case.number("hp_eq_n")))
+    inputs = x.flatten(0, 1)
+    found = search_layer(weight, inputs, None, search)
+    assert found.activation is not None
+    formats = ("e3m0", "e2m1", "e1m2")
+    assert found.weight.format == formats[int(case.number("out_w_mbits"))]
+    assert found.activation.format == formats[int(case.number("out_a_mbits"))]
+    amax, row_amax = inputs.abs().max(), weight.abs().amax(1, keepdim=True)
+
+    def gamma(scale: Tensor, amax: Tensor, format: str) -> Tensor:
+        candidates = torch.stack(list(search.scales(amax, format)))
+        return (candidates == scale).int().argmax(0)
+
+    for i, format in enumerate(formats):
+        scale, rho = found.weight_scales[format], found.activation_scales[format]
+        assert_exact(gamma(scale, row_amax, format)[:, 0], case["out_w_gamma"][i], f"gamma of rows, {format}")
+        assert_exact(gamma(rho, amax, format), case["out_a_gamma"][i], f"gamma of activations, {format}")
+        assert_relative(bias_of(scale, format)[:, 0], case["out_w_bias_all"][i], 1e-5, f"biases, {format}")
+        assert_relative(bias_of(rho, format), case["out_rho_all"][i], 1e-5, f"rho, {format}")
+    assert_relative(bias_of(found.weight.scale, found.weight.format)[:, 0], case["out_w_bias"], 1e-5, "biases")
+    if not baseline:
+        channels = fpq_bias(inputs.abs().amax(0), found.activation.format)
+        assert_relative(channels, case["out_bt"], 1e-5, "biases of channels")
+        assert_exact(found.activation.shift, case["out_k"].to(torch.uint8), "shifts")
+    assert_relative(found.weight(weight), case["out_wq"], 1e-5, "weight")
+    assert_relative(found.activation(x), case["out_xq"], 1e-5, "activations")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], "par_bias" in case)
+    layer.weight.data = weight
+    if layer.bias is not None:
+        layer.bias.data = case["par_bias"]
+    assert_relative(pack_linear(layer, found)(x), case["out_y"], 1e-4, "output")
+
+
 COMPARISONS: dict[str, Callable[[Case], None]] = {
     "fp4/cast-e2m1": fp4_cast_e2m1,
     "fp4/pack": fp4_pack,
@@ -128,4 +166,5 @@ COMPARISONS: dict[str, Callable[[Case], None]] = {
     "fp4/e4m3": fp4_e4m3,
     "fp4/nvfp4": fp4_nvfp4,
     "fp4/llmfp4-quantizer": fp4_llmfp4_quantizer,
+    "fp4/llmfp4-calibration": fp4_llmfp4_calibration,
 }

@@ -2,9 +2,10 @@
 """Quantising a language model block by block: what post-training methods share, whatever a layer becomes.
 
 Each decoder block sees the calibration text as the quantised blocks before it pass it on. One block at a time: a
-forward pass measures the Hessian of every linear layer's input, the layers are swapped, a second pass makes the next
-block's input. What a block is called with besides the activations (masks, position tables) does not depend on weights,
-so one pass of the unquantised model records it for all blocks, in which only the first batch is computed.
+forward pass measures every linear layer's input (its Hessian, unless the method looks at something else), the layers
+are swapped, a second pass makes the next block's input. What a block is called with besides the activations (masks,
+position tables) does not depend on weights, so one pass of the unquantised model records it for all blocks, in which
+only the first batch is computed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,19 @@ from ..convert import Filter, replace_modules, require_bare
 from .gptq import Hessian
 
 Batch = Tensor | Mapping[str, Any]
-QuantiseLinear = Callable[[nn.Linear, Hessian], tuple[nn.Module, float]]
-"""A layer and the Hessian of its inputs to the layer that replaces it and its relative error."""
+QuantiseLinear = Callable[[nn.Linear, Any], tuple[nn.Module, float]]
+"""A layer and what was measured of its inputs to the layer that replaces it and its relative error."""
+
+
+class Measure(Protocol):
+    """What a method wants to know of a layer's inputs; `gptq.Hessian` is one."""
+
+    def add(self, x: Tensor, sequences: int | None = None) -> None:
+        """Look at inputs [..., k] of a batch of so many sequences, where the block knows how many."""
+
+
+NewMeasure = Callable[[int, torch.device], Measure]
+"""in_features of a layer and its device to a new measure."""
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what hosts call a block's key-value cache
 
@@ -120,9 +132,9 @@ class _Calls:
             output = block(hidden, *args, **kwargs)
             yield output[0] if isinstance(output, tuple) else output
 
-    def advance(self, index: int, block: nn.Module) -> None:
-        """Replace the activations by what the block makes of them, one batch at a time."""
-        for number, output in enumerate(self.run(index, block)):
+    def advance(self, index: int, outputs: Iterable[Tensor]) -> None:
+        """Replace the activations in front of a block by its outputs, one batch at a time."""
+        for number, output in enumerate(outputs):
             self.hidden[number] = output
         self.others[index].clear()
 
@@ -160,11 +172,12 @@ def _shared(new: Any, old: Any) -> Any:
 
 
 class _Measured:
-    """Hessians of a block's linear layers; layers that are called with the same tensor share one."""
+    """Measures of a block's linear layers; layers that are called with the same tensor share one."""
 
-    def __init__(self, block: nn.Module, layers: dict[str, nn.Linear]) -> None:
-        self.hessians: dict[str, Hessian] = {}
-        self.seen: list[tuple[Tensor, Hessian]] = []  # of the batch in progress; holding the tensors keeps them apart
+    def __init__(self, block: nn.Module, layers: dict[str, nn.Linear], measure: NewMeasure) -> None:
+        self.new = measure
+        self.measures: dict[str, Measure] = {}
+        self.seen: list[tuple[Tensor, Measure]] = []  # of the batch in progress; holding the tensors keeps them apart
         self.sequences: int | None = None  # of the batch in progress, which a layer may see joined to one row of tokens
         self.handles = [layer.register_forward_pre_hook(self._adder(name)) for name, layer in layers.items()]
         self.handles.append(block.register_forward_pre_hook(self._begin, prepend=True))
@@ -176,11 +189,11 @@ class _Measured:
     def _adder(self, name: str) -> Callable[..., None]:
         def add(layer: nn.Linear, args: tuple[Tensor, ...]) -> None:
             x = args[0]
-            known = next((hessian for tensor, hessian in self.seen if tensor is x), None)
-            hessian = self.hessians.setdefault(name, known or Hessian(layer.in_features, x.device))
-            if hessian is not known:
-                hessian.add(x, self.sequences)
-                self.seen.append((x, hessian))
+            known = next((measure for tensor, measure in self.seen if tensor is x), None)
+            measure = self.measures.setdefault(name, known or self.new(layer.in_features, x.device))
+            if measure is not known:
+                measure.add(x, self.sequences)
+                self.seen.append((x, measure))
 
         return add
 
@@ -191,7 +204,7 @@ class _Measured:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients and without a key-value cache; afterwards all as it was."""
     training = {name: module.training for name, module in model.named_modules()}
     config = getattr(model, "config", None)
@@ -242,10 +255,12 @@ class _Folder:
             f"quantize_: folder must hold a whole run, {self.file} is cut off or damaged; delete it to begin anew"
         )
 
-    def resume(self, index: int, block: nn.Module) -> dict[str, float] | None:
-        """Load a finished block into the model's and return its layers' errors; None if there is none."""
-        if index >= len(self.run["blocks"]):
-            return None
+    def has(self, index: int) -> bool:
+        """Whether the block is finished."""
+        return index < len(self.run["blocks"])
+
+    def resume(self, index: int, block: nn.Module) -> dict[str, float]:
+        """Load a finished block into the model's and return its layers' errors."""
         finished = self.run["blocks"][index]
         if finished["original"] != _digest_of(**block.state_dict()):
             raise ValueError(
@@ -276,12 +291,16 @@ def quantize_blocks_(
     filter_fn: Filter | None = None,
     folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    measure: NewMeasure = Hessian,
+    parallel: bool = False,
 ) -> dict[str, float]:
     """Swap the nn.Linear layers of the decoder blocks for what `quantise` makes of them, block by block, in place.
 
     Args:
         settings: plain data that says what `quantise` does; a folder belongs to one of them.
         model, batches, blocks, filter_fn, folder, progress: as `pb_llm.quantize_` has them.
+        measure: of a layer's inputs, which `quantise` gets.
+        parallel: let each block see the text as the unquantised blocks before it pass it on.
     Returns:
         The error of every layer that was swapped, by its name.
     Raises:
@@ -292,23 +311,26 @@ def quantize_blocks_(
     if not any(layers):
         raise ValueError("quantize_: the decoder blocks must contain nn.Linear that the filter accepts, got none")
     errors: dict[str, float] = {}
-    with _evaluating(model):
+    with evaluating(model):
         calls = _Calls(model, found, batches)
         names = [name for named in layers for name in named]
         kept = None if folder is None else _Folder(folder, {**settings, "layers": names}, calls)
         with tqdm(total=len(names), unit="layer", disable=None if progress else True) as bar:
             for index, block in enumerate(found):
-                done = None if kept is None else kept.resume(index, block)
-                if done is None:
-                    original = "" if kept is None else _digest_of(**block.state_dict())
-                    done = _quantize_block_(block, layers[index], calls, index, quantise, bar)
+                finished, last = kept is not None and kept.has(index), index == len(found) - 1
+                original = "" if kept is None or finished else _digest_of(**block.state_dict())
+                measured = {} if finished else _measure(block, layers[index], calls, index, measure)
+                outputs = list(calls.run(index, block)) if parallel and not last else None
+                if kept is not None and finished:
+                    done = kept.resume(index, block)
+                    bar.update(len(done))
+                else:
+                    done = _quantize_block_(block, layers[index], measured, quantise, bar)
                     if kept is not None:
                         kept.keep(block, original, done)
-                else:
-                    bar.update(len(done))
                 errors.update(done)
-                if index < len(found) - 1:
-                    calls.advance(index, block)
+                if not last:
+                    calls.advance(index, calls.run(index, block) if outputs is None else outputs)
     return errors
 
 
@@ -325,24 +347,34 @@ def _layers_of(block: nn.Module, prefix: str, filter_fn: Filter | None) -> dict[
     return layers
 
 
-def _quantize_block_(
-    block: nn.Module, layers: dict[str, nn.Linear], calls: _Calls, index: int, quantise: QuantiseLinear, bar: Any
-) -> dict[str, float]:
+def _measure(
+    block: nn.Module, layers: dict[str, nn.Linear], calls: _Calls, index: int, measure: NewMeasure
+) -> dict[str, Measure]:
     if not layers:
         return {}
-    measured = _Measured(block, layers)
+    measured = _Measured(block, layers, measure)
     try:
         for _ in calls.run(index, block):
             pass
     finally:
         measured.remove()
+    return measured.measures
+
+
+def _quantize_block_(
+    block: nn.Module,
+    layers: dict[str, nn.Linear],
+    measured: dict[str, Measure],
+    quantise: QuantiseLinear,
+    bar: Any,
+) -> dict[str, float]:
     errors: dict[str, float] = {}
     replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
-        if name not in measured.hessians:
+        if name not in measured:
             raise ValueError(f"quantize_: {name}: the calibration text must reach every layer, it never calls this one")
         try:
-            replacements[layer], errors[name] = quantise(layer, measured.hessians[name])
+            replacements[layer], errors[name] = quantise(layer, measured[name])
         except ValueError as error:
             raise ValueError(f"quantize_: {name}: {error}") from None
         bar.update()
