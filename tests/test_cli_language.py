@@ -93,12 +93,17 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return call
 
 
+MINMAX = ["--search", "minmax", "--format", "e1m2", "--no-shift"]
 METHODS: dict[str, list[str]] = {
     "pb-llm": ["--salient", "0.3", "--windows", "4"],
     "pb-llm rtn": ["--rounding", "rtn", "--metric", "magnitude", "--bits", "4"],
     "billm": ["--windows", "4"],
     "arb-rc": ["--windows", "4"],
+    "llm-fp4": ["--windows", "4", "--activations", "fp4"],
+    "llm-fp4 weights": ["--windows", "4", "--search", "paper", "--error", "l1"],
+    "llm-fp4 minmax": ["--windows", "4", "--activations", "fp4", *MINMAX],
     "fp4": ["--format", "mxfp4", "--activations", "int8"],
+    "mxfp4 both": ["--activations", "fp4"],
     "nvfp4": ["--activations", "int8"],
     "nf4": [],
     "mxfp4": ["--scale-rule", "even"],
@@ -164,6 +169,19 @@ def test_a_folder_loads_for_other_activations(
     assert of_float != of_int8 == run("eval", tmp_path / "int8", *evaluate[2:])["perplexity"]
     assert cli.main(["eval", str(model), "--text", str(text), "--activations", "int8"]) == 1
     assert "activations go with a packed folder, got 'int8'" in capsys.readouterr().err
+
+
+def test_a_folder_of_four_bit_activations_loads_for_others(model: Path, text: Path, run: Run, tmp_path: Path) -> None:
+    out, ids = tmp_path / "out", torch.randint(len(WORDS), (1, 9))
+    options = ["--calibration", text, "--windows", 2, "--activations", "fp4"]
+    run("quantize", model, "--out", out, "--method", "llm-fp4", *options)
+    four, floats = load_pretrained(out).model, load_pretrained(out, "float").model
+    layer = floats.model.layers[0].mlp.up_proj
+    assert layer.config.activations == "float" and layer.input_scale is None
+    assert four.lm_head.config.activations == "float"
+    with torch.inference_mode():
+        assert not torch.equal(four(ids).logits, floats(ids).logits)
+    assert cli.main(["quantize", str(model), "--out", str(tmp_path / "x"), "--method", "nf4", "--activations", "fp4"])
 
 
 def test_int8_activations_where_only_the_head_takes_them(model: Path, run: Run, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FP4_FORMATS = ("mxfp4", "nvfp4", "nf4", "bnb-fp4")
-METHODS = ("pb-llm", "billm", "arb", "arb-x", "arb-rc", "fp4", *FP4_FORMATS)
+METHODS = ("pb-llm", "billm", "arb", "arb-x", "arb-rc", "llm-fp4", "fp4", *FP4_FORMATS)
 EVAL_LENGTH = 2048
 
 PERPLEXITY = (
@@ -68,14 +68,34 @@ def add_commands(commands: Any) -> None:
         help="pb-llm, billm, arb: whether later columns make up for errors; rtn with metric magnitude needs no text",
     )
     formats = ("e2m1", "e1m2", "e3m0", *FP4_FORMATS)
-    methods.add_argument("--format", default="e2m1", choices=formats, help="fp4: the format; the last ones are methods")
+    methods.add_argument(
+        "--format",
+        default="e2m1",
+        choices=formats,
+        help="fp4, llm-fp4 with minmax: this one; the last are methods",
+    )
     rules = ("floor", "rceil", "ceil", "even")
     methods.add_argument("--scale-rule", default="floor", choices=rules, help="mxfp4: how a block's scale is chosen")
     methods.add_argument(
         "--activations",
         default="float",
-        choices=("float", "int8"),
-        help="pb-llm, fp4, mxfp4, nvfp4: int8 is faster and less exact",
+        choices=("float", "int8", "fp4"),
+        help="pb-llm, fp4, mxfp4, nvfp4, llm-fp4: int8 is faster and less exact; llm-fp4, mxfp4, nvfp4: fp4 is 4 bits",
+    )
+    searches = ("scale", "paper", "minmax")
+    methods.add_argument(
+        "--search",
+        default="scale",
+        choices=searches,
+        help="llm-fp4: of formats and scales, whatever the magnitude; as published; or largest magnitudes, no search",
+    )
+    errors = ("l2", "l1", "cosine")
+    methods.add_argument("--error", default="l2", choices=errors, help="llm-fp4: of a layer's output")
+    methods.add_argument(
+        "--shift",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="llm-fp4: give input channels exponent biases of their own, or all of them one",
     )
     methods.add_argument(
         "--tables",

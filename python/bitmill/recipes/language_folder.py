@@ -31,7 +31,8 @@ from ..integrations.language import (
     read_pretrained,
     save_pretrained,
 )
-from . import arb_llm, billm, pb_llm
+from . import arb_llm, billm, llm_fp4, pb_llm
+from .fpq_search import FORMATS, Search
 from .language import measure_perplexity, random_windows, read_ids
 from .layerwise import decoder_blocks
 
@@ -50,9 +51,11 @@ class Settings:
         method: a key of `METHODS`.
         salient, bits, metric, structure, scale, group_size: of PB-LLM, `SalientConfig`.
         metric, rounding ("gptq" or "rtn"): of BiLLM and ARB-LLM too.
-        format: of the method "fp4".
+        format: of the method "fp4", and of "llm-fp4" with search "minmax".
         scale_rule: of MXFP4's scales, `FP4Config`.
-        activations: "float" or "int8", of PB-LLM and FP4, and of the output head.
+        activations: "float" or "int8", of PB-LLM and FP4, and of the output head; "fp4" for "llm-fp4", "mxfp4" and
+            "nvfp4", which leaves the head's floats.
+        search, error, shift: of LLM-FP4, `fpq_search.Search`, whose metric is `error` here.
         tables: "int8" rounds the token embedding and the output head to 8-bit rows, "float" leaves them as they are.
         windows, length, seed: of the calibration text; windows of at most as many tokens as the model takes.
         dtype: of the model: "float32", "bfloat16" or "float16".
@@ -69,6 +72,9 @@ class Settings:
     format: str = "e2m1"
     scale_rule: str = "floor"
     activations: str = "float"
+    search: str = "scale"
+    error: str = "l2"
+    shift: bool = True
     tables: str = "int8"
     windows: int = 128
     length: int = 2048
@@ -78,8 +84,14 @@ class Settings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"quantize: method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.activations == "fp4" and self.method not in ("llm-fp4", "mxfp4", "nvfp4"):
+            raise ValueError(
+                "quantize: activations must be one of float, int8 unless the method is llm-fp4, mxfp4 or nvfp4, got"
+                f" 'fp4' for method {self.method!r}"
+            )
         self.salient_config()
         self.fp4_config()
+        self.fpq_search()
         choices = {"tables": ("int8", "float"), "dtype": DTYPES, "rounding": pb_llm.ROUNDING}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -96,18 +108,29 @@ class Settings:
             self.structure,
             self.scale,
             group_size=self.group_size,
-            activations=self.activations,
+            activations=self.head_activations,
         )
 
     def fp4_config(self) -> FP4Config:
         format = self.method if self.method in FP4_FORMATS else self.format
-        return FP4Config(format, self.scale_rule, self.activations)
+        fp4 = self.activations == "fp4" and self.method in FP4_FORMATS
+        return FP4Config(format, self.scale_rule, format if fp4 else self.head_activations)
+
+    def fpq_search(self) -> Search:
+        formats = (self.format,) if self.search == "minmax" else FORMATS
+        choices = self.activations, self.shift, self.search, self.error
+        return Search(*choices, formats=formats, activation_formats=formats)
+
+    @property
+    def head_activations(self) -> str:
+        """Of the output head, and of methods without 4-bit activations."""
+        return "float" if self.activations == "fp4" else self.activations
 
     @property
     def calibrated(self) -> bool:
         """Whether the method looks at a text."""
         plain = self.rounding == "rtn" and self.metric == "magnitude"
-        return self.method in ("billm", *ARB_LLM) or (self.method == "pb-llm" and not plain)
+        return self.method in ("billm", "llm-fp4", *ARB_LLM) or (self.method == "pb-llm" and not plain)
 
 
 def _pb_llm(model: nn.Module, windows: list[Tensor], settings: Settings, folder: Path) -> dict[str, float]:
@@ -123,6 +146,10 @@ def _billm(model: nn.Module, windows: list[Tensor], settings: Settings, folder: 
 def _arb_llm(model: nn.Module, windows: list[Tensor], settings: Settings, folder: Path) -> dict[str, float]:
     variant = ARB_LLM[settings.method]
     return arb_llm.quantize_(model, windows, variant, metric=settings.metric, rounding=settings.rounding, folder=folder)
+
+
+def _llm_fp4(model: nn.Module, windows: list[Tensor], settings: Settings, folder: Path) -> dict[str, float]:
+    return llm_fp4.quantize_(model, windows, settings.fpq_search(), folder=folder)
 
 
 def _fp4(model: nn.Module, windows: list[Tensor], settings: Settings, folder: Path) -> dict[str, float]:
@@ -141,6 +168,7 @@ METHODS: dict[str, Callable[[nn.Module, list[Tensor], Settings, Path], dict[str,
     "pb-llm": _pb_llm,
     "billm": _billm,
     **dict.fromkeys(ARB_LLM, _arb_llm),
+    "llm-fp4": _llm_fp4,
     **dict.fromkeys(("fp4", *FP4_FORMATS), _fp4),
 }
 
@@ -187,7 +215,7 @@ def quantize_folder(
         _write(out, run)
         errors = METHODS[settings.method](model, windows, settings, out / BLOCKS)
         if settings.tables == "int8":
-            int8_tables_(model, Int8Config(settings.activations))
+            int8_tables_(model, Int8Config(settings.head_activations))
         save_pretrained(model, tokenizer, out)
         times = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         result = {**_facts(model, blocks, out), **times, "errors": errors}

@@ -36,14 +36,30 @@ PB_LLM: dict[str, dict[str, str]] = {
     "gptq-magnitude": {"rounding": "gptq", "metric": "magnitude"},
     "gptq-hessian": {"rounding": "gptq", "metric": "hessian"},
 }
+# With activations of 4 bits too.
+LLM_FP4: dict[str, dict[str, Any]] = {
+    "int4-a4": {"search": "minmax", "format": "e1m2", "shift": False},
+    "fp4-a4": {"search": "minmax", "shift": False},
+    "llm-fp4-baseline-a4": {"shift": False},
+    "llm-fp4-a4": {},
+    "llm-fp4-paper-a4": {"search": "paper"},
+}
 ORIGINAL = "float32"
 ROWS: dict[str, dict[str, Any]] = {
     ORIGINAL: {},
-    "fp4": {"method": "fp4"},
+    "fp4": {"method": "fp4"},  # E2M1 by the largest magnitude of a row
+    "int4": {"method": "fp4", "format": "e1m2"},  # whose values are -7 ... 7
+    "llm-fp4": {"method": "llm-fp4"},
+    **{name: {"method": "llm-fp4", "activations": "fp4", **options} for name, options in LLM_FP4.items()},
     "nf4": {"method": "nf4"},
     "bnb-fp4": {"method": "bnb-fp4"},
     "nvfp4": {"method": "nvfp4"},
+    "nvfp4-a4": {"method": "nvfp4", "activations": "fp4"},
     **{f"mxfp4-{rule}": {"method": "mxfp4", "scale_rule": rule} for rule in FP4Config.SCALE_RULES},
+    **{
+        f"mxfp4-{rule}-a4": {"method": "mxfp4", "scale_rule": rule, "activations": "fp4"}
+        for rule in FP4Config.SCALE_RULES
+    },
     "pb-llm-100-rtn": {"salient": 1.0, "structure": "column", **PB_LLM["rtn"]},
     **{
         f"pb-llm-{percent}-{way}": {"salient": percent / 100, **options}
@@ -71,12 +87,14 @@ class Family(NamedTuple):
         return self.name if isinstance(self.way, str) else row
 
 
+FOUR_BITS = ("fp4", "nf4", "int4", *(f"mxfp4-{rule}" for rule in FP4Config.SCALE_RULES))
 # The sides keep labels apart: at one file size the three of PB-LLM stand in this order, from above.
 FAMILIES = (
     Family("PB-LLM, rounded", "-rtn", "o", "tab:blue", "above"),
     Family("PB-LLM, GPTQ, by magnitude", "-gptq-magnitude", "s", "tab:orange", "right"),
     Family("PB-LLM, GPTQ, by the Hessian", "-gptq-hessian", "^", "tab:green", "below"),
-    Family("4-bit floats", ("fp4", "nf4", *(f"mxfp4-{r}" for r in FP4Config.SCALE_RULES)), "D", "tab:purple", "left"),
+    Family("4-bit weights", FOUR_BITS, "D", "tab:purple", "left"),
+    Family("activations of 4 bits too", ("-a4",), "X", "tab:pink", "left"),
     Family("BiLLM", "billm", "v", "tab:red", "left"),
     Family("ARB-RC", "arb-rc", "P", "tab:brown", "left"),
 )
