@@ -19,11 +19,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = Path(bitmill.__file__).parent
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "cpp" / "core").glob("*.*")), ids=lambda path: path.name)
-def test_the_core_knows_no_torch_and_no_python(path: Path) -> None:
+ARITHMETIC = sorted(path for ring in ("core", "cuda") for path in (ROOT / "cpp" / ring).glob("*.*"))
+
+
+@pytest.mark.parametrize("path", ARITHMETIC, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_arithmetic_knows_no_torch_and_no_python(path: Path) -> None:
     forbidden = re.findall(r"#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python\.h)", path.read_text())
     assert not forbidden
-    assert path.suffix not in (".h", ".cpp") or not re.search(r"\b(throw|try|catch|printf|cout)\b", _code(path))
+    assert path.suffix not in (".h", ".cpp", ".cu", ".cuh") or not re.search(
+        r"\b(throw|try|catch|printf|cout)\b", _code(path)
+    )
 
 
 def test_only_bindings_know_torch_or_python() -> None:
@@ -91,6 +96,28 @@ assert bitmill.cli.main(["info"]) == 0
     assert f"result {layer.pack()(x).view(torch.int32).tolist()}\n" in output, "every bit of the compiled result"
     assert "bitmill._ops_cpu is hidden" in output
     assert re.search(r"binary_linear +torch", output)
+
+
+def test_the_cuda_library_is_loaded_only_by_a_torch_with_cuda() -> None:
+    code = """
+import importlib.machinery, importlib.util, torch
+torch.version.cuda = CUDA
+loaded = []
+torch.ops.load_library = loaded.append
+find = importlib.util.find_spec
+spec = importlib.machinery.ModuleSpec("bitmill._ops_cuda", None, origin="/somewhere/_ops_cuda.so")
+importlib.util.find_spec = lambda name, package=None: FOUND if name == "bitmill._ops_cuda" else find(name, package)
+import bitmill.ops
+from bitmill.ops import _library
+print(sum("_ops_cuda" in path for path in loaded), _library.failure("_ops_cuda"))
+"""
+
+    def load(cuda: str, found: str) -> str:
+        return _run(code.replace("CUDA", cuda, 1).replace("FOUND", found, 1)).strip()
+
+    assert load("None", "spec") == "0 this torch was built without CUDA"
+    assert load("'13.0'", "None") == "0 bitmill was built without CUDA"
+    assert load("'13.0'", "spec") == "1 None"
 
 
 def test_without_torch_the_arrays_remain() -> None:

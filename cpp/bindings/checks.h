@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every CPU op asks of its arguments. A failed check throws std::invalid_argument, which reaches Python as
-// ValueError with the text as it is: argument, expected, got, and what to do where there is something to do.
+// What ops ask of their arguments; the words are those of the CPU's, cuda_call.h has the others. A failed check throws
+// std::invalid_argument, which reaches Python as ValueError with the text as it is: argument, expected, got, and what
+// to do where there is something to do.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -81,16 +82,22 @@ inline bool same_sizes(const Tensor& t, const Sizes& sizes) {
   return std::equal(got.begin(), got.end(), sizes.begin(), sizes.end());
 }
 
-// t is a CPU tensor of this dtype and these sizes.
-inline void check(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes,
-                  const char* remedy = "") {
-  if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU like x, got another device");
+// t has this dtype and these sizes, on whatever device.
+inline void check_form(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes,
+                       const char* remedy = "") {
   if (t.scalar_type() != dtype) {
     fail(op, ": ", name, " must be ", dtype_name(dtype), ", got ", dtype_name(t.scalar_type()));
   }
   if (!same_sizes(t, sizes)) {
     fail(op, ": ", name, " must have shape ", to_string(sizes), ", got ", to_string(sizes_of(t)), remedy);
   }
+}
+
+// t is a CPU tensor of this dtype and these sizes.
+inline void check(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes,
+                  const char* remedy = "") {
+  if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU like x, got another device");
+  check_form(op, name, t, dtype, sizes, remedy);
 }
 
 // A CPU tensor of this dtype and these sizes, made contiguous.
@@ -142,8 +149,8 @@ struct Rows {
   int64_t m = 1, k = 0;
 };
 
-inline Rows rows_of(const char* op, const Tensor& x) {
-  if (!x.is_cpu()) fail(op, ": x must be on the CPU like the packed weight, got another device");
+// Of a tensor on whatever device.
+inline Rows any_rows_of(const char* op, const Tensor& x) {
   if (x.dim() < 1) fail(op, ": x must have at least one dimension, got a scalar");
   Rows rows{as_contiguous(x), sizes_of(x)};
   rows.k = rows.leading.back();
@@ -151,6 +158,11 @@ inline Rows rows_of(const char* op, const Tensor& x) {
   for (const int64_t size : rows.leading) rows.m *= size;
   if (rows.k > kMaxColumns) fail(op, ": x must have at most ", kMaxColumns, " columns, got ", rows.k);
   return rows;
+}
+
+inline Rows rows_of(const char* op, const Tensor& x) {
+  if (!x.is_cpu()) fail(op, ": x must be on the CPU like the packed weight, got another device");
+  return any_rows_of(op, x);
 }
 
 inline Sizes with_last(const Sizes& leading, int64_t last) {
@@ -168,32 +180,45 @@ inline int64_t group_count(const char* op, int64_t k, int64_t group_size) {
   return group_size > 0 ? ceil_div(k, group_size) : 1;
 }
 
-// An uninitialised CPU tensor.
-inline Tensor new_tensor(const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
+// An uninitialised tensor on a device.
+inline Tensor new_tensor_on(int32_t type, int32_t index, const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), code, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
+                                                         strides.data(), code, type, index, &handle));
   return Tensor(handle);
 }
 
-// The same; its dimensions follow each other in memory as in `order`, the last one closest.
-inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype, const std::vector<size_t>& order) {
+// Strides of dimensions that follow each other in memory as in `order`, the last one closest.
+inline Sizes strides_of(const Sizes& sizes, const std::vector<size_t>& order) {
   Sizes strides(sizes.size());
   int64_t step = 1;
   for (size_t i = order.size(); i-- > 0;) {
     strides[order[i]] = step;
     step *= std::max<int64_t>(sizes[order[i]], 1);
   }
-  return new_tensor(sizes, strides, dtype);
+  return strides;
+}
+
+inline Sizes contiguous_strides(const Sizes& sizes) {
+  std::vector<size_t> order(sizes.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  return strides_of(sizes, order);
+}
+
+// An uninitialised CPU tensor.
+inline Tensor new_tensor(const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
+  return new_tensor_on(aoti_torch_device_type_cpu(), 0, sizes, strides, dtype);
+}
+
+// The same; its dimensions follow each other in memory as in `order`, the last one closest.
+inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype, const std::vector<size_t>& order) {
+  return new_tensor(sizes, strides_of(sizes, order), dtype);
 }
 
 // The same, contiguous.
 inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype) {
-  std::vector<size_t> order(sizes.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  return new_tensor(sizes, dtype, order);
+  return new_tensor(sizes, contiguous_strides(sizes), dtype);
 }
 
 // Uninitialised memory for the length of a call; cheaper than a tensor.

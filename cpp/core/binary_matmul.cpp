@@ -109,8 +109,6 @@ Kernel choose_kernel() {
 }  // namespace
 }  // namespace detail
 
-namespace {
-
 Status check(const BinaryMatmulParams& p) {
   if (p.m < 0 || p.n < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
   if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
@@ -124,6 +122,8 @@ Status check(const BinaryMatmulParams& p) {
   if (!p.dot && !p.bits.sign && (!p.out || (p.k > 0 && !p.scale))) return Status::bad_argument;
   return Status::ok;
 }
+
+namespace {
 
 [[maybe_unused]] BinaryWeightMatmulParams rows_of(BinaryWeightMatmulParams p, int64_t begin, int64_t end) {
   p.m = end - begin;

@@ -52,6 +52,7 @@ struct BinaryMatmulParams {
   ParallelFor parallel_for = serial_for;
 };
 Status binary_matmul(const BinaryMatmulParams& params);
+Status check(const BinaryMatmulParams& params);
 BinaryMatmulParams rows_of(BinaryMatmulParams params, int64_t begin, int64_t end);
 double nanoseconds_per_row(const BinaryMatmulParams& params);
 

@@ -18,7 +18,7 @@ static inline void store_half_word(int32_t* plane, int64_t n, int64_t row, int64
   if (last_half) std::memset(to + 2, 0, 2);
 }
 
-static inline bool in_range(int32_t first, int32_t last, int32_t dot) {
+static constexpr bool in_range(int32_t first, int32_t last, int32_t dot) {
   const auto from_first = [&](int32_t x) { return static_cast<uint32_t>(x) - static_cast<uint32_t>(first); };
   return from_first(dot) <= from_first(last);
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The three floating-point types of activations and their exact conversions to and from float (round to nearest even).
 // Functions in headers are static: a copy compiled with wider instructions must never serve another translation unit.
+// They are constexpr where kernels on a GPU use them too.
 #pragma once
 
 #include <bit>
@@ -18,11 +19,11 @@ struct Float16 {
   uint16_t bits;
 };
 
-static inline float to_float(float x) { return x; }
+static constexpr float to_float(float x) { return x; }
 
-static inline float to_float(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+static constexpr float to_float(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
-static inline float to_float(Float16 x) {
+static constexpr float to_float(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7FFFu;
   if (magnitude >= 0x7C00u) return std::bit_cast<float>(sign | 0x7F800000u | ((magnitude & 0x3FFu) << 13));
@@ -32,15 +33,15 @@ static inline float to_float(Float16 x) {
   return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000u));
 }
 
-static inline void store(float x, float* out) { *out = x; }
+static constexpr void store(float x, float* out) { *out = x; }
 
-static inline void store(float x, BFloat16* out) {
+static constexpr void store(float x, BFloat16* out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
   out->bits = nan ? uint16_t{0x7FC0} : static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
-static inline void store(float x, Float16* out) {
+static constexpr void store(float x, Float16* out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7FFFFFFFu;

@@ -9,6 +9,7 @@ enum class Status {
   bad_size,      // a negative size, or k above kMaxColumns
   bad_argument,  // a combination of arguments that the function does not define
   corrupt,       // packed arrays that contradict each other
+  device_error,  // a GPU refused a launch
 };
 
 constexpr const char* describe(Status status) {
@@ -21,6 +22,8 @@ constexpr const char* describe(Status status) {
       return "this combination of arguments is not defined";
     case Status::corrupt:
       return "the packed arrays contradict each other";
+    case Status::device_error:
+      return "the GPU refused a launch";
   }
   return "unknown status";
 }

@@ -3,7 +3,6 @@
 // work split in parts, with buffers of exactly the needed size.
 #include <algorithm>
 #include <cmath>
-#include <random>
 #include <vector>
 
 #include "binary_matmul.h"
@@ -12,56 +11,17 @@
 #include "cpu.h"
 #include "layout.h"
 #include "probe.h"
+#include "problems.h"
 
 using namespace bitmill;
+using namespace bitmill_test;
 
 namespace {
-
-std::mt19937 random_bits(2);
 
 // Parts of one item, last to first: a result must not depend on who computes what, or when.
 void scattered_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
   for (int64_t i = end; i > begin; --i) body(context, i - 1, i);
 }
-
-std::vector<int8_t> random_levels(int64_t count, Operand operand, bool zeros) {
-  std::vector<int8_t> levels(count);
-  for (int8_t& level : levels) {
-    const uint32_t bits = random_bits();
-    level = static_cast<int8_t>(bits & 1 ? 1 : operand == Operand::bool_ ? 0 : -1);
-    if (zeros && bits % 5 == 0) level = 0;
-  }
-  return levels;
-}
-
-// Bits of rows [m, k]: 1 where `test` holds.
-template <class Test>
-std::vector<int32_t> rows_of(const std::vector<int8_t>& levels, int64_t m, int64_t k, const Test& test) {
-  std::vector<int32_t> words(m * word_count(k));
-  for (int64_t i = 0; i < m * k; ++i) {
-    if (test(levels[i])) words[i / k * word_count(k) + i % k / 32] |= static_cast<int32_t>(1u << (i % k % 32));
-  }
-  return words;
-}
-
-template <class Test>
-std::vector<int32_t> tiles_of(const std::vector<int8_t>& levels, int64_t n, int64_t k, const Test& test) {
-  std::vector<uint8_t> codes(n * k);
-  for (int64_t i = 0; i < n * k; ++i) codes[i] = test(levels[i]);
-  std::vector<int32_t> tiles(tile_count(n) * word_count(k) * kTileRows);
-  CHECK(tile_pack(codes.data(), n, k, 1, tiles.data()) == Status::ok);
-  return tiles;
-}
-
-constexpr auto positive = [](int8_t level) { return level > 0; };
-constexpr auto present = [](int8_t level) { return level != 0; };
-
-struct Problem {
-  int64_t m, n, k;
-  Operand operand;
-  bool weight_zeros;
-  int64_t group_size;
-};
 
 void multiplies(const Problem& problem) {
   const auto [m, n, k, operand, weight_zeros, group_size] = problem;
@@ -197,17 +157,7 @@ void multiplies(const Problem& problem) {
 }  // namespace
 
 int main() {
-  for (const int64_t k : {0, 1, 31, 32, 33, 64, 65, 100, 197}) {
-    for (const auto& [m, n] :
-         {std::pair<int64_t, int64_t>{0, 5}, {1, 1}, {2, 15}, {3, 16}, {4, 17}, {5, 64}, {9, 100}, {1, 200}}) {
-      for (const Operand operand : {Operand::sign, Operand::ternary, Operand::bool_}) {
-        multiplies({m, n, k, operand, false, 0});
-        multiplies({m, n, k, operand, true, 0});
-        multiplies({m, n, k, operand, false, 32});
-        multiplies({m, n, k, operand, false, 64});
-      }
-    }
-  }
+  for_each_product(multiplies);
   BinaryMatmulParams p;
   p.m = -1;
   CHECK(binary_matmul(p) == Status::bad_size);

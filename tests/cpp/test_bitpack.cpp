@@ -1,37 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packing against single values, on every instruction set this machine has, with buffers of exactly the needed size.
 #include <cmath>
-#include <limits>
-#include <random>
 #include <vector>
 
 #include "bitpack.h"
 #include "check.h"
 #include "cpu.h"
 #include "layout.h"
+#include "problems.h"
 
 using namespace bitmill;
+using namespace bitmill_test;
 
 namespace {
 
-std::mt19937 random_bits(1);
-
-float random_value() {
-  static const float special[] = {0.0f, -0.0f, 1e-40f, -1e-40f, INFINITY, -INFINITY, NAN, 1.0f, -1.0f, 0.5f};
-  const uint32_t bits = random_bits();
-  if (bits % 7 == 0) return special[(bits >> 8) % 10];
-  return static_cast<float>(static_cast<int32_t>(bits)) / 1e9f;
-}
-
 bool bit_of(const std::vector<int32_t>& words, int64_t row, int64_t column, int64_t k) {
   return (static_cast<uint32_t>(words[row * word_count(k) + column / 32]) >> (column % 32)) & 1u;
-}
-
-template <class T>
-std::vector<T> random_rows(int64_t count) {
-  std::vector<T> x(count);
-  for (T& value : x) store(random_value(), &value);
-  return x;
 }
 
 struct Result {
@@ -116,7 +100,7 @@ void tiles_round_trip(int64_t n, int64_t k, int bits) {
 }  // namespace
 
 int main() {
-  for (const int64_t k : {0, 1, 7, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 197}) {
+  for (const int64_t k : kWidths) {
     for (const Levels levels : {Levels::sign, Levels::plus, Levels::bool_}) {
       for (const bool shifted : {false, true}) {
         packs<float>(Dtype::f32, 3, k, k + 5, shifted, levels);

@@ -86,10 +86,10 @@ def _tiles(signs: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _packed_forward(level: Tensor) -> bool:
-    """Whether the packed kernel answers the integers sooner than a float product."""
-    if level.is_meta or torch.compiler.is_compiling():
+    """Whether the packed kernel answers the integers sooner than a float product: measured on the CPU only."""
+    if level.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return has_compiled_kernel("binary_matmul", level.device.type.upper())
+    return has_compiled_kernel("binary_matmul")
 
 
 def exact_linear(

@@ -114,7 +114,7 @@ def collect_info() -> dict[str, Any]:
         "instruction_sets": [],
         "instruction_set": None,
         "threads": None,
-        "libraries": {"_C": None, "_ops_cpu": "torch is not installed", "_ops_cuda": "not part of this version"},
+        "libraries": {"_C": None, "_ops_cpu": "torch is not installed", "_ops_cuda": "torch is not installed"},
         "ops": {},
     }
     try:
@@ -129,7 +129,7 @@ def collect_info() -> dict[str, Any]:
 
         from ..ops import _library, _machine
 
-        facts["libraries"]["_ops_cpu"] = _library.failure("_ops_cpu")
+        facts["libraries"].update({name: _library.failure(name) for name in ("_ops_cpu", "_ops_cuda")})
         facts["instruction_set"], facts["threads"] = _machine.instruction_set(), torch.get_num_threads()
         names = (name for name in _library.op_names() if name != "instruction_set")
         facts["ops"] = {name: _machine.kernel_of(name) for name in names}

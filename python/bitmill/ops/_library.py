@@ -2,7 +2,7 @@
 """How an op is declared, and how the compiled kernels are found.
 
 A schema is defined here in Python, with its default kernel in plain torch, so every op exists and works without a
-compiled library. `load` then adds the compiled CPU kernels; if it cannot, it keeps the reason and warns once.
+compiled library. `load` then adds the compiled kernels; if it cannot, it keeps the reason and warns once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 _SCHEMAS: dict[str, str] = {}
-_failure: dict[str, str | None] = {"_ops_cpu": "not loaded yet"}
+_failure: dict[str, str | None] = {"_ops_cpu": "not loaded yet", "_ops_cuda": "not loaded yet"}
 
 
 def define(name: str, schema: str) -> None:
@@ -59,20 +59,26 @@ def has_compiled_kernel(name: str, key: str = "CPU") -> bool:
 
 
 def load() -> None:
-    """Load the compiled CPU kernels, if they were built."""
+    """Load the compiled kernels: those for the CPU, and those for CUDA if torch has CUDA and they were built."""
+    _load("_ops_cpu", "the compiled CPU kernels are not in use, so packed layers run slowly in plain torch")
+    if torch.version.cuda is None:
+        _failure["_ops_cuda"] = "this torch was built without CUDA"
+    elif importlib.util.find_spec("bitmill._ops_cuda") is None:
+        _failure["_ops_cuda"] = "bitmill was built without CUDA"
+    else:
+        _load("_ops_cuda", "the compiled CUDA kernels are not in use, so packed layers on GPUs run in plain torch")
+
+
+def _load(library: str, warning: str) -> None:
     try:
-        spec = importlib.util.find_spec("bitmill._ops_cpu")
+        spec = importlib.util.find_spec(f"bitmill.{library}")
         if spec is None or spec.origin is None:
-            raise ImportError("bitmill was installed without its compiled library _ops_cpu")
+            raise ImportError(f"bitmill was installed without its compiled library {library}")
         torch.ops.load_library(spec.origin)
-        _failure["_ops_cpu"] = None
+        _failure[library] = None
     except Exception as error:  # whatever the loader says, the default kernels still work
-        _failure["_ops_cpu"] = f"{type(error).__name__}: {error}"
-        warnings.warn(
-            "bitmill: the compiled CPU kernels are not in use, so packed layers run slowly in plain torch; "
-            "`bitmill info` says why",
-            stacklevel=2,
-        )
+        _failure[library] = f"{type(error).__name__}: {error}"
+        warnings.warn(f"bitmill: {warning}; `bitmill info` says why", stacklevel=3)
 
 
 def failure(library: str) -> str | None:

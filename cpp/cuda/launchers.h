@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// The functions of cpp/core that have kernels for a GPU. Every launcher checks its Params, starts its kernels on
+// `stream` of the current device and returns at once. Pointers are device pointers; parallel_for has no say. Integers,
+// bits and codes are those of the function of the same name in core, and so are floats wherever core fixes the order of
+// every operation. Weight tiles begin at a multiple of 16 bytes.
+#pragma once
+
+#include <optional>
+
+#include "binary_matmul.h"
+#include "bitpack.h"
+#include "fp4.h"
+#include "salient_scatter.h"
+#include "status.h"
+
+struct CUstream_st;
+
+namespace bitmill::cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t
+
+// `alpha`: one number on the device, whose half then is the threshold, or null.
+Status launch_bitpack(const BitpackParams& params, Stream stream, const float* alpha = nullptr);
+
+Status launch_binary_matmul(const BinaryMatmulParams& params, Stream stream);
+
+// Each product is exact and sums are of floats, in another order than core's. `out` is of `out_dtype`, if one is named.
+Status launch_binary_weight_matmul(const BinaryWeightMatmulParams& params, Stream stream,
+                                   std::optional<Dtype> out_dtype = std::nullopt);
+
+// Float activations only. The values of the codes: `table`, on the host, or the weight's own, on the device. Sums as
+// above.
+Status launch_fp4_matmul(const Fp4MatmulParams& params, const Fp4Table* table, Stream stream);
+
+// Float activations only; sums as above. Scratch memory: signs [m, n], and totals [m, groups] if there is a mu. Nothing
+// is looked at before: contradictory arrays give a wrong result, never a read outside of them.
+Status launch_salient_matmul(const SalientMatmulParams& params, float* signs, float* totals, Stream stream);
+
+// Of the current device.
+struct Device {
+  int multiprocessors = 0;
+  int compute_capability = 0;  // the major number
+};
+Device current_device();
+
+// What the CUDA runtime said when a launcher last answered Status::device_error in this thread.
+const char* last_error();
+
+}  // namespace bitmill::cuda

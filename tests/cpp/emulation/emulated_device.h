@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// cpp/cuda/device.cuh for the emulation: the same functions, by their documentation (PTX ISA 9.0: cp.async, ldmatrix,
+// mma fragments). An asynchronous copy is only noted, and done when it is waited for.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "floats.h"
+
+namespace bitmill::cuda {
+
+template <class T>
+T& shared_memory() {
+  return *reinterpret_cast<T*>(emulation::block->shared);
+}
+
+template <int bytes>
+void copy_async(void* shared, const void* global, bool present) {
+  static_assert(bytes == 4 || bytes == 16);
+  emulation::block->thread->copies.back().push_back({shared, present ? global : nullptr, bytes});
+}
+inline void close_copies() { emulation::block->thread->copies.emplace_back(); }
+template <int groups_left>
+void wait_for_copies() {
+  emulation::finish_copies(groups_left);
+}
+
+inline void load_matrices(uint32_t (&words)[4], const void* shared_row) {
+  const int lane = emulation::block->thread->lane;
+  emulation::exchange(shared_row, [&](auto of) {
+    for (int i = 0; i < 4; ++i) {
+      std::memcpy(&words[i], static_cast<const uint32_t*>(of(8 * i + lane / 4)) + lane % 4, sizeof words[i]);
+    }
+    return 0;
+  });
+}
+
+inline void multiply_bits(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Operands {
+    uint32_t a[4], b[2];
+  };
+  const int lane = emulation::block->thread->lane, group = lane / 4, in_group = lane % 4;
+  emulation::exchange(Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, [&](auto of) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = group + i / 2 * 8, column = 2 * in_group + i % 2;
+      for (int word = 0; word < 8; ++word) {
+        const uint32_t left = of(row % 8 * 4 + word % 4).a[row / 8 + word / 4 * 2];
+        sum[i] += std::popcount(left & of(column * 4 + word % 4).b[word / 4]);
+      }
+    }
+    return 0;
+  });
+}
+
+template <class Half>
+inline void multiply_halves(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Operands {
+    Half a[4][2], b[2][2];
+  };
+  Operands mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  const int lane = emulation::block->thread->lane, group = lane / 4, in_group = lane % 4;
+  emulation::exchange(mine, [&](auto of) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = group + i / 2 * 8, column = 2 * in_group + i % 2;
+      for (int k = 0; k < 16; ++k) {
+        const Half left = of(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2][k % 2];
+        sum[i] += to_float(left) * to_float(of(column * 4 + k % 8 / 2).b[k / 8][k % 2]);
+      }
+    }
+    return 0;
+  });
+}
+
+inline float widen(float x) { return x; }
+inline float widen(BFloat16 x) { return to_float(x); }
+inline float widen(Float16 x) { return to_float(x); }
+
+}  // namespace bitmill::cuda
