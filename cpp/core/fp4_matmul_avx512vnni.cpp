@@ -2,7 +2,6 @@
 // int8 activations times FP4 weights whose 16 values are integers: vpermb decodes 64 codes to unsigned bytes, value
 // plus an offset, vpdpbusd multiplies them with 4 columns of activations. A sum begins with what the offset adds to it,
 // negated. Sums are exact modulo 2^32, so only their end must be within int32.
-#include <algorithm>
 #include <bit>
 
 #include "fp4_tiles_avx512.h"
@@ -19,8 +18,8 @@ struct Int8Path {
   static constexpr int kSteps = 2;  // step j takes columns 8 w + j, + 2, + 4, + 6 of word w
   __m512i table;                    // 4 times: vpermb takes 6 bits
   float unit;
-  int64_t groups;
-  const int32_t* first_sum;  // [m][groups], and 3 rows more, which a block may count
+  int64_t rows;              // m, and up to 3 more, which a block may count
+  const int32_t* first_sum;  // [groups][rows]: side by side for a block
   const float* row_scale;    // the same, if grouped
 
   // Rows that are missing count as zeros.
@@ -38,7 +37,7 @@ struct Int8Path {
   static __m512i next(__m512i codes) {
     return _mm512_srli_epi32(codes, 4);
   }
-  Sum start(int64_t row, int64_t group) const { return _mm512_set1_epi32(first_sum[row * groups + group]); }
+  Sum start(int64_t row, int64_t group) const { return _mm512_set1_epi32(first_sum[group * rows + row]); }
   // As an integer: Zen 4 takes longer to hand a float that was broadcast to an integer instruction.
   static __m512i broadcast(float element) { return _mm512_set1_epi32(std::bit_cast<int32_t>(element)); }
   static Sum multiply_add(Sum sum, __m512i a, __m512i w) {
@@ -49,7 +48,7 @@ struct Int8Path {
 
   __m512 fold(__m512 result, __m512 scale, Sum sum, int64_t row, int64_t group) const {
     __m512 total = _mm512_cvtepi32_ps(sum);
-    if constexpr (grouped) total = _mm512_mul_ps(_mm512_set1_ps(row_scale[row * groups + group]), total);
+    if constexpr (grouped) total = _mm512_mul_ps(_mm512_set1_ps(row_scale[group * rows + row]), total);
     return _mm512_add_ps(result, _mm512_mul_ps(scale, total));
   }
 
@@ -83,12 +82,13 @@ void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& p, const Fp4Integer
   int offset = 0;
   for (const int8_t value : integers.value) offset = -value > offset ? -value : offset;
   const auto* x = static_cast<const int8_t*>(p.x);
-  const auto numbers = static_cast<size_t>((p.m + 3) * groups);
+  const int64_t rows = p.m + 3;
+  const auto numbers = static_cast<size_t>(rows * groups);
   int32_t* first_sum = new int32_t[numbers]();
   for (int64_t row = 0; row < p.m; ++row) {
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t last = (group + 1) * width < k ? (group + 1) * width : k;
-      first_sum[row * groups + group] = -offset * sum_of(x + row * k + group * width, last - group * width);
+      first_sum[group * rows + row] = -offset * sum_of(x + row * k + group * width, last - group * width);
     }
   }
   alignas(16) uint8_t table[16];
@@ -96,11 +96,11 @@ void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& p, const Fp4Integer
   const __m512i values = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
   if (p.grouped_rows) {
     float* row_scale = new float[numbers]();
-    std::copy(p.row_scale, p.row_scale + p.m * groups, row_scale);
-    multiply_tiles(p, Int8Path<true>{values, integers.unit, groups, first_sum, row_scale}, begin, end);
+    for (int64_t i = 0; i < p.m * groups; ++i) row_scale[i % groups * rows + i / groups] = p.row_scale[i];
+    multiply_tiles(p, Int8Path<true>{values, integers.unit, rows, first_sum, row_scale}, begin, end);
     delete[] row_scale;
   } else {
-    multiply_tiles(p, Int8Path<false>{values, integers.unit, groups, first_sum, nullptr}, begin, end);
+    multiply_tiles(p, Int8Path<false>{values, integers.unit, rows, first_sum, nullptr}, begin, end);
   }
   delete[] first_sum;
 }

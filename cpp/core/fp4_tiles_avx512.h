@@ -193,9 +193,9 @@ static void block(const Fp4Task& task, const Path& path, int64_t row, int64_t ti
   finish_rows(task, path, row, rows, tile, tiles, result[0][0]);
 }
 
-// Tiles [begin, end) of all rows.
+// Tiles [begin, end) of all rows. A function of its own: where two paths are in one, g++ 12 runs out of registers.
 template <class Path>
-static void multiply_tiles(const Fp4MatmulParams& p, const Path& path, int64_t begin, int64_t end) {
+[[gnu::noinline]] static void multiply_tiles(const Fp4MatmulParams& p, const Path& path, int64_t begin, int64_t end) {
   const int64_t k = p.weight.k, words = word_count(k, 4);
   const int64_t group_words = p.weight.group_size > 0 ? p.weight.group_size / 8 : words;
   Fp4Task task{p, words, ceil_div(words, group_words), group_words, end, begin, nullptr};
