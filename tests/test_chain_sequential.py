@@ -202,6 +202,10 @@ def test_unlike_shapes_and_bad_widths() -> None:
         quantize_(other, BinaryConfig("bibert"))
         pack_(other.eval())
         assert dict(chains(other)) == {"": reason}
+    broken = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(41, 40))
+    quantize_(broken, BinaryConfig("bibert"))
+    pack_(broken.eval())
+    assert dict(chains(broken)) == {"": "a layer of 40 outputs is followed by one of 41 inputs"}
     lonely = nn.Sequential(nn.Linear(40, 40), nn.BatchNorm1d(40, track_running_stats=False), nn.Linear(40, 40))
     quantize_(lonely, BinaryConfig("bibert"))
     pack_(lonely)

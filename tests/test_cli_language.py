@@ -189,7 +189,7 @@ def test_int8_activations_where_only_the_head_takes_them(model: Path, run: Run, 
     loaded = load_pretrained(tmp_path / "out", "int8").model
     kinds = {(type(m), m.config.activations) for m in loaded.modules() if isinstance(m, PackedModule)}
     assert kinds == {(PackedFP4Linear, "float"), (PackedInt8Embedding, "int8"), (PackedInt8Linear, "int8")}
-    assert not folders._takes_int8(loaded.model.layers) and folders._takes_int8(loaded)
+    assert not folders.takes_int8(loaded)
 
 
 def test_layers_without_a_choice_of_activations(model: Path, text: Path, run: Run, tmp_path: Path) -> None:

@@ -80,6 +80,9 @@ def chain_of(modules: tuple[Any, ...]) -> nn.Module:
     between: list[list[Any]] = []
     for module in modules:
         if isinstance(module, PackedBinaryLinear):
+            if layers and layers[-1].out_features != module.in_features:
+                outputs, inputs = layers[-1].out_features, module.in_features
+                raise NotChained(f"a layer of {outputs} outputs is followed by one of {inputs} inputs")
             layers.append(module)
             between.append([])
             continue

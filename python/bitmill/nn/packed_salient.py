@@ -195,7 +195,14 @@ class PackedSalientLinear(PackedModule):
         tensors = self._buffers  # a look into _buffers is ten times faster than an attribute
         return _salient_linear(
             x,
-            *(tensors[name] for name in ARRAYS),
+            tensors["weight"],
+            tensors["index"],
+            tensors["value"],
+            tensors["start"],
+            tensors["alpha"],
+            tensors["mu"],
+            tensors["value_scale"],
+            tensors["value_zero"],
             tensors["bias"],
             self.config.group_size or 0,
             self.config.activations,
