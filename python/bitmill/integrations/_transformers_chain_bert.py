@@ -193,9 +193,9 @@ class BertEncoderMixin(Chained):
         if any(other is not None for other in others) or torch.compiler.is_compiling() or not self.runs(x):
             return self.plain.forward(self, x, mask, *others, **kwargs)
         layers = self.chain.planned(x.shape[-2]) if isinstance(self.chain, EncoderChain) else None
-        kept = self._kept(x, mask, layers is not None)
+        kept, left = self._kept(x, mask, layers is not None)
         if kept is None:
-            last = None if layers is None else encoder(x, layers, (as_bool(mask), None))
+            last = None if layers is None else encoder(x, layers, (as_bool(left), None))
             if last is None:
                 return self.plain.forward(self, x, mask, *others, **kwargs)
             return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
@@ -212,16 +212,18 @@ class BertEncoderMixin(Chained):
         output.last_hidden_state = padded
         return output
 
-    def _kept(self, x: Tensor, mask: Tensor | None, whole: bool) -> Tensor | None:
-        """The tokens, bool [batch, n], that a padding mask keeps; None to compute all of them."""
+    def _kept(self, x: Tensor, mask: Tensor | None, whole: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The tokens, bool [batch, n], that a padding mask keeps, or None to compute all, and the mask they need."""
         if mask is None or mask.dtype != torch.bool:
-            return None
-        layers = list(self.layer)
-        if not whole and any(has_hooks(layer) or not layer.attention.runs(x) for layer in layers):
-            return None
+            return None, mask
+        if not whole and any(has_hooks(layer) or not layer.attention.runs(x) for layer in self.layer):
+            return None, mask
         kept = mask[:, 0, 0]
-        same = kept.shape == x.shape[:2] and bool((mask == kept[:, None, None]).all())
-        return kept if same and not bool(kept.all()) and bool(kept.any(-1).all()) else None
+        if kept.shape != x.shape[:2] or not bool((mask == kept[:, None, None]).all()):
+            return None, mask
+        if bool(kept.all()):
+            return None, None
+        return (kept, None) if bool(kept.any(-1).all()) else (None, mask)
 
 
 @register_chain
