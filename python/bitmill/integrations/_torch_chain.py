@@ -102,14 +102,15 @@ def chain_of(modules: tuple[Any, ...]) -> nn.Module:
 
 
 class Step(NamedTuple):
-    """Modules of a Sequential that follow each other, and the place of their chain or None."""
+    """Modules of a Sequential that follow each other, the place of their chain or None, and whether a function in it is
+    one of a channel, which is the last dimension of two alone."""
 
     modules: tuple[Any, ...]
     chain: int | None = None
+    by_channel: bool = False
 
     def takes(self, x: Any) -> bool:
-        by_channel = any(isinstance(module, BY_CHANNEL) for module in self.modules)
-        return isinstance(x, Tensor) and x.dim() >= 1 and (x.dim() == 2 or not by_channel)
+        return isinstance(x, Tensor) and x.dim() >= 1 and (x.dim() == 2 or not self.by_channel)
 
 
 class SequentialChain(nn.Module):
@@ -127,7 +128,9 @@ class SequentialChain(nn.Module):
         self.chains = nn.ModuleList(chain_of(modules[first : last + 1]) for first, last in runs)
         steps: list[Step] = []
         for i, (first, last) in enumerate(runs):
-            steps += Step(modules[end:first]), Step(modules[first : last + 1], i)
+            inside = modules[first : last + 1]
+            by_channel = any(isinstance(module, BY_CHANNEL) for module in inside)
+            steps += Step(modules[end:first]), Step(inside, i, by_channel)
             end = last + 1
         self.steps = (*steps, Step(modules[end:]))
 
