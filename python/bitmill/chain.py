@@ -11,8 +11,7 @@ Here is what a chain is; `chained` puts them into the modules of hosts.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +21,8 @@ from .binarize.functions import ALPHA_FLOOR
 from .nn import BinaryAttention, PackedBinaryLinear
 from .ops import (
     BitRanges,
-    EncoderLayerArguments,
-    LayerNormArguments,
     MlpArguments,
     SelfAttentionArguments,
-    binary_encoder,
     binary_matmul_bits,
     binary_matmul_floats,
     bit_ranges,
@@ -34,7 +30,9 @@ from .ops import (
 )
 from .ops.binary_bits import NEVER
 from .ops.bitpack import binarized
+from .unchanged import Held, has_hooks
 
+READ = ("weight", "weight_nonzero", "shift")  # of a layer whose outputs become bits: the rest is in their ranges
 MOST_KEYS = 4096  # of a chain whose host does not say how many there can be
 
 
@@ -71,23 +69,6 @@ def chainable(layer: nn.Module, what: str) -> PackedBinaryLinear:
     if has_hooks(layer):
         raise NotChained(f"{what} has hooks")
     return layer
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone looks at what this module computes, or has put a forward of its own into it."""
-    own = module.__dict__  # twice as fast as attributes
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
-
-
-def undisturbed(modules: Iterable[nn.Module]) -> bool:
-    """Whether all of them are in eval mode, and nobody looks at what they compute."""
-    return not any(module.__dict__.get("training", True) or has_hooks(module) for module in modules)
 
 
 def ranges_of(level: Callable[[Tensor], Tensor], n: int, k: int, levels: str, device: torch.device) -> BitRanges:
@@ -243,7 +224,12 @@ class AttentionChain(nn.Module):
         """
         return torch.ops.bitmill.binary_self_attention.default(x, residual, *self.arguments(mask, lengths))
 
-    def arguments(self, mask: Tensor | None, lengths: Tensor | None) -> SelfAttentionArguments:
+    def sources(self) -> list[Held]:
+        """Where the arguments come from."""
+        own = buffers_of((self, self.projected, self.context))
+        return [*buffers_of(self.layers, READ), *buffers_of(self.out), *own]
+
+    def arguments(self, mask: Tensor | None = None, lengths: Tensor | None = None) -> SelfAttentionArguments:
         layers: list[dict[str, Any]] = [layer._buffers for layer in self.layers]
         out: dict[str, Any] = self.out[0]._buffers
         own: dict[str, Any] = self._buffers
@@ -255,7 +241,7 @@ class AttentionChain(nn.Module):
             [layer["weight"] for layer in layers],
             _for_each([layer["weight_nonzero"] for layer in layers]),
             *self.projected.get(),
-            mask.float() if mask is not None and mask.dtype == torch.float64 else mask,
+            float32_mask(mask),
             lengths,
             self.heads,
             self.rule,
@@ -272,6 +258,21 @@ class AttentionChain(nn.Module):
             out["scale"],
             out["bias"],
         )
+
+
+def float32_mask(mask: Tensor | None) -> Tensor | None:
+    """A mask as the ops take it: bool or float32."""
+    return mask.float() if mask is not None and mask.dtype == torch.float64 else mask
+
+
+def buffers_of(modules: Iterable[nn.Module], names: Collection[str] | None = None) -> list[Held]:
+    """The buffers of these names, or all, that the modules have."""
+    return [
+        (module, "_buffers", name)
+        for module in modules
+        for name, t in module._buffers.items()
+        if t is not None and (names is None or name in names)
+    ]
 
 
 def _for_each(tensors: list[Tensor | None]) -> list[Tensor]:
@@ -299,6 +300,10 @@ class MlpChain(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return torch.ops.bitmill.binary_mlp.default(x, residual, *self.arguments())
+
+    def sources(self) -> list[Held]:
+        """Where the arguments come from."""
+        return [*buffers_of(self.up, READ), *buffers_of((*self.down, self.inner))]
 
     def arguments(self) -> MlpArguments:
         up: dict[str, Any] = self.up[0]._buffers
@@ -352,47 +357,3 @@ class LayersChain(nn.Module):
         return binary_matmul_floats(
             sign, own["weight"], own["scale"], own["bias"], k, zeros, own["weight_nonzero"], self.levels[-1]
         )
-
-
-EncoderLayer = tuple[AttentionChain, nn.Module, MlpChain, nn.Module]  # each chain with its normalisation
-
-
-def encoder(
-    x: Tensor,
-    layers: Sequence[EncoderLayer],
-    masks: tuple[Tensor | None, Tensor | None],
-    norm_first: bool = False,
-    plain: tuple[type[nn.LayerNorm], ...] = (nn.LayerNorm,),
-) -> Tensor | None:
-    """Layers of an encoder, their residuals and normalisations included, in one op for all that are alike.
-
-    Args:
-        masks: the mask and the lengths of `AttentionChain.forward`.
-        norm_first: normalise what goes into attention and MLP, and not the sums.
-        plain: classes that compute layer normalisation and nothing else.
-    Returns:
-        What `ops.binary_encoder` does, or None if one of the normalisations is not of these classes, has hooks or
-        trains.
-    """
-    arguments = []
-    for attention, norm, mlp, last_norm in layers:
-        first, last = layer_norm_of(norm, x, plain), layer_norm_of(last_norm, x, plain)
-        if first is None or last is None:
-            return None
-        arguments.append(EncoderLayerArguments(attention.arguments(*masks), first, mlp.arguments(), last))
-    for _, alike in itertools.groupby(arguments, key=EncoderLayerArguments.shared):
-        x = binary_encoder(x, list(alike), norm_first)
-    return x
-
-
-def layer_norm_of(norm: Any, x: Tensor, plain: tuple[type[nn.LayerNorm], ...]) -> LayerNormArguments | None:
-    """What a normalisation of x's rows is, or None if it is more than that."""
-    if type(norm) not in plain or has_hooks(norm) or norm.normalized_shape != x.shape[-1:]:
-        return None
-    own: dict[str, Any] = norm._parameters  # ten times faster than attributes
-    weight, bias = own["weight"], own["bias"]
-    if weight is None or bias is None or weight.dtype != torch.float32 or bias.dtype != torch.float32:
-        return None
-    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
-        return None
-    return LayerNormArguments(weight, bias, norm.eps)

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .chain import NotChained, undisturbed
+from .chain import NotChained
+from .unchanged import Unchanged, held_by
 
 
 class Chained:
@@ -47,17 +48,18 @@ class Chained:
 
     @classmethod
     def passed(cls, module: Any) -> tuple[nn.Module, ...]:
-        """The modules that a chain does not call: that one of them has hooks or trains is a reason not to run it."""
+        """The modules that a chain does not call: that one of them has hooks, trains or was replaced is a reason not to
+        run it."""
         return tuple(module.children())
 
+    def takes(self, x: Tensor, *others: Tensor) -> bool:
+        """Whether a chain can compute this input; `others` are tensors that may want a gradient."""
+        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
+        return x.dtype == torch.float32 and not self.training and not gradients
+
     def runs(self, x: Tensor, *others: Tensor) -> bool:
-        """Whether the chain may compute this input; `others` are tensors that may want a gradient."""
-        return (
-            x.dtype == torch.float32
-            and not self.training
-            and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others)))
-            and undisturbed(self.chain.passed)
-        )
+        """Whether the chain may compute this input, because the modules that it passes are as they were, too."""
+        return self.takes(x, *others) and self.chain.passed()
 
 
 _CHAINED: dict[type[nn.Module], type[Chained]] = {}
@@ -129,8 +131,9 @@ def unchain_(model: nn.Module) -> list[str]:
 
 def _connect(module: Any, chained: type[Chained]) -> None:
     chain: Any = chained.plan(module).train(module.training)
-    chain.passed = chained.passed(module)  # found once: looking for children takes longer than looking for hooks
     chained.keep(module, chain)
+    passed = chained.passed(module)
+    chain.passed = Unchanged(passed, same=held_by((module, *passed), "_modules"))
 
 
 def _unchain(module: Any) -> None:

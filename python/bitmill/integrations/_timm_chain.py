@@ -14,8 +14,9 @@ from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..chain import Attention, AttentionChain, MlpChain, NotChained, encoder
+from ..chain import Attention, AttentionChain, MlpChain, NotChained
 from ..chained import Chained, register_chain
+from ..encoder_chain import EncoderChain, Parts
 from .timm import BinarySelfAttention, BinaryWindowAttention
 
 
@@ -76,6 +77,10 @@ class ChainedMlp(Chained, Mlp):
         return self.drop2(self.chain(x)) if self.runs(x) else self.plain.forward(self, x)
 
 
+def parts_of(block: Any) -> Parts:
+    return Parts(block.attn, block.norm1, block.mlp, block.norm2)
+
+
 @register_chain
 class ChainedBlock(Chained, Block):
     """A block of ViT and DeiT, whose attention and MLP are chained."""
@@ -88,20 +93,16 @@ class ChainedBlock(Chained, Block):
             if not isinstance(getattr(module, name), Chained):
                 raise NotChained(f"its {name} is not chained")
         require_nothing_between(module, "ls1", "drop_path1", "ls2", "drop_path2")
-        return nn.Identity()
+        return EncoderChain((module,), parts_of, norm_first=True, plain=(nn.LayerNorm, LayerNorm))
 
     @classmethod
     def passed(cls, module: Any) -> tuple[nn.Module, ...]:
         return module.attn, module.mlp, module.ls1, module.drop_path1, module.ls2, module.drop_path2
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        attn, mlp = self.attn, self.mlp
-        if isinstance(attn, ChainedSelfAttention) and isinstance(mlp, ChainedMlp) and x.dim() == 3:
-            ready = self.runs(x) and attn.runs(x) and mlp.runs(x) and x.shape[1] <= attn.chain.most_keys
-            fast = any(getattr(norm, "_fast_norm", False) for norm in (self.norm1, self.norm2))
-            if ready and not fast:
-                parts, plain = (attn.chain, self.norm1, mlp.chain, self.norm2), (nn.LayerNorm, LayerNorm)
-                whole = encoder(x, [parts], (attn_mask, None), norm_first=True, plain=plain)
-                if whole is not None:
-                    return whole
+        fast = any(getattr(norm, "_fast_norm", False) for norm in (self.norm1, self.norm2))
+        if x.dim() == 3 and not fast and self.takes(x):
+            ready = self.chain.ready(x)
+            if ready is not None:
+                return ready(x, attn_mask)
         return self.plain.forward(self, x, attn_mask)

@@ -162,7 +162,7 @@ class ChainedSequential(Chained, nn.Sequential):
         chain = vars(self).get("chain")
         if chain is None or not self._is(chain.planned):  # a slice, or modules were added or taken away
             return self.plain.forward(self, x)
-        parameters = [p for module in chain.passed for p in module.parameters(recurse=False)]
+        parameters = [p for module in chain.passed.modules for p in module.parameters(recurse=False)]
         for step in chain.steps:
             if step.chain is not None and step.takes(x) and self.runs(x, *parameters):
                 x = chain.chains[step.chain](x)

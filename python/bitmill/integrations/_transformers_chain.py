@@ -53,12 +53,15 @@ class ChainedAttention(Chained):
         """The module that has the config."""
         return self
 
+    def implemented(self) -> bool:
+        """Whether the host's attention is still the one that the chain was planned for."""
+        return self.layer().config._attn_implementation == self.chain.implementation
+
     def masks(self, x: Tensor, mask: Any) -> tuple[Tensor | None, Tensor | None] | None:
         """The mask and the lengths that the chain takes, or None if the layers are to compute one by one."""
         sequences = mask if isinstance(mask, Sequences) else None
         most = x.shape[-2] if sequences is None else sequences.longest
-        same = self.layer().config._attn_implementation == self.chain.implementation
-        if not same or most > self.chain.most_keys or not self.runs(x):
+        if not self.implemented() or most > self.chain.most_keys or not self.runs(x):
             return None
         return (as_bool(mask), None) if sequences is None else (None, sequences.lengths)
 

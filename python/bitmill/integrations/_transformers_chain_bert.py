@@ -14,11 +14,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer, BertSelfAttention
+from transformers.models.bert.modeling_bert import (
+    BertAttention,
+    BertEmbeddings,
+    BertEncoder,
+    BertLayer,
+    BertSelfAttention,
+)
 
-from ..chain import AttentionChain, EncoderLayer, MlpChain, NotChained, encoder, has_hooks, undisturbed
+from ..chain import AttentionChain, MlpChain, NotChained
 from ..chained import Chained, register_chain
+from ..encoder_chain import EncoderChain, Parts
+from ..nn import PackedBinaryEmbedding, PackedFP4Embedding, PackedInt8Embedding
+from ..unchanged import has_hooks
 from ._transformers_chain import ChainedAttention, Sequences, as_bool, attention_of
+
+TABLES = (PackedBinaryEmbedding, PackedFP4Embedding, PackedInt8Embedding)
 
 
 class BertAttentionMixin(ChainedAttention):
@@ -105,10 +116,10 @@ class BertLayerMixin(Chained):
         if chained and self.runs(hidden_states):
             masks = attention.masks(hidden_states, attention_mask)
             if masks is not None:
-                parts = attention.chain, attention.output.LayerNorm, self.chain, self.output.LayerNorm
-                whole = encoder(hidden_states, [parts], masks)
-                if whole is not None:
-                    return whole
+                layer: Any = self
+                ready = EncoderChain((layer,), parts_of).prepare(hidden_states.shape[-1])
+                if ready is not None:
+                    return ready(hidden_states, *masks)
         return self.feed_forward_chunk(attention(hidden_states, attention_mask, **kwargs)[0])
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
@@ -117,63 +128,33 @@ class BertLayerMixin(Chained):
         return self.output.LayerNorm(self.chain(attention_output, attention_output))
 
 
-class EncoderChain(nn.Module):
-    """All layers of a BERT encoder in one op, if nothing but their chains and normalisations would be called.
+def parts_of(layer: Any) -> Parts:
+    return Parts(layer.attention, layer.attention.output.LayerNorm, layer, layer.output.LayerNorm)
 
-    Args:
-        layers: those of the encoder, whose attention and MLP are chained; they stay the host's.
-        config: of the encoder, which must be that of the attention.
-    """
 
-    def __init__(self, layers: nn.ModuleList, config: Any) -> None:
-        super().__init__()
-        self.layers: tuple[Any, ...] = tuple(layers)
-        self.config = config
-        skipped = {
-            module
-            for layer in self.layers
-            for chained in (layer, layer.attention)
-            for module in (chained, chained.chain, *chained.chain.passed)
-        }
-        self.skipped = tuple(sorted(skipped, key=id))  # as they lie in memory: hundreds are looked at in every call
-
-    @staticmethod
-    def fits(layer: Any, config: Any) -> bool:
-        """Whether nothing but chains and normalisations would be called in a layer."""
-        attention: Any = layer.attention
-        chained = isinstance(layer, Chained) and isinstance(attention, Chained)
-        plain = not layer.is_decoder and not layer.chunk_size_feed_forward
-        return chained and plain and attention.self.config is config
-
-    def planned(self, most: int) -> list[EncoderLayer] | None:
-        """The layers, or None if one of them is not as it was planned, for sequences of up to `most` tokens."""
-        implementation = self.config._attn_implementation
-        planned: list[EncoderLayer] = []
-        for layer in self.layers:
-            parts = layer._modules  # ten times faster than attributes
-            inner = parts["attention"]._modules
-            attention = inner.get("chain")
-            if attention is None or "chain" not in parts:  # loading other weights took it off
-                return None
-            if attention.implementation != implementation or most > attention.most_keys:
-                return None
-            norm, last_norm = (block["output"]._modules["LayerNorm"] for block in (inner, parts))
-            planned.append((attention, norm, parts["chain"], last_norm))
-        return planned if undisturbed(self.skipped) else None
+def fits(layer: Any, config: Any) -> bool:
+    """Whether nothing but chains and normalisations would be called in a layer."""
+    attention: Any = layer.attention
+    chained = isinstance(layer, Chained) and isinstance(attention, Chained)
+    plain = not layer.is_decoder and not layer.chunk_size_feed_forward
+    return chained and plain and attention.self.config is config
 
 
 class BertEncoderMixin(Chained):
     """The encoder of BERT and its relatives: without padding inside, and in one op if all of it is chained."""
 
     layer: Any
+    config: Any
 
     @classmethod
     def plan(cls, module: Any) -> nn.Module:
         if not all(isinstance(layer.attention, Chained) for layer in module.layer):
             raise NotChained("not all of its attention layers are chained")
-        if all(EncoderChain.fits(layer, module.config) for layer in module.layer):
-            return EncoderChain(module.layer, module.config)
-        return nn.Identity()
+        if not all(fits(layer, module.config) for layer in module.layer):
+            return nn.Identity()
+        chain = EncoderChain(module.layer, parts_of, called=module.layer)
+        chain.implementation = module.config._attn_implementation
+        return chain
 
     @classmethod
     def passed(cls, module: Any) -> tuple[nn.Module, ...]:
@@ -192,20 +173,21 @@ class BertEncoderMixin(Chained):
         x, mask = hidden_states, attention_mask
         if any(other is not None for other in others) or torch.compiler.is_compiling() or not self.runs(x):
             return self.plain.forward(self, x, mask, *others, **kwargs)
-        layers = self.chain.planned(x.shape[-2]) if isinstance(self.chain, EncoderChain) else None
-        kept, left = self._kept(x, mask, layers is not None)
+        chain: Any = self.chain
+        whole = isinstance(chain, EncoderChain) and chain.implementation == self.config._attn_implementation
+        ready = chain.ready(x) if whole else None
+        kept, left = self._kept(x, mask, ready is not None)
         if kept is None:
-            last = None if layers is None else encoder(x, layers, (as_bool(left), None))
-            if last is None:
+            if ready is None:
                 return self.plain.forward(self, x, mask, *others, **kwargs)
-            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
+            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=ready(x, as_bool(left)))
         lengths = kept.sum(-1)
         rows = kept.flatten().nonzero().squeeze(-1)
         tokens = x.flatten(0, 1)[rows]
-        last = None if layers is None else encoder(tokens, layers, (None, lengths))
-        if last is None:
+        if ready is None:
             output = self.plain.forward(self, tokens, Sequences(lengths, int(lengths.max())), *others, **kwargs)
         else:
+            last = ready(tokens, None, lengths)
             output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
         padded = torch.zeros_like(x)
         padded.flatten(0, 1)[rows] = output.last_hidden_state
@@ -224,6 +206,57 @@ class BertEncoderMixin(Chained):
         if bool(kept.all()):
             return None, None
         return (kept, None) if bool(kept.any(-1).all()) else (None, mask)
+
+
+class BertEmbeddingsMixin(Chained):
+    """The embeddings of BERT and its relatives, whose words are rows of a packed table: the rows of the two other
+    tables are added where those lie, and not to copies of them."""
+
+    word_embeddings: Any
+    token_type_embeddings: Any
+    position_embeddings: Any
+    LayerNorm: Any
+
+    @classmethod
+    def concerns(cls, module: Any) -> bool:
+        return isinstance(module.word_embeddings, TABLES)
+
+    @classmethod
+    def plan(cls, module: Any) -> nn.Module:
+        for name in ("token_type_embeddings", "position_embeddings"):
+            table = getattr(module, name)
+            if type(table) is not nn.Embedding or table.max_norm is not None or table.weight.dtype != torch.float32:
+                raise NotChained(f"its {name} are not rows of a plain float32 nn.Embedding")
+        if bool(module.token_type_ids.any()):
+            raise NotChained("its token types are not 0 where none are given")
+        return nn.Identity()
+
+    @classmethod
+    def passed(cls, module: Any) -> tuple[nn.Module, ...]:
+        tables = module.word_embeddings, module.token_type_embeddings, module.position_embeddings
+        return *tables, module.dropout
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_length: int = 0,
+    ) -> Tensor:
+        types, positions = self.token_type_embeddings.weight, self.position_embeddings.weight
+        if input_ids is not None and position_ids is None and self.runs(types, positions):
+            own = positions[cache_length : cache_length + input_ids.shape[1]]
+            words = self.word_embeddings(input_ids)
+            if own.shape == words.shape[1:] and words.dtype == torch.float32:
+                words += types[0] if token_type_ids is None else nn.functional.embedding(token_type_ids, types)
+                return self.LayerNorm(words.add_(own))
+        return self.plain.forward(self, input_ids, token_type_ids, position_ids, inputs_embeds, cache_length)
+
+
+@register_chain
+class ChainedBertEmbeddings(BertEmbeddingsMixin, BertEmbeddings):
+    plain = BertEmbeddings
 
 
 @register_chain

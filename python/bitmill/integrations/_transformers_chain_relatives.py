@@ -10,6 +10,7 @@ from __future__ import annotations
 from transformers.models.deit.modeling_deit import DeiTAttention, DeiTLayer, DeiTMLP
 from transformers.models.electra.modeling_electra import (
     ElectraAttention,
+    ElectraEmbeddings,
     ElectraEncoder,
     ElectraLayer,
     ElectraSelfAttention,
@@ -28,7 +29,7 @@ from transformers.models.xlm_roberta.modeling_xlm_roberta import (
 )
 
 from ..chained import register_chain
-from ._transformers_chain_bert import BertAttentionMixin, BertEncoderMixin, BertLayerMixin
+from ._transformers_chain_bert import BertAttentionMixin, BertEmbeddingsMixin, BertEncoderMixin, BertLayerMixin
 from ._transformers_chain_vit import ViTAttentionMixin, ViTLayerMixin, ViTMLPMixin
 
 
@@ -45,6 +46,11 @@ class ChainedDeiTMLP(ViTMLPMixin, DeiTMLP):
 @register_chain
 class ChainedDeiTLayer(ViTLayerMixin, DeiTLayer):
     plain = DeiTLayer
+
+
+@register_chain
+class ChainedElectraEmbeddings(BertEmbeddingsMixin, ElectraEmbeddings):
+    plain = ElectraEmbeddings
 
 
 @register_chain

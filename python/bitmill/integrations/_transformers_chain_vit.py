@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 
-from ..chain import AttentionChain, MlpChain, NotChained, encoder
+from ..chain import AttentionChain, MlpChain, NotChained
 from ..chained import Chained, register_chain
-from ._transformers_chain import ChainedAttention, attention_of
+from ..encoder_chain import EncoderChain, Parts
+from ._transformers_chain import ChainedAttention, as_bool, attention_of
 
 
 class ViTAttentionMixin(ChainedAttention):
@@ -43,35 +44,32 @@ class ViTMLPMixin(Chained):
         return self.chain(hidden_states) if self.runs(hidden_states) else self.plain.forward(self, hidden_states)
 
 
+def parts_of(layer: Any) -> Parts:
+    return Parts(layer.attention, layer.layernorm_before, layer.mlp, layer.layernorm_after)
+
+
 class ViTLayerMixin(Chained):
     """A layer of ViT and its relatives, whose attention and MLP are chained."""
 
     attention: Any
-    mlp: Any
-    layernorm_before: Any
-    layernorm_after: Any
 
     @classmethod
     def plan(cls, module: Any) -> nn.Module:
         for name in ("attention", "mlp"):
             if not isinstance(getattr(module, name), Chained):
                 raise NotChained(f"its {name} is not chained")
-        return nn.Identity()
+        return EncoderChain((module,), parts_of, norm_first=True)
 
     @classmethod
     def passed(cls, module: Any) -> tuple[nn.Module, ...]:
         return module.attention, module.mlp, module.dropout
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
-        attention, mlp = self.attention, self.mlp
-        chained = isinstance(attention, ChainedAttention) and isinstance(mlp, Chained)
-        if chained and self.runs(hidden_states) and mlp.runs(hidden_states):
-            masks = attention.masks(hidden_states, attention_mask)
-            if masks is not None:
-                parts = attention.chain, self.layernorm_before, mlp.chain, self.layernorm_after
-                whole = encoder(hidden_states, [parts], masks, norm_first=True)
-                if whole is not None:
-                    return whole
+        attention = self.attention
+        if isinstance(attention, ChainedAttention) and attention.implemented() and self.takes(hidden_states):
+            ready = self.chain.ready(hidden_states)
+            if ready is not None:
+                return ready(hidden_states, as_bool(attention_mask))
         return self.plain.forward(self, hidden_states, attention_mask, **kwargs)
 
 

@@ -10,7 +10,7 @@ from .binary_bits import BitRanges, binary_matmul_bits, binary_matmul_floats, bi
 from .binary_blocks import binary_mlp, binary_self_attention
 from .binary_conv import binary_conv2d
 from .binary_embedding import binary_embedding
-from .binary_encoder import EncoderLayerArguments, binary_encoder
+from .binary_encoder import BinaryEncoder, EncoderLayerArguments, binary_encoder
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
 from .codebook4 import codebook4_dequantize, codebook4_fake_quant, codebook4_quantize
@@ -40,6 +40,7 @@ from .zoned import zoned_linear, zoned_weight
 _library.load()
 
 __all__ = [
+    "BinaryEncoder",
     "BitRanges",
     "EncoderLayerArguments",
     "LayerNormArguments",

@@ -184,12 +184,31 @@ def binary_encoder(x: Tensor, layers: Sequence[EncoderLayerArguments], norm_firs
     Raises:
         ValueError: as the ops that a layer is made of; without layers; for layers that differ in what must be the same.
     """
-    require(len(layers) > 0, "binary_encoder: layers must hold at least one layer, got none")
-    first = layers[0].shared()
-    for i, layer in enumerate(layers):
-        require(
-            layer.shared() == first,
-            f"binary_encoder: layers must have the same number of weights, levels, heads, rule, scaling and beta, got"
-            f" {first} and, at {i}, {layer.shared()}; give them to calls of their own",
-        )
-    return torch.ops.bitmill.binary_encoder.default(x, *_arguments(layers), norm_first)
+    prepared = BinaryEncoder(layers, norm_first)
+    return prepared(x, layers[0].attention.mask, layers[0].attention.lengths)
+
+
+class BinaryEncoder:
+    """`binary_encoder` of the same layers in call after call: hundreds of tensors, listed once.
+
+    Args:
+        layers, norm_first: as for `binary_encoder`, without mask and lengths.
+    Raises:
+        ValueError: without layers; for layers that differ in what must be the same.
+    """
+
+    def __init__(self, layers: Sequence[EncoderLayerArguments], norm_first: bool = False) -> None:
+        require(len(layers) > 0, "binary_encoder: layers must hold at least one layer, got none")
+        first = layers[0].shared()
+        for i, layer in enumerate(layers):
+            require(
+                layer.shared() == first,
+                f"binary_encoder: layers must have the same number of weights, levels, heads, rule, scaling and beta,"
+                f" got {first} and, at {i}, {layer.shared()}; give them to calls of their own",
+            )
+        arguments, at = _arguments(layers), NAMES.index("mask")
+        self._before, self._after = arguments[:at], [*arguments[at + 2 :], norm_first]
+
+    def __call__(self, x: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """The result for x, of the same shape; its mask and its lengths are those of `binary_self_attention`."""
+        return torch.ops.bitmill.binary_encoder.default(x, *self._before, mask, lengths, *self._after)

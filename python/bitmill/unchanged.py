@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether modules that something was planned from are still as they were then.
+
+A plan for many modules saves calling them one by one, and would waste what it saves by asking each of them in Python
+whether it still holds: it is asked in every call, after other work has pushed the modules out of the caches.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+EVERYWHERE = tuple(vars(torch.nn.modules.module)[f"_global{name}"] for name in ("_forward_hooks", "_forward_pre_hooks"))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+Held = tuple[nn.Module, str, str]  # a module, a dictionary of its own such as "_buffers" or "__dict__", and a key
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone looks at what this module computes, or has put a forward of its own into it."""
+    own = module.__dict__  # twice as fast as attributes
+    return any(own[hooks] for hooks in HOOKS) or "forward" in own
+
+
+def held_by(modules: Iterable[nn.Module], *tables: str) -> Iterator[Held]:
+    """All that these dictionaries of the modules hold."""
+    for module in modules:
+        for table in tables:
+            for key in getattr(module, table):
+                yield module, table, key
+
+
+class Unchanged:
+    """Answers, when called, whether nobody looks at what modules compute (`has_hooks`), they are in eval mode, and they
+    hold the same objects as when this was made.
+
+    A copy, made with the modules, looks at their copies.
+
+    Args:
+        modules: those that must be in eval mode and have no hooks.
+        silent: those that must have no hooks, in whatever mode.
+        same: what must be the same objects as now.
+    """
+
+    def __init__(
+        self, modules: Iterable[nn.Module], silent: Iterable[nn.Module] = (), same: Iterable[Held] = ()
+    ) -> None:
+        self.modules = tuple(modules)
+        self.silent = tuple(dict.fromkeys((*self.modules, *silent)))
+        self.held = [(module, table, key, getattr(module, table)[key]) for module, table, key in same]
+        self._questions: Any = None
+
+    def __call__(self) -> bool:
+        if torch.compiler.is_compiling():  # which asks again by itself
+            return not any(module.training for module in self.modules) and not any(map(has_hooks, self.silent))
+        if self._questions is None:
+            self._questions = self._asked()
+        hooks, tables, keys, answers = self._questions
+        return not any(hooks) and all(map(operator.is_, map(dict.get, tables, keys), answers))
+
+    def _asked(self) -> tuple[list[dict[Any, Any]], list[dict[str, Any]], list[str], list[Any]]:
+        """Dictionaries of hooks, and dictionaries, keys and what is to be there, or None, each as it lies in memory."""
+        questions = [
+            *((vars(module), "training", False) for module in self.modules),
+            *((vars(module), "forward", None) for module in self.silent),
+            *((getattr(module, table), key, value) for module, table, key, value in self.held),
+        ]
+        questions.sort(key=lambda question: id(question[0]))
+        hooks = [*EVERYWHERE, *sorted((vars(module)[name] for module in self.silent for name in HOOKS), key=id)]
+        return hooks, *(list(column) for column in zip(*questions, strict=True))  # type: ignore[return-value]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_questions": None}
