@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import bitmill
 from bitmill import BinaryConfig, FP4Config, pack_
 from bitmill.chained import chains
-from bitmill.unchanged import Unchanged, held_by
+from bitmill.unchanged import Unchanged, all_unchanged_in_python, held_by
 
 transformers = pytest.importorskip("transformers")
 
@@ -99,6 +100,44 @@ def test_unchanged_ignores_modes_of_the_silent_and_writing_in_place() -> None:
     assert not unchanged()
     handle.remove()
     assert unchanged()
+
+
+def test_many_dictionaries_at_once() -> None:
+    """The compiled loop against that of Python."""
+    _C = pytest.importorskip("bitmill._C")
+    for count in (0, 1, 23, 24, 25, 47, 48, 49, 500):
+        tables = [{str(key): object() for key in range(i % 40 + 1)} for i in range(count)]
+        keys = [str(i % 7) for i in range(count)]
+        values = [table.get(key) for table, key in zip(tables, keys, strict=True)]
+        empty: list[dict[str, Any]] = [OrderedDict() for _ in range(count)]
+        assert (
+            _C.all_unchanged(empty, tables, keys, values)
+            is all_unchanged_in_python(empty, tables, keys, values)
+            is True
+        )
+        for i in {0, count // 2, count - 1} if count else ():
+            for key in (keys[i], "another"):
+                before = tables[i].pop(key, None)
+                tables[i][key] = object()
+                same = key == "another"
+                assert _C.all_unchanged(empty, tables, keys, values) is same
+                assert all_unchanged_in_python(empty, tables, keys, values) is same
+                del tables[i][key]
+                if before is not None:
+                    tables[i][key] = before
+            empty[i]["hook"] = print
+            assert not _C.all_unchanged(empty, tables, keys, values)
+            assert not all_unchanged_in_python(empty, tables, keys, values)
+            empty[i].clear()
+    for bad in (
+        ([], [{}], [], []),
+        ([], [{}], ["a"], []),
+        ([1], [], [], []),
+        ([], [1], ["a"], [1]),
+        ([], [{}], [1], [1]),
+    ):
+        with pytest.raises((TypeError, ValueError), match="all_unchanged: "):
+            _C.all_unchanged(*bad)
 
 
 REPLACED = ("attention.self.query", "attention.output.dense", "attention.output.LayerNorm", "intermediate.dense")

@@ -14,6 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
+
+def all_unchanged_in_python(
+    empty: list[dict[Any, Any]], tables: list[dict[str, Any]], keys: list[str], values: list[Any]
+) -> bool:
+    """Whether the first dictionaries are empty, and each of the others has the value for its key, or none for None."""
+    return not any(empty) and all(map(operator.is_, map(dict.get, tables, keys), values))
+
+
+try:
+    from ._C import all_unchanged  # reads the dictionaries ahead
+except ImportError:
+    all_unchanged = all_unchanged_in_python
+
 EVERYWHERE = tuple(vars(torch.nn.modules.module)[f"_global{name}"] for name in ("_forward_hooks", "_forward_pre_hooks"))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Held = tuple[nn.Module, str, str]  # a module, a dictionary of its own such as "_buffers" or "__dict__", and a key
@@ -58,8 +71,7 @@ class Unchanged:
             return not any(module.training for module in self.modules) and not any(map(has_hooks, self.silent))
         if self._questions is None:
             self._questions = self._asked()
-        hooks, tables, keys, answers = self._questions
-        return not any(hooks) and all(map(operator.is_, map(dict.get, tables, keys), answers))
+        return all_unchanged(*self._questions)
 
     def _asked(self) -> tuple[list[dict[Any, Any]], list[dict[str, Any]], list[str], list[Any]]:
         """Dictionaries of hooks, and dictionaries, keys and what is to be there, or None, each as it lies in memory."""
