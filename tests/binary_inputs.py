@@ -60,6 +60,10 @@ def linear_arguments(
     )
 
 
+def leaf(t: Tensor) -> Tensor:
+    return t.detach().clone().requires_grad_()
+
+
 def leaves(arguments: tuple[Any, ...], places: tuple[int, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
     fresh = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
     wanted = [fresh[place].requires_grad_() for place in places if fresh[place] is not None]

@@ -132,3 +132,8 @@ def assert_refused(model: nn.Module, path: Path, match: str = "cannot be loaded"
     assert "\n" not in text and len(text) < 1000
     snapshot.assert_same(model)
     return text
+
+
+def fresh_on_cpu() -> Model:
+    with torch.device("cpu"):
+        return fresh()

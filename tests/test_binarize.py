@@ -7,18 +7,14 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
 
+from binary_inputs import leaf
 from bitmill import BinaryConfig, binarize
 from bitmill.binarize import WeightRule, methods
 from bitmill.nn import BinaryLinear
 from bitmill.ops._surrogates import SURROGATES, surrogate_slope
 
 EDGES = torch.tensor([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 2.0, 1 + 1e-6, float("nan"), float("inf")])
-
-
-def leaf(t: Tensor) -> Tensor:
-    return t.detach().clone().requires_grad_()
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)

@@ -6,11 +6,10 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import bitmill
 from bitmill import BinaryConfig, pack_
@@ -18,54 +17,10 @@ from bitmill.chained import Chained, chain_, chains, unchain_
 
 transformers = pytest.importorskip("transformers")
 
-from bitmill.recipes import bibert, bipft, bit, bivit  # noqa: E402
+from bitmill.recipes import bibert  # noqa: E402
+from chain_models import KINDS, bert, both, texts, vit  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def bert(kind: str = "bibert", layers: int = 2, **options: Any) -> nn.Module:
-    """A small BERT with biases that are not 0, in eval mode and training form."""
-    sizes = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 192, "max_position_embeddings": 96}
-    config = transformers.BertConfig(vocab_size=300, num_hidden_layers=layers, **{**sizes, **options})
-    model = transformers.BertForSequenceClassification(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("bias"):
-                p.normal_(0, 0.1)
-    if kind in ("bit", "bipft"):
-        (bit if kind == "bit" else bipft).binarize_(model)
-        model.train()
-        model(**texts()).logits.sum().backward()  # sets the steps
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if name.endswith("shift"):
-                    p.normal_(0, 0.1)
-    elif kind == "bivit":
-        bitmill.integrations.transformers.set_attention_(model, "softmax_aware")
-        bitmill.integrations.transformers.quantize_body_(model, BinaryConfig("bivit"))
-    else:
-        bibert.binarize_(model)
-    return model.eval()
-
-
-def texts(*lengths: int, n: int | None = None) -> dict[str, Tensor]:
-    lengths = lengths or (40, 7, 33, 1)
-    n = n or max(lengths)
-    mask = torch.arange(n) < torch.tensor(lengths)[:, None]
-    return {"input_ids": torch.randint(1, 300, mask.shape), "attention_mask": mask.long()}
-
-
-KINDS = ("bibert", "bit", "bivit")
-
-
-def both(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Packed layer by layer, and in chains."""
-    plain, chained = copy.deepcopy(model), copy.deepcopy(model)
-    pack_(plain, chain=False)
-    pack_(chained)
-    assert not any(isinstance(m, Chained) for m in plain.modules())
-    assert dict(chains(chained)) == dict.fromkeys(dict(chains(chained)), "")
-    return plain, chained
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,19 +114,6 @@ def test_gelu_that_underflows_is_zero_in_the_chain_too() -> None:
     assert chained.bert.encoder.layer[0].chain.inner.negative is not None
     with torch.no_grad():
         assert torch.equal(chained(**(inputs := texts())).logits, plain(**inputs).logits)
-
-
-def vit(mlp_act_bits: int = 1, **options: Any) -> nn.Module:
-    sizes = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 192, "image_size": 40, "patch_size": 8}
-    model = transformers.ViTForImageClassification(
-        transformers.ViTConfig(num_hidden_layers=2, num_labels=7, **{**sizes, **options})
-    )
-    bivit.binarize_(model, mlp_act_bits=mlp_act_bits)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("bias"):
-                p.normal_(0, 0.1)
-    return model.eval()
 
 
 @pytest.mark.parametrize("mlp_act_bits", (1, 32))
@@ -296,170 +238,6 @@ def test_compile_and_export() -> None:
         exported = torch.export.export(images, (x,), strict=False)
         assert any("binary_encoder" in str(node.target) for node in exported.graph.nodes)
         assert torch.equal(exported.module()(x).logits, images(x).logits)
-
-
-def test_what_a_chain_cannot_do_is_computed_layer_by_layer() -> None:
-    plain, chained = both(bert())
-    inputs = texts(40, 40)
-    attention = chained.bert.encoder.layer[1].attention
-    seen: list[Tensor] = []
-    with torch.no_grad():
-        want = plain(**inputs).logits
-        handle = attention.self.query.register_forward_hook(lambda module, args, output: seen.append(output))
-        assert torch.equal(chained(**inputs).logits, want)
-        assert len(seen) == 1, "a hook on a projection was not called"
-        handle.remove()
-        chained.set_attn_implementation("sdpa"), plain.set_attn_implementation("sdpa")
-        assert torch.equal(chained(**inputs).logits, plain(**inputs).logits)
-        chained.set_attn_implementation("bitmill_bool"), plain.set_attn_implementation("bitmill_bool")
-        half, plain_half = copy.deepcopy(chained).bfloat16(), copy.deepcopy(plain).bfloat16()
-        assert torch.equal(half(**inputs).logits, plain_half(**inputs).logits)
-    logits = chained(**inputs).logits
-    assert torch.equal(logits, want)
-    logits.sum().backward()  # to the parameters that are left
-    assert chained.bert.embeddings.position_embeddings.weight.grad.abs().sum() > 0
-    chained.train()
-    assert chained(**inputs).logits.requires_grad
-
-
-@torch.no_grad()
-def test_whatever_is_watched_or_replaced_in_an_encoder_is_called() -> None:
-    plain, chained = both(bert())
-    inputs, seen = texts(40, 30), []
-    layer = chained.bert.encoder.layer[1]
-    want = plain(**inputs).logits
-    for module in (layer, layer.attention, layer.output.LayerNorm, layer.output.dense, layer.attention.self):
-        handle = module.register_forward_hook(lambda module, *_: seen.append(type(module)))
-        assert torch.equal(chained(**inputs).logits, want)
-        assert seen.pop() is type(module) and not seen
-        handle.remove()
-    forward = layer.attention.output.forward
-    layer.attention.output.forward = lambda *args: seen.append("called") or forward(*args)
-    assert torch.equal(chained(**inputs).logits, want)
-    assert seen == ["called"]
-    del layer.attention.output.forward
-    layer.output.LayerNorm = nn.Identity()
-    plain.bert.encoder.layer[1].output.LayerNorm = nn.Identity()
-    assert torch.equal(chained(**inputs).logits, plain(**inputs).logits)
-
-
-@torch.no_grad()
-def test_whatever_is_watched_or_replaced_in_a_layer_of_vit_is_called() -> None:
-    plain, chained = both(vit())
-    images, seen = torch.randn(2, 3, 40, 40), []
-    layer = chained.vit.layers[1]
-    want = plain(images).logits
-    for module in (layer.layernorm_after, layer.attention, layer.attention.o_proj, layer.mlp, layer.mlp.fc2):
-        handle = module.register_forward_hook(lambda module, *_: seen.append(type(module)))
-        assert torch.equal(chained(images).logits, want)
-        assert seen.pop() is type(module) and not seen
-        handle.remove()
-    layer.layernorm_before = plain.vit.layers[1].layernorm_before = nn.Identity()
-    assert torch.equal(chained(images).logits, plain(images).logits)
-    del layer.mlp.chain  # as when loading other weights takes it off
-    layer.mlp.__class__ = layer.mlp.plain
-    assert torch.equal(chained(images).logits, plain(images).logits)
-
-
-@torch.no_grad()
-def test_weights_that_cannot_be_chained_loaded_into_one_layer() -> None:
-    plain, chained = both(bert())
-    inputs = texts(40, 30)
-    for model in (plain, chained):
-        layer = model.bert.encoder.layer[0]
-        state = layer.state_dict()
-        state["output.dense.scale"] = -state["output.dense.scale"]
-        state["intermediate.dense.scale"] = torch.full_like(state["intermediate.dense.scale"], torch.nan)
-        layer.load_state_dict(state)
-    assert torch.equal(chained(**inputs).logits, plain(**inputs).logits)
-
-
-class Sine(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.sin()
-
-
-def quantize(config: BinaryConfig, suffix: str) -> Any:
-    return lambda model: bitmill.quantize_(model, config, lambda module, name: name.endswith(suffix))
-
-
-@pytest.mark.parametrize(
-    ("change", "name", "reason"),
-    [
-        (
-            quantize(BinaryConfig("bibert", group_size=32), "1.attention.output.dense"),
-            "bert.encoder.layer.1.attention",
-            "output has a scale for every 32 columns",
-        ),
-        (
-            quantize(BinaryConfig("bibert", act_bits=32), "0.output.dense"),
-            "bert.encoder.layer.0",
-            "the second layer has activations of 32 bits",
-        ),
-        (
-            lambda model: setattr(model.bert.encoder.layer[0].intermediate, "intermediate_act_fn", Sine()),
-            "bert.encoder.layer.0",
-            "the dot products of an output that become ",
-        ),
-    ],
-)
-def test_reasons(change: Any, name: str, reason: str) -> None:
-    config = transformers.BertConfig(
-        vocab_size=300, num_hidden_layers=2, hidden_size=128, num_attention_heads=4, intermediate_size=192
-    )
-    model = transformers.BertForSequenceClassification(config).eval()
-    with torch.no_grad():
-        for dense in (layer.intermediate.dense for layer in model.bert.encoder.layer):
-            dense.weight.mul_(30)
-    change(model)
-    bibert.binarize_(model)
-    plain, chained = copy.deepcopy(model), copy.deepcopy(model)
-    pack_(plain, chain=False)
-    pack_(chained)
-    found = dict(chains(chained))
-    assert reason in found[name]
-    assert f"{name} computes layer by layer: " in str(bitmill.summary(chained))
-    with torch.no_grad():
-        assert torch.equal(chained(**(inputs := texts())).logits, plain(**inputs).logits)
-
-
-def test_attention_that_has_no_form_on_bits() -> None:
-    for attention, reason in (("sdpa", "its attention is 'sdpa'"), ("bitmill_sign_softmax", "has no form on bits")):
-        model = bert()
-        if attention != "sdpa":
-            bibert.binarize_(fresh := bert(), "sign_softmax")
-            del fresh
-        model.set_attn_implementation(attention)
-        pack_(model)
-        found = dict(chains(model))
-        assert reason in found["bert.encoder.layer.0.attention"]
-        assert found["bert.encoder"] == "not all of its attention layers are chained"
-        assert found["bert.encoder.layer.0"] == ""
-
-
-def test_heads_that_are_not_whole_words_and_steps_that_are_not_set() -> None:
-    model = bert(hidden_size=96, num_attention_heads=4, intermediate_size=64)
-    pack_(model)
-    assert dict(chains(model))["bert.encoder.layer.0.attention"] == "heads of 24 columns are not whole words of 32"
-    config = transformers.BertConfig(vocab_size=300, num_hidden_layers=1, hidden_size=64, num_attention_heads=2)
-    model = transformers.BertForSequenceClassification(config)
-    bit.binarize_(model)
-    model.train()(**texts(20))
-    model.bert.encoder.layer[0].attention.self.binary_attention.alpha_ready.fill_(False)
-    pack_(model.eval())
-    reason = dict(chains(model))["bert.encoder.layer.0.attention"]
-    assert reason == "the steps of the attention have not been set by a training batch"
-
-
-def test_texts_longer_than_the_plan() -> None:
-    model = vit()
-    plain, chained = both(model)
-    for attention in chained.modules():
-        if hasattr(attention, "chain") and hasattr(attention.chain, "most_keys"):
-            attention.chain.most_keys = 8
-    images = torch.randn(1, 3, 40, 40)
-    with torch.no_grad():
-        assert torch.equal(chained(images).logits, plain(images).logits)
 
 
 def test_unchain_and_dequantize() -> None:

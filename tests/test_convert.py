@@ -3,89 +3,25 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import bitmill
 from bitmill import BinaryConfig, FP4Config, OneBitConfig, SalientConfig, dequantize_, pack_, quantize_
-from bitmill.binarize import method_names
 from bitmill.config import Config
-from bitmill.convert import LATENT, PACKED
-from bitmill.demo.model import load_stories
-from bitmill.nn import BinaryEmbedding, BinaryLinear, PackedBinaryEmbedding, PackedBinaryLinear
+from bitmill.convert import LATENT
+from bitmill.nn import BinaryLinear, PackedBinaryLinear
+from convert_models import IDS, Model, Snapshot, each_config
 
-CONFIGS: list[Config] = [
-    *(BinaryConfig(method=m, act_bits=bits) for m in method_names() for bits in (None, 32)),
-    *(BinaryConfig(method="bit", act_bits=bits) for bits in (2, 4)),
-    BinaryConfig(method="bit", signed=False),
-    BinaryConfig(method="tbt", weight_bits=2, act_bits=8),
-    BinaryConfig(method="binarydm", weight_bits=2, act_bits=32),
-    BinaryConfig(zero="plus", group_size=32),
-    *(BinaryConfig(method=m, embeddings=True) for m in method_names()),
-    SalientConfig(),
-    SalientConfig(fraction=0.3, bits=16, centre=False, group_size=32),
-    *(FP4Config(format=f) for f in FP4Config.FORMATS),
-]
-each_config = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 each_kind = pytest.mark.parametrize(
     "config",
     [BinaryConfig(), BinaryConfig(method="bit", embeddings=True), SalientConfig(), FP4Config(), OneBitConfig()],
     ids=repr,
 )
-
-
-class Model(nn.Module):
-    """Two linear layers, a tied head, and things that nothing may touch."""
-
-    def __init__(self, tied: bool = True) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(24, 40, padding_idx=3)
-        self.blocks = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(40, 40)}) for _ in range(2))
-        self.norm = nn.LayerNorm(40)
-        self.conv = nn.Conv1d(3, 3, 1)
-        self.head = nn.Linear(40, 24, bias=False)
-        if tied:
-            self.head.weight = self.embedding.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        for block in self.blocks:
-            x = x + block["fc"](self.norm(x))
-        return self.head(self.conv(x.transpose(0, 0)))
-
-
-IDS = torch.tensor([[0, 1, 2], [3, 4, 23]])
-
-
-class Snapshot:
-    """Bit-for-bit what a model holds: its modules, its tensors and their values."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.named_modules(remove_duplicate=False))
-        self.tensors = [(name, t) for name, t in model.state_dict(keep_vars=True).items()]
-        self.values = [t.detach().clone() for _, t in self.tensors]
-        self.flags = [(m.training, t.requires_grad) for _, m in self.modules for t in m.parameters(recurse=False)]
-
-    def assert_same(self, model: nn.Module) -> None:
-        now = Snapshot(model)
-        assert [(n, id(m)) for n, m in self.modules] == [(n, id(m)) for n, m in now.modules]
-        assert [(n, id(t)) for n, t in self.tensors] == [(n, id(t)) for n, t in now.tensors]
-        assert self.flags == now.flags
-        for a, b in zip(self.values, now.values, strict=True):
-            assert a.dtype == b.dtype and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
-
-
-def trained(config: Config, tied: bool = True) -> Model:
-    """A quantised model that has seen one batch."""
-    model = Model(tied)
-    quantize_(model, config)
-    model(IDS)
-    return model
 
 
 # quantize_
@@ -359,121 +295,6 @@ def test_a_model_on_the_meta_device(config: Config) -> None:
         with pytest.raises(ValueError, match=rf"^{function.__name__}: .*: it is on the meta device"):
             function(model)
     assert [type(m) for m in model.modules()] == snapshot
-
-
-# pack_
-
-
-@each_config
-def test_packed_and_training_form_agree_in_eval_mode(config: Config) -> None:
-    model = trained(config).eval()
-    with torch.no_grad():
-        expected = model(IDS)
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, LATENT)}
-        x = torch.randn(5, 40)
-        outputs = {n: m(IDS if isinstance(m, BinaryEmbedding) else x) for n, m in layers.items()}
-    names = pack_(model)
-    assert names == list(layers)
-    with torch.no_grad():
-        for name in names:
-            layer = model.get_submodule(name)
-            assert type(layer) in PACKED and not layer.training and not list(layer.parameters())
-            got = layer(IDS if isinstance(layer, PackedBinaryEmbedding) else x)
-            if isinstance(config, BinaryConfig) and config.act_bits == 1:
-                assert torch.equal(got, outputs[name]), name
-            else:
-                torch.testing.assert_close(got, outputs[name], rtol=1e-5, atol=1e-5)
-        got = model(IDS)
-    if isinstance(config, BinaryConfig) and config.act_bits == 1:
-        assert torch.equal(got, expected)
-    elif not isinstance(config, BinaryConfig) or config.act_bits == 32:
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_real_model_stays_itself() -> None:
-    model, ids = load_stories(), torch.tensor([[1, 403, 407, 261, 378]])
-    with torch.no_grad():
-        quantize_(model, BinaryConfig())
-        expected = model(ids)
-        assert len(pack_(model)) == 35
-        assert torch.equal(model(ids), expected)
-
-
-def test_an_elastic_step_that_nothing_has_set_names_the_layer() -> None:
-    model = Model()
-    quantize_(model, BinaryConfig(method="bit"))
-    model.blocks[0]["fc"](torch.randn(2, 40))  # only the first layer has seen a batch
-    snapshot = Snapshot(model)
-    with pytest.raises(ValueError, match=r"^pack_: blocks\.1\.fc: .*alpha is not set.*run one batch"):
-        pack_(model)
-    snapshot.assert_same(model)
-
-
-@each_config
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_weight_without_packed_form_leaves_the_model_untouched(config: Config, value: float) -> None:
-    model = trained(config, tied=False)
-    with torch.no_grad():
-        model.head.weight[1, 1] = value
-    snapshot = Snapshot(model)
-    with pytest.raises(ValueError, match=r"^pack_: head: .*weight must be finite"):
-        pack_(model)
-    snapshot.assert_same(model)
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element")
-def test_every_layer_of_a_training_model_can_be_without_rows() -> None:
-    for config in (BinaryConfig(), SalientConfig(), *(FP4Config(format=f) for f in FP4Config.FORMATS)):
-        model = nn.Sequential(nn.Linear(8, 0, bias=False))
-        assert quantize_(model, config) == ["0"] and pack_(model) == ["0"]
-        assert model(torch.randn(3, 8)).shape == (3, 0)
-        assert dequantize_(model) == ["0"] and model[0].weight.shape == (0, 8)
-
-
-# dequantize_
-
-
-@each_config
-def test_dequantize_gives_back_plain_layers(config: Config) -> None:
-    model = trained(config)
-    packed = copy.deepcopy(model)
-    names = pack_(packed)
-    assert dequantize_(model) == names and dequantize_(packed) == names
-    for name in names:
-        a, b = model.get_submodule(name), packed.get_submodule(name)
-        assert type(a) is type(b) is (nn.Embedding if name == "embedding" else nn.Linear)
-        assert a.weight.requires_grad and b.training == model.training
-        torch.testing.assert_close(a.weight, b.weight, rtol=1e-6, atol=1e-7)
-        if name == "embedding":
-            assert a.padding_idx == b.padding_idx == 3
-        else:
-            assert (a.bias is None) == (b.bias is None) == (name == "head")
-    for m in (model, packed):
-        with pytest.raises(ValueError, match="dequantize_: the model must contain bitmill layers"):
-            dequantize_(m)
-        assert not any(isinstance(x, LATENT + PACKED) for x in m.modules())
-        m(IDS).sum().backward()
-
-
-@pytest.mark.parametrize("act_bits", [1, 32])
-def test_dequantised_binary_weights_are_scale_times_signs(act_bits: int) -> None:
-    model = nn.Sequential(nn.Linear(40, 24))
-    weight, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
-    quantize_(model, BinaryConfig(act_bits=act_bits))
-    pack_(model)
-    scale, signs = model[0].scale.clone(), (weight - weight.mean(1, keepdim=True)).sign()
-    dequantize_(model)
-    assert torch.equal(model[0].weight, scale * signs) and torch.equal(model[0].bias, bias)
-    torch.testing.assert_close(scale, weight.abs().mean(1, keepdim=True))
-
-
-def test_dequantised_layers_own_their_tensors() -> None:
-    model = trained(BinaryConfig(), tied=False)
-    latent = model.head.weight
-    dequantize_(model)
-    with torch.no_grad():
-        model.head.weight.zero_()
-    assert latent.abs().sum() > 0
 
 
 def test_the_functions_are_public() -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -19,38 +18,9 @@ from bitmill.ops._groups import columns_of_groups
 from bitmill.ops._salient_encoding import decode
 from bitmill.ops.salient_scatter import (
     binary_statistics,
-    high_bit_codes,
-    high_bit_scales,
-    rounded_to_float16,
-    salient_columns,
     salient_mask,
-    salient_quantiles,
 )
-
-CONFIGS = (
-    SalientConfig(),
-    SalientConfig(fraction=0.3, bits=16, group_size=32),
-    SalientConfig(fraction=0.2, scale="official", group_size=64),
-    SalientConfig(fraction=0.05, centre=False, bits=4),
-    SalientConfig(fraction=0.0),
-    SalientConfig(fraction=1.0, bits=16, centre=False),
-    SalientConfig(fraction=0.2, structure="column"),
-    SalientConfig(fraction=0.1, structure="column", bits=16, group_size=32, activations="int8"),
-    SalientConfig(fraction=0.05, activations="int8"),
-    SalientConfig(fraction=0.3, group_size=64, activations="int8"),
-    SalientConfig(metric="quantile", granularity="layer", surrogate="clip"),
-    SalientConfig(fraction=0.2, granularity="layer", centre=False, scale="official", surrogate="ede"),
-    SalientConfig(fraction=0.2, group_size=32, surrogate="clip"),
-)
-configs = pytest.mark.parametrize(
-    "config",
-    CONFIGS,
-    ids=lambda c: f"{c.fraction}-{c.bits}-{c.group_size}-{c.structure}-{c.activations}-{c.granularity}-{c.surrogate}",
-)
-
-
-def layer_of(config: SalientConfig, k: int = 70, n: int = 19, bias: bool = True) -> SalientLinear:
-    return SalientLinear.from_linear(nn.Linear(k, n, bias), config)
+from salient_inputs import CONFIGS, configs, layer_of
 
 
 def test_salient_linear_keeps_the_parameters() -> None:
@@ -261,57 +231,6 @@ def test_layers_survive_copy_pickle_and_state_dict(config: SalientConfig) -> Non
         assert torch.equal(twin(x), module(x)) and torch.equal(on_meta(x), module(x))
 
 
-def test_empty_packed_layer_is_valid() -> None:
-    for config in CONFIGS:
-        for encoding in ("bitmap", "list", "columns"):
-            packed = PackedSalientLinear(40, 5, config=config, encoding=encoding)
-            packed.validate()
-            assert torch.equal(packed(torch.randn(2, 40)), torch.zeros(2, 5))
-    with pytest.raises(ValueError, match="encoding must be one of"):
-        PackedSalientLinear(40, 5, encoding="csr")
-
-
-def test_validate_finds_what_contradicts() -> None:
-    packed = layer_of(SalientConfig(fraction=0.3)).pack()
-
-    def broken(name: str, change) -> PackedSalientLinear:
-        twin = copy.deepcopy(packed)
-        change(getattr(twin, name))
-        return twin
-
-    for name, change in (
-        ("start", lambda t: t[3].add_(1)),
-        ("start", lambda t: t[-1].add_(1)),
-        ("start", lambda t: t[0].sub_(1)),
-        ("index", lambda t: t[0, 0, 0].bitwise_xor_(1)),
-        ("weight", lambda t: t.fill_(-1)),
-        ("index", lambda t: t[0, 2, 0].bitwise_or_(1 << 20)),  # past k
-        ("weight", lambda t: t[1, 0, 9].fill_(1)),  # past n
-    ):
-        with pytest.raises(ValueError):
-            broken(name, change).validate()
-    packed.validate()
-    packed = layer_of(SalientConfig(fraction=0.03)).pack()
-    for name, change in (
-        ("start", lambda t: t[1].add_(1)),
-        ("index", lambda t: t.fill_(254)),
-        ("weight", lambda t: t.fill_(-1)),
-    ):
-        with pytest.raises(ValueError):
-            broken(name, change).validate()
-    packed.validate()
-    packed = layer_of(SalientConfig(structure="column")).pack()
-    for name, change in (
-        ("index", lambda t: t[-1].fill_(70)),
-        ("index", lambda t: t[0].fill_(-1)),
-        ("index", lambda t: t[1].copy_(t[0])),
-        ("weight", lambda t: t.fill_(-1)),
-    ):
-        with pytest.raises(ValueError):
-            broken(name, change).validate()
-    packed.validate()
-
-
 @pytest.mark.parametrize("k,n,bits", [(33, 1, 8), (70, 19, 16), (40, 2, 8)])
 def test_compiled_weight_equals_the_weight(k: int, n: int, bits: int) -> None:
     layer = layer_of(SalientConfig(fraction=0.3, bits=bits, group_size=32), k, n)
@@ -384,134 +303,3 @@ def test_layers_of_odd_sizes(k: int, n: int) -> None:
     packed.validate()
     torch.testing.assert_close(packed(x), layer(x))
     assert torch.equal(packed.dequantize().weight, layer.quantised_weight())
-
-
-def test_rounded_to_float16_is_exact() -> None:
-    halves = torch.arange(0x7C00, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
-    middles = (halves[1:] + halves[:-1]) / 2
-    for w in (halves, middles, middles.nextafter(torch.tensor(0.0)), middles.nextafter(torch.tensor(1e9))):
-        for signed in (w, -w):
-            assert torch.equal(rounded_to_float16(signed), signed.half().float())
-    assert torch.equal(rounded_to_float16(torch.tensor([1e-45, 0.0])), torch.zeros(2))
-    w = torch.randn(1000) * 10 ** torch.linspace(-9, 3, 1000)
-    assert torch.equal(torch.compile(rounded_to_float16, fullgraph=True)(w), w.half().float())
-
-
-def test_salient_mask_takes_the_largest() -> None:
-    weight = torch.randn(13, 50)
-    for fraction in (0.05, 0.1, 0.5, 0.9):
-        mask = salient_mask(weight, fraction)
-        binarised = int((1 - fraction) * weight.numel()) + 1
-        assert int((~mask).sum()) == binarised
-        assert weight.abs()[mask].min() > weight.abs()[~mask].max()
-    assert not salient_mask(weight, 0).any() and salient_mask(weight, 1).all()
-    assert not salient_mask(torch.ones(4, 8), 0.5).any()  # ties are binarised
-    for shape in ((0, 5), (5, 0)):
-        assert salient_mask(torch.empty(shape), 0.3).shape == shape
-    assert salient_mask(torch.empty(3, 4, device="meta"), 0.3).is_meta
-    grouped = salient_mask(weight, 0.3, 32)
-    for columns in (slice(0, 32), slice(32, 50)):
-        assert torch.equal(grouped[:, columns], salient_mask(weight[:, columns], 0.3))
-
-
-def test_salient_columns_are_those_of_the_largest_sums() -> None:
-    weight = torch.randn(13, 50)
-    for fraction, count in ((0.0, 0), (0.1, 5), (0.33, 16), (1.0, 50)):
-        mask = salient_columns(weight, fraction)
-        assert torch.equal(mask, mask[:1].expand(13, 50)) and int(mask[0].sum()) == count
-        sums = weight.abs().sum(0)
-        if 0 < count < 50:
-            assert sums[mask[0]].min() > sums[~mask[0]].max()
-    for shape in ((0, 5), (5, 0)):
-        assert salient_columns(torch.empty(shape), 0.3).shape == shape
-    assert salient_columns(torch.empty(3, 4, device="meta"), 0.3).is_meta
-    layer = layer_of(SalientConfig(structure="column", fraction=0.2))
-    layer.mask[3, 3] ^= True
-    with pytest.raises(ValueError, match="whole columns"):
-        layer.pack()
-
-
-def test_binary_statistics_by_hand() -> None:
-    weight = torch.tensor([[1.0, 3.0, -2.0, 100.0], [5.0, 5.0, 5.0, 5.0], [9.0, 9.0, 9.0, 9.0]])
-    mask = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
-    alpha, mu = binary_statistics(weight, mask)
-    torch.testing.assert_close(mu, torch.tensor([[2 / 3], [5.0], [0.0]]))
-    torch.testing.assert_close(alpha, torch.tensor([[(1 / 3 + 7 / 3 + 8 / 3) / 3], [0.0], [0.0]]))
-    alpha, mu = binary_statistics(weight, mask, scale="official")
-    torch.testing.assert_close(mu, torch.tensor([[0.5], [5.0], [0.0]]))
-    torch.testing.assert_close(alpha, torch.tensor([[(0.5 + 2.5 + 2.5 + 0.5) / 4], [0.0], [0.0]]))
-    alpha, mu = binary_statistics(weight, mask, centre=False)
-    assert mu is None
-    torch.testing.assert_close(alpha, torch.tensor([[2.0], [5.0], [0.0]]))
-
-
-@pytest.mark.parametrize("scale", ["unbiased", "official"])
-def test_binary_statistics_of_groups_are_those_of_their_columns(scale: str) -> None:
-    weight = torch.randn(5, 70)
-    mask = salient_mask(weight, 0.3)
-    alpha, mu = binary_statistics(weight, mask, 32, scale)
-    assert alpha.shape == mu.shape == (5, 3)
-    for group, columns in enumerate((slice(0, 32), slice(32, 64), slice(64, 70))):
-        a, b = binary_statistics(weight[:, columns], mask[:, columns], 0, scale)
-        torch.testing.assert_close(alpha[:, group : group + 1], a)
-        torch.testing.assert_close(mu[:, group : group + 1], b)
-
-
-def test_high_bit_codes_are_within_half_a_step() -> None:
-    weight = torch.cat([torch.randn(6, 40), torch.rand(2, 40), -torch.rand(2, 40), torch.zeros(1, 40)])
-    scale, zero = high_bit_scales(weight)
-    codes = high_bit_codes(weight, scale, zero)
-    value = scale.unsqueeze(1) * (codes.float() - zero.unsqueeze(1))
-    assert ((value - weight).abs() <= 0.5001 * scale.unsqueeze(1)).all()
-    assert (value[-1] == 0).all()
-    tiny = torch.full((1, 4), 1e-45)
-    scale, zero = high_bit_scales(tiny)  # a step that underflows counts as a row of zeros
-    codes = high_bit_codes(tiny, scale, zero)
-    assert torch.isfinite(scale).all() and (scale * (codes.float() - zero) == 0).all()
-    assert high_bit_codes(torch.empty(2, 0), *high_bit_scales(torch.empty(2, 0))).shape == (2, 0)
-
-
-def test_salient_quantiles_take_both_ends() -> None:
-    weight = torch.randn(13, 50) + 0.3
-    for fraction in (0.05, 0.1, 0.5):
-        mask = salient_quantiles(weight, fraction)
-        low, high = weight[mask & (weight < 0.3)], weight[mask & (weight > 0.3)]
-        assert abs(len(low) - len(high)) <= 2 and abs(int(mask.sum()) - fraction * weight.numel()) <= 2
-        assert low.max() < weight[~mask].min() and high.min() > weight[~mask].max()
-    assert not salient_quantiles(weight, 0.0).any() and not salient_quantiles(torch.ones(3, 4), 0.5).any()
-    assert salient_quantiles(torch.ones(0, 4), 0.5).shape == (0, 4)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 1.0])
-@pytest.mark.parametrize("activations", ["float", "int8"])
-def test_joined_layers_are_all_of_them_side_by_side(fraction: float, activations: str) -> None:
-    config = SalientConfig(fraction, group_size=32, activations=activations)
-    layers = [PackedSalientLinear.from_linear(nn.Linear(70, n), config) for n in (32, 16, 19)]
-    x = torch.randn(3, 70)
-    want = [layer(x) for layer in layers]
-    before = [layer.state_dict() for layer in copy.deepcopy(layers)]
-    whole = PackedSalientLinear.joined(layers)
-    assert whole is not None and torch.equal(whole(x), torch.cat(want, 1)) and torch.equal(whole.bound()(x), whole(x))
-    whole.validate()
-    for layer, output, state in zip(layers, want, before, strict=True):
-        assert torch.equal(layer(x), output)
-        for name, t in state.items():
-            assert torch.equal(layer.state_dict()[name], t)
-            assert name == "start" or layer.state_dict()[name].untyped_storage().data_ptr() == (
-                whole.state_dict()[name].untyped_storage().data_ptr()
-            )
-
-
-def test_layers_that_cannot_be_joined() -> None:
-    def packed(n: int = 16, k: int = 70, bias: bool = True, **options: Any) -> PackedSalientLinear:
-        return PackedSalientLinear.from_linear(nn.Linear(k, n, bias), SalientConfig(**options))
-
-    for first, second in (
-        (packed(17), packed()),
-        (packed(k=64), packed()),
-        (packed(bias=False), packed()),
-        (packed(fraction=0.2), packed()),
-        (packed(structure="column"), packed(structure="column")),
-        (packed(bits=4), packed(bits=4)),
-    ):
-        assert PackedSalientLinear.joined([first, second]) is None

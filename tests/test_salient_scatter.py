@@ -3,88 +3,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from bitmill.ops import _library, int8_quantize, salient_linear, salient_weight, tile_pack, tile_unpack
+from bitmill.ops import _library, salient_linear, salient_weight, tile_pack, tile_unpack
 from bitmill.ops import _salient_encoding as encoding
-from bitmill.ops.salient_scatter import _salient_linear_reference, _salient_weight_reference
+from bitmill.ops.salient_scatter import _salient_weight_reference
 from problems import LAYOUTS, UGLY, on_every_machine
+from salient_inputs import ENCODINGS, OP, WEIGHT_OP, Case, assert_agrees, every_activation, every_encoding
 
-OP, WEIGHT_OP = torch.ops.bitmill.salient_linear.default, torch.ops.bitmill.salient_weight.default
 WIDTHS = (1, 7, 31, 32, 33, 63, 64, 65, 100, 197, 768)
 ROWS = (1, 2, 15, 16, 17, 100)
-ENCODINGS = ("bitmap", "list", "columns")
-TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 compiled = pytest.mark.skipif(not _library.has_compiled_kernel("salient_linear"), reason="no compiled kernels")
-every_encoding = pytest.mark.parametrize("kind", ENCODINGS)
-every_activation = pytest.mark.parametrize("activations", ["float", "int8"])
-
-
-@dataclasses.dataclass
-class Case:
-    n: int
-    k: int
-    fraction: float = 0.1
-    codes: bool = True
-    centred: bool = True
-    group_size: int = 0
-    kind: str = "bitmap"
-
-    def arrays(self) -> list[Tensor | None]:
-        """weight, index, value, start, alpha, mu, value_scale, value_zero: random, none of them a default."""
-        groups = -(-self.k // self.group_size) if self.group_size else 1
-        salient = torch.rand(self.n, self.k) < self.fraction
-        if self.kind == "columns":
-            salient = (torch.rand(self.k) < self.fraction).expand(self.n, self.k)
-        plus = torch.rand(self.n, self.k) < 0.5
-        value = torch.randint(0, 256, (self.n, self.k), dtype=torch.uint8)
-        if not self.codes:
-            value = torch.randn(self.n, self.k).half()
-        bits = 8 if self.codes else 16
-        if self.kind == "columns":
-            index, stored, start = encoding.encode_columns(salient.any(0), value, bits)
-        else:
-            encode = encoding.encode_list if self.kind == "list" else encoding.encode_bitmap
-            index, stored, start = encode(salient, value, bits)
-        return [
-            tile_pack((plus & ~salient).to(torch.uint8), 1),
-            index,
-            stored,
-            start,
-            torch.rand(self.n, groups),
-            torch.randn(self.n, groups) * 0.1 if self.centred else None,
-            torch.rand(self.n) * 0.02 + 0.01 if self.codes else None,
-            torch.randint(0, 256, (self.n,)).float() if self.codes else None,
-        ]
-
-
-def assert_agrees(
-    x: Tensor, arrays: list, bias: Tensor | None, group_size: int, activations: str = "float", everywhere: bool = True
-) -> None:
-    """Results are within float32 summation error of a float64 product with the default kernel's weight."""
-    reference = _salient_linear_reference(x, *arrays, bias, group_size, activations)
-    dense = _salient_weight_reference(*arrays, x.shape[-1], group_size).double()
-    rows = x.double()
-    if activations == "int8":
-        q, scale = int8_quantize(x)
-        rows = q.double() * scale.double().unsqueeze(-1)
-    exact = rows @ dense.T + (0 if bias is None else bias)
-    # Codes count from their zero only at the end of a sum, so the terms are as large as codes and zeros.
-    magnitude = dense.abs()
-    if arrays[6] is not None:
-        magnitude = magnitude + (arrays[6] * 255).unsqueeze(1) / 4
-    allowed = rows.abs() @ magnitude.T * 2e-6 + exact.abs() * TOLERANCE[x.dtype] + 1e-6
-    call = lambda: OP(x, *arrays, bias, group_size, activations)  # noqa: E731
-    for machine, out in [*(on_every_machine(call) if everywhere else [("", call())]), ("reference", reference)]:
-        assert out.dtype == x.dtype and out.shape == reference.shape and out.is_contiguous(), machine
-        assert ((out.double() - exact).abs() <= allowed).all(), machine
 
 
 @every_activation
@@ -192,60 +126,6 @@ def test_salient_linear_of_nothing(n: int, k: int, group_size: int, kind: str, a
     assert salient_weight(*arrays, k, group_size).shape == (n, k)
 
 
-@every_encoding
-def test_encodings_hold_what_was_given(kind: str) -> None:
-    for n, k, fraction, bits in (
-        (17, 70, 0.2, 8),
-        (40, 3000, 0.002, 16),
-        (5, 300, 1.0, 8),
-        (3, 256, 0.0, 8),
-        (17, 71, 0.2, 4),
-        (5, 301, 1.0, 4),
-        (40, 3000, 0.002, 4),
-        (3, 256, 0.0, 4),
-    ):
-        salient = torch.rand(n, k) < fraction
-        if kind == "columns":
-            salient = (torch.rand(k) < fraction).expand(n, k)
-        value = torch.randn(n, k).half() if bits == 16 else torch.randint(1 << bits, (n, k), dtype=torch.uint8)
-        if kind == "columns":
-            encoded = encoding.encode_columns(salient.any(0), value, bits)
-        else:
-            encoded = (encoding.encode_list if kind == "list" else encoding.encode_bitmap)(salient, value, bits)
-        assert encoding.encoding_of("test", encoded[0]) == kind
-        assert encoded[1].numel() == math.prod(
-            encoding.value_shape(kind, n, encoding.entries_of(kind, encoded[0], encoded[1], bits), bits)
-        )
-        where, stored = encoding.decode("test", encoded, n, k, bits)
-        assert torch.equal(where, salient)
-        assert torch.equal(stored, torch.where(salient, value.float(), 0.0))
-
-
-def test_list_of_every_distance() -> None:
-    """An entry that lies 1 ... 800 columns after the one before it."""
-    for distance in (1, 2, 254, 255, 256, 257, 509, 510, 511, 512, 766, 800):
-        salient = torch.zeros(3, 2000, dtype=torch.bool)
-        salient[1, ::distance] = True
-        salient[2, distance - 1] = True
-        value = torch.randint(0, 256, (3, 2000), dtype=torch.uint8)
-        encoded = encoding.encode_list(salient, value, 8)
-        where, stored = encoding.decode("test", encoded, 3, 2000, 8)
-        assert torch.equal(where, salient) and torch.equal(stored, torch.where(salient, value.float(), 0.0))
-
-
-@pytest.mark.parametrize("integers,last_list", [(False, 0.1), (True, 0.08)])
-def test_encode_takes_the_smaller_but_for_integers_the_faster(integers: bool, last_list: float) -> None:
-    for fraction, bits in itertools.product((0.02, 0.05, 0.08, 0.1, 0.15, 0.4), (4, 8)):
-        salient, value = torch.rand(64, 4096) < fraction, torch.zeros(64, 4096, dtype=torch.uint8)
-        chosen = encoding.encode(salient, value, bits, integers)
-        assert encoding.encoding_of("test", chosen[0]) == ("list" if fraction <= last_list else "bitmap")
-        others = encoding.encode_list(salient, value, bits), encoding.encode_bitmap(salient, value, bits)
-        size, *sizes = (64 * 4096 / 8 + sum(t.nbytes for t in arrays if t is not None) for arrays in (chosen, *others))
-        assert size <= min(sizes) * (17 / 16 if integers else 1)
-    wide = torch.zeros(1, 70000, dtype=torch.bool)
-    assert encoding.encode(wide, wide.to(torch.uint8), 8)[0].dim() == 3
-
-
 @every_activation
 def test_salient_linear_of_more_columns_than_a_list_or_int32_sums_hold(activations: str) -> None:
     k = 70001
@@ -339,75 +219,6 @@ def test_salient_linear_rows_do_not_depend_on_the_batch(kind: str, activations: 
             assert torch.equal(out, whole[part])
 
 
-Arrays = list
-
-
-def hostile() -> dict[str, tuple[Arrays, bool]]:
-    """Arrays that contradict each other, all of the right shapes and dtypes; and whether every call finds out."""
-    cases: dict[str, tuple[Arrays, bool]] = {}
-    for kind in ENCODINGS:
-        good = Case(19, 70, 0.3, kind=kind).arrays()
-        while kind == "columns" and good[1].numel() < 9:
-            good = Case(19, 70, 0.3, kind=kind).arrays()
-
-        def put(name: str, seen: bool, index: int, where, value, kind=kind, good=good) -> None:
-            arrays = list(good)
-            arrays[index] = arrays[index].clone()
-            arrays[index][where] = value
-            cases[f"{kind}: {name}"] = arrays, seen
-
-        if kind == "columns":
-            column = good[1]
-            put("negative", True, 1, 0, -1)
-            put("past the end", True, 1, -1, 70)
-            put("far past the end", True, 1, -1, 2**31 - 1)
-            put("not rising", True, 1, 4, int(column[3]))
-            put("sign bits", False, 0, slice(None), -1)
-            continue
-        start, last = good[3], int(good[3][-1])
-        put("first", True, 3, 0, 1)
-        put("negative first", True, 3, 0, -1)
-        put("last", True, 3, -1, last + 5)
-        put("far beyond", True, 3, 1, 2**31 - 1)
-        put("far below", True, 3, 1, -(2**31))
-        put("sign bits of salient weights", False, 0, slice(None), -1)
-        cases[f"{kind}: value too short"] = [*good[:2], good[2][:-1], *good[3:]], True
-        cases[f"{kind}: no values"] = [*good[:2], good[2][:0], *good[3:]], True
-        if kind == "list":
-            put("columns past the end", False, 1, slice(None), 254)
-            put("random", False, 1, slice(None), torch.randint(0, 255, good[1].shape, dtype=torch.uint8))
-            continue
-        row_tail = (1, 2, 2)  # tile 1, word of columns 64 ... 95, row 18
-        put("row too long", False, 3, 5, int(start[5]) + 1)
-        put("full mask", False, 1, slice(None), -1)
-        put("empty mask", False, 1, slice(None), 0)
-        put("one bit more", False, 1, (0, 1, 2), int(good[1][0, 1, 2]) ^ 1)
-        put("one bit in the last word", False, 1, row_tail, int(good[1][row_tail]) ^ 32)
-        put("not rising", True, 3, 4, last)
-        cases["bitmap: value too long"] = [*good[:2], torch.cat([good[2], good[2]]), *good[3:]], True
-    return cases
-
-
-@pytest.mark.parametrize("name", list(hostile()))
-def test_salient_arrays_that_contradict_each_other(name: str) -> None:
-    (arrays, seen), x = hostile()[name], torch.randn(40, 70)
-    for call in (
-        lambda: OP(x[:0], *arrays, None, 0, "float"),
-        lambda: WEIGHT_OP(*arrays, 70, 0),
-        lambda: _salient_linear_reference(x, *arrays, None, 0, "float"),
-        lambda: _salient_weight_reference(*arrays, 70, 0),
-    ):
-        with pytest.raises(ValueError, match=r"contradict each other|shape"):
-            call()
-    for activations, m in itertools.product(("float", "int8"), (1, 3, 40)):
-        if seen:
-            with pytest.raises(ValueError, match=r"contradict each other|shape"):
-                OP(x[:m], *arrays, None, 0, activations)
-        elif _library.has_compiled_kernel("salient_linear"):
-            for machine, out in on_every_machine(lambda: OP(x[:m], *arrays, None, 0, activations)):  # noqa: B023
-                assert out.shape == (m, 19), machine
-
-
 def test_salient_bits_past_the_end_are_ignored() -> None:
     arrays, x = Case(19, 70, 0.3).arrays(), torch.randn(3, 70)
     expected = OP(x, *arrays, None, 0, "float"), salient_weight(*arrays, 70)
@@ -423,72 +234,6 @@ def test_salient_bits_past_the_end_are_ignored() -> None:
     assert torch.equal(OP(x, *arrays, None, 0, "float"), expected[0])
     assert torch.equal(salient_weight(*arrays, 70), expected[1])
     assert torch.equal(_salient_weight_reference(*arrays, 70, 0), expected[1])
-
-
-NAMES = ("weight", "index", "value", "start", "alpha", "mu", "value_scale", "value_zero")
-
-
-def wrong_arguments() -> list:
-    good = dict(zip(NAMES, Case(19, 70, 0.3).arrays(), strict=True))
-    good |= {"x": torch.randn(3, 70), "bias": torch.randn(19), "group_size": 0, "activations": "float", "code_bits": 8}
-    cases = []
-    for name in (*NAMES, "bias"):
-        t = good[name]
-        cases += [(name, t.unsqueeze(0), "shape"), (name, t.double(), "must be"), (name, t.to("meta"), "cpu|device")]
-        if name != "value":
-            cases.append((name, torch.cat([t, t], -1), "shape"))
-    cases += [
-        ("x", torch.tensor(1.0), "dimension"),
-        ("x", torch.randn(3, 70).double(), "float32, bfloat16 or float16"),
-        ("x", torch.randn(3, 102), "shape"),
-        ("value_scale", None, "together"),
-        ("value_zero", None, "together"),
-        ("value", torch.zeros(good["value"].numel()).half(), "float16"),
-        ("value", good["value"].to(torch.int8), "int8"),
-        ("start", None, "start must be given"),
-        ("index", torch.zeros(3, dtype=torch.int32), "start must be given"),
-        ("index", torch.zeros(3, 16, dtype=torch.uint8), "shape"),
-        ("index", torch.zeros(3, 16, dtype=torch.int16), "index must be"),
-        ("alpha", torch.tensor(1.0), "shape"),
-        ("group_size", 16, "group_size"),
-        ("group_size", -32, "group_size"),
-        ("group_size", 32, "shape"),
-        ("activations", "int4", "activations"),
-        ("code_bits", 4, "shape|contradict"),
-        ("code_bits", 2, "code_bits must be 8 or 4, got 2"),
-    ]
-    return [pytest.param({**good, name: wrong}, text, id=f"{name}-{i}") for i, (name, wrong, text) in enumerate(cases)]
-
-
-@pytest.mark.parametrize("arguments,text", wrong_arguments())
-def test_salient_linear_names_the_wrong_argument(arguments: dict, text: str) -> None:
-    on_one_device = all(not isinstance(t, torch.Tensor) or t.device.type == "cpu" for t in arguments.values())
-    kernels = (salient_linear, _salient_linear_reference) if on_one_device else (_salient_linear_reference,)
-    for kernel in kernels:
-        with pytest.raises(ValueError, match=text):
-            kernel(**arguments)
-
-
-@compiled
-def test_salient_compiled_and_default_errors_agree() -> None:
-    for parameter in wrong_arguments():
-        arguments = parameter.values[0]
-        if any(isinstance(t, torch.Tensor) and t.device.type == "meta" for t in arguments.values()):
-            continue
-        texts = []
-        for kernel in (salient_linear, _salient_linear_reference):
-            with pytest.raises(ValueError) as error:
-                kernel(**arguments)
-            texts.append(str(error.value).split(" must")[0])
-        assert texts[0] == texts[1]
-
-
-def test_salient_weight_wants_a_possible_k() -> None:
-    arrays = Case(3, 10).arrays()
-    for kernel in (WEIGHT_OP, _salient_weight_reference):
-        for k in (-1, 2**24 + 1):
-            with pytest.raises(ValueError, match="k must be in"):
-                kernel(*arrays, k, 0)
 
 
 def narrow_codes(arrays: list, case: Case) -> list:
