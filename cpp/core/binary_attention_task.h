@@ -181,6 +181,10 @@ bool attention_values_avx512(Dtype dtype, const void* x, int64_t stride, int64_t
 bool attention_signs_avx512(const BinaryAttentionParams& params, const void* x, int64_t stride, int64_t rows,
                             bool tiles, int32_t* out);
 
+// The keys and the values of a matrix of the batch, into the task's tiles.
+void pack_keys(const AttentionTask& task, int64_t batch);
+void pack_values(const AttentionTask& task, int64_t batch);
+
 // The queries of some rows: bits [rows][words], and whether one of them is 0. `nonzero` is written if that is so, or if
 // `always`.
 bool pack_queries(const AttentionTask& task, int64_t batch, int64_t first, int64_t last, bool always, int32_t* sign,
