@@ -48,12 +48,29 @@ def test_interleave_changes_the_order_but_takes_each_once_a_round() -> None:
 def test_disturbed_samples_are_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
     switches = iter([0, 1, 1, 1, 1, 1])
     monkeypatch.setattr(timing, "preemptions", lambda: next(switches))
-    seconds = iter([90.0, 2.0, 3.0])
+    seconds = iter([0.09, 0.002, 0.003])
     taken = timing.Taken()
     taken.add(lambda: next(seconds))
     taken.add(lambda: next(seconds))
-    assert taken.clean == [2.0, 3.0] and taken.disturbed == [90.0]
-    assert taken.spread() == timing.Spread(2.5, 1.75, 3.25, 2, 1)
+    assert taken.clean == [0.002, 0.003] and taken.disturbed == [0.09]
+    assert taken.spread() == timing.Spread(0.0025, 0.00175, 0.00325, 2, 1)
+
+
+def test_a_long_sample_may_be_interrupted_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 % of its time: otherwise calls of seconds would never be measured beside anything."""
+    switches = iter([0, 11, 11, 21])
+    monkeypatch.setattr(timing, "preemptions", lambda: next(switches))
+    taken = timing.Taken()
+    taken.add(lambda: 2.0)
+    assert taken.clean == [2.0] and taken.disturbed == [2.0]
+
+
+def test_a_long_call_is_not_warmed_up() -> None:
+    calls: list[int] = []
+    for once, runs in ((timing.LONG * 1.5, 1), (timing.LONG / 2, 2)):
+        sample = timing.stopwatch(lambda once=once: calls.append(1) or timing.time.sleep(once))
+        calls.clear()
+        assert sample() >= once and len(calls) == runs
 
 
 def test_spread_without_a_clean_sample_uses_what_there_is() -> None:

@@ -3,7 +3,7 @@
 
 A sample is a function that runs something and answers the seconds it took. `interleave` runs one of each, round after
 round, so a slow moment of the machine meets all of them, and only ratios within one run mean anything. A sample during
-which the operating system took the CPU away is thrown away: it measures the other process.
+which the operating system took the CPU away, from a long one often, is thrown away: it measures the other process.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ Sample = Callable[[], float]
 
 ROUNDS = 31  # the fewest that a median and quartiles are taken from
 SHORTEST = 1e-4  # seconds; a faster call is repeated within a sample
+LONG = 0.1  # seconds; a slower call needs no other before it that warms the caches
+HARMLESS = 5  # preemptions a second, which take 2 % of the time at 4 ms each
 COLD_BYTES = 200 << 20  # of weights in rotation: more than caches hold
 COLD_ROWS = 8  # with no more rows than this a product waits for its weight, which a real model reads from memory
 MAX_ELEMENTS, MAX_MACS = 1 << 28, 1 << 33  # of one matrix and of one product: 1 GiB in float32, a second or so
@@ -60,7 +62,7 @@ class Taken:
         for _ in range(3):
             before = preemptions()
             seconds = sample()
-            if preemptions() == before:
+            if preemptions() - before <= int(HARMLESS * seconds):
                 self.clean.append(seconds)
                 return
             self.disturbed.append(seconds)
@@ -80,7 +82,8 @@ def preemptions() -> int:
 
 
 def stopwatch(call: Callable[[], object]) -> Sample:
-    """A sample of a call: one run to warm up, then so many that they take `SHORTEST` seconds, and their mean."""
+    """A sample of a call: one run to warm up, unless it is `LONG`, then so many that they take `SHORTEST` seconds, and
+    their mean."""
     call()
     once = math.inf
     for _ in range(5):
@@ -92,7 +95,8 @@ def stopwatch(call: Callable[[], object]) -> Sample:
     repeat = max(1, math.ceil(SHORTEST / max(once, 1e-7)))
 
     def sample() -> float:
-        call()
+        if once < LONG:
+            call()
         start = time.perf_counter()
         for _ in range(repeat):
             call()
