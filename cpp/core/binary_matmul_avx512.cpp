@@ -16,6 +16,7 @@ constexpr int kTiles = 5;                  // tiles side by side, at most: 4, or
 constexpr int kRows = 4;                   // rows together; the rest comes one by one
 constexpr int64_t kRowChunk = 64;          // rows whose bits and output pages stay near while the tiles pass by
 constexpr int64_t kNearBytes = 512 << 10;  // an output of this size may be in the second-level cache already
+constexpr int64_t kAhead = 8192;           // words of weights: 32 KiB
 constexpr int64_t kShortWords = 8;         // below, asking for its lines costs more than it saves
 
 struct Row {  // named, not an array: g++ keeps an indexed array of accumulators in memory
@@ -53,6 +54,10 @@ void step(Row& row, int32_t a, int32_t nonzero, __m512i w0, __m512i w1, __m512i 
 template <Operand operand, int rows, int tiles, bool first>
 [[gnu::always_inline]] inline void add_word(Row& r0, Row& r1, Row& r2, Row& r3, const int32_t* const* weight,
                                             const int32_t* a, const int32_t* z, int64_t next, int64_t w) {
+  if constexpr (rows == 1) {  // waits for the weights, unless they are asked for
+#pragma GCC unroll 5
+    for (int t = 0; t < tiles; ++t) __builtin_prefetch(weight[t] + w * kTileRows + kAhead, 0, 2);
+  }
   const __m512i v0 = _mm512_loadu_si512(weight[0] + w * kTileRows);
   const __m512i v1 = tiles > 1 ? _mm512_loadu_si512(weight[1] + w * kTileRows) : v0;
   const __m512i v2 = tiles > 2 ? _mm512_loadu_si512(weight[2] + w * kTileRows) : v0;
