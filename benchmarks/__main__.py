@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bitmill.cli import parse_shape, parse_threads
+from bitmill.cli.arguments import parse_shape, parse_threads
 from bitmill.timing import COLD_ROWS
 
 from . import plots, report, shapes

@@ -79,7 +79,10 @@ def test_generation_says_what_is_wrong() -> None:
     for arguments, message in (
         ((prompt, 60), "the text must have from 1 to 64 tokens, got 69"),
         ((prompt[:, :0], 4), r"prompt must have shape \[1, length\], length > 0, got \[1, 0\]"),
-        ((prompt, 4, -1.0), "temperature must be at least 0, got -1.0"),
+        ((prompt, -1), "generate: tokens must be at least 0, got -1"),
+        ((prompt, 4, -1.0), "temperature must be 0 or at least 0.0001, got -1.0"),
+        ((prompt, 4, 1e-40), "temperature must be 0 or at least 0.0001, got 1e-40"),
+        ((prompt, 4, float("nan")), "temperature must be 0 or at least 0.0001, got nan"),
     ):
         with pytest.raises(ValueError, match=message):
             list(generate(model, *arguments))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import math
 import os
@@ -286,6 +287,56 @@ def test_folders_in_a_wrong_state_are_one_sentence(
     assert "cannot be loaded" in complaint("eval", out, "--text", text)
     (out / "config.json").write_text("{")
     assert f"{out} cannot be read as a causal language model" in complaint("eval", out, "--text", text)
+    (model / "tokenizer.json").unlink()
+    assert "(1)" in (said := complaint("eval", model, "--text", text)) and "(2)" in said  # a reason of several lines
+
+
+def test_a_damaged_run_is_one_sentence(model: Path, tmp_path: Path, complaint: Callable[..., str]) -> None:
+    for i, written in enumerate(("x", "[]", "null", "{}", '{"settings": 3}')):
+        (out := tmp_path / f"run-{i}").mkdir()
+        (out / "run.json").write_text(written)
+        said = complaint("quantize", model, "--method", "fp4", "--out", out)
+        assert said.startswith(f"bitmill quantize: {out / 'run.json'} must say what the folder is of, it is damaged")
+    (out / "run.json").write_text('{"settings": {}, "new": 1}')
+    said = complaint("quantize", model, "--method", "fp4", "--out", out)
+    assert f"{out} holds a run with another model, " in said and ", new; take another folder" in said
+
+
+def test_places_are_looked_at_before_the_model_is_read(
+    text: Path, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    start = ["quantize", tmp_path / "nothing", "--calibration", text, "--out"]
+    assert complaint(*start, text) == f"bitmill quantize: out must be a folder, got the file {text}"
+    for device in ("nowhere", "meta"):
+        said = complaint(*start, tmp_path / "out", "--device", device)
+        assert f"device must be one to compute on here, got {device!r}: " in said
+    start[3] = tmp_path
+    assert complaint(*start, tmp_path / "out") == f"bitmill quantize: {tmp_path}: Is a directory"
+
+
+def test_a_damaged_text_is_one_sentence(model: Path, tmp_path: Path, complaint: Callable[..., str]) -> None:
+    data = bytearray(gzip.compress(TEXT.encode() * 20))
+    data[20] ^= 0xFF
+    for name, written in (("a.gz", bytes(data)), ("b.gz", data[:-9]), ("c.gz", b"text"), ("d.txt", b"\xff")):
+        (tmp_path / name).write_bytes(written)
+        said = complaint("eval", model, "--text", tmp_path / name)
+        assert f"{tmp_path / name} must be UTF-8 text, gzip-ed in a .gz: " in said
+
+
+WRONG = {
+    **{f"--threads={n}": f"expected a whole number from 1 to 1024, got {n!r}" for n in ("0", "-1", "100000000", "two")},
+    **{f"--seed={n}": f"expected a whole number of 64 bits, got {n!r}" for n in (str(2**64), "1.5")},
+}
+
+
+@pytest.mark.parametrize("option", WRONG)
+def test_numbers_that_cannot_be_are_wrong_usage(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [["quantize", "m", "--out", "o"], ["generate", "m", "--prompt", "p"], ["eval", "m", "--text", "t"]]
+    for command in commands[:2] if "seed" in option else commands:
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command, option])
+        assert end.value.code == 2
+        assert WRONG[option] in capsys.readouterr().err
 
 
 def test_models_that_cannot_be_quantised_are_one_sentence(

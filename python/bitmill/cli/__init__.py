@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..timing import check_shape
 from . import language
+from .arguments import parse_count, parse_lengths, parse_shape, parse_threads
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,9 +80,16 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         sys.stderr.close()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"bitmill {options.command}: {error}", file=sys.stderr)
+        print(f"bitmill {options.command}: {_sentence(error).removeprefix(f'{options.command}: ')}", file=sys.stderr)
         return 1
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -176,37 +183,6 @@ LANGUAGE_METHODS = ("pb-llm", "fp4")
 LAYER_OPTIONS = ("layer", "shape", "dtype")
 LANGUAGE_OPTIONS = ("method", "tokens", "peers")
 MODEL_OPTIONS = (*LANGUAGE_OPTIONS, "batch", "lengths", "profile", "memory")
-
-
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """Three sizes; argparse makes an error of it a wrong usage."""
-    try:
-        m, n, k = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected three whole numbers like 128,768,768, got {text!r}") from None
-    try:
-        check_shape(m, n, k)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return m, n, k
-
-
-def parse_threads(text: str) -> int:
-    return parse_count(text, 1024)
-
-
-def parse_count(text: str, most: int = 1 << 16) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= most:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}, got {text!r}")
-    return int(text)
-
-
-def parse_lengths(text: str) -> tuple[int, int]:
-    shortest, _, longest = text.partition("..")
-    try:
-        return int(shortest), int(longest)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected two whole numbers like 5..128, got {text!r}") from None
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .arguments import parse_seed, parse_threads
+
 FP4_FORMATS = ("mxfp4", "nvfp4", "nf4", "bnb-fp4")
 METHODS = ("pb-llm", "billm", "arb", "arb-x", "arb-rc", "llm-fp4", "fp4", *FP4_FORMATS)
 EVAL_LENGTH = 2048
@@ -39,7 +41,7 @@ def add_commands(commands: Any) -> None:
     quantize.add_argument("--calibration", metavar="FILE", type=Path, help="text to calibrate on (UTF-8, or .gz of it)")
     quantize.add_argument("--windows", metavar="N", type=int, default=128, help="random windows of that text")
     quantize.add_argument("--length", metavar="N", type=int, default=2048, help="tokens of a window, at most")
-    quantize.add_argument("--seed", type=int, default=0, help="of the windows")
+    quantize.add_argument("--seed", type=parse_seed, default=0, help="of the windows")
     quantize.add_argument(
         "--dtype",
         default="float32",
@@ -47,7 +49,7 @@ def add_commands(commands: Any) -> None:
         help="of the model",
     )
     quantize.add_argument("--device", default="cpu", help="where to compute, such as cuda")
-    quantize.add_argument("--threads", metavar="N", type=int, help="threads (default: as torch chooses)")
+    quantize.add_argument("--threads", metavar="N", type=parse_threads, help="threads (default: as torch chooses)")
     quantize.add_argument("--json", action="store_true", help="print JSON")
     methods = quantize.add_argument_group("methods")
     methods.add_argument("--salient", metavar="F", type=float, default=0.1, help="pb-llm: share that keeps more bits")
@@ -115,7 +117,7 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument(
         "--activations", choices=("float", "int8"), help="of a packed folder's layers (as it was made): int8 is faster"
     )
-    evaluate.add_argument("--threads", metavar="N", type=int, help="threads (default: as torch chooses)")
+    evaluate.add_argument("--threads", metavar="N", type=parse_threads, help="threads (default: as torch chooses)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=_eval)
 
@@ -128,11 +130,11 @@ def add_commands(commands: Any) -> None:
     generate.add_argument("--prompt", metavar="TEXT", required=True, help="how the text begins")
     generate.add_argument("--tokens", metavar="N", type=int, default=64, help="to add at most")
     generate.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 takes the likeliest token")
-    generate.add_argument("--seed", type=int, default=0, help="of the draws with a temperature")
+    generate.add_argument("--seed", type=parse_seed, default=0, help="of the draws with a temperature")
     generate.add_argument(
         "--activations", choices=("float", "int8"), help="of a packed folder's layers (as it was made): int8 is faster"
     )
-    generate.add_argument("--threads", metavar="N", type=int, help="threads (default: as torch chooses)")
+    generate.add_argument("--threads", metavar="N", type=parse_threads, help="threads (default: as torch chooses)")
     generate.set_defaults(run=_generate)
 
 
@@ -198,6 +200,4 @@ def _start(options: argparse.Namespace) -> None:
     import torch
 
     if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)

@@ -193,12 +193,15 @@ def generate(
         seed: of the draws.
         lean: of `Decoder`.
     Raises:
-        ValueError: for an empty prompt, a temperature < 0, or a text that is too long for the model.
+        ValueError: for an empty prompt, fewer than no tokens, a temperature below 1e-4 that is not 0, or a text that is
+            too long for the model.
     """
     if prompt.dim() != 2 or prompt.shape[0] != 1 or not prompt.numel():
         raise ValueError(f"generate: prompt must have shape [1, length], length > 0, got {list(prompt.shape)}")
-    if not temperature >= 0:
-        raise ValueError(f"generate: temperature must be at least 0, got {temperature}")
+    if tokens < 0:
+        raise ValueError(f"generate: tokens must be at least 0, got {tokens}")
+    if temperature != 0 and not temperature >= 1e-4:  # below, quotients may be infinite
+        raise ValueError(f"generate: temperature must be 0 or at least 0.0001, got {temperature}")
     generator = torch.Generator(prompt.device).manual_seed(seed)
     decoder = Decoder(model, prompt.shape[1] + tokens, lean)
     logits = decoder.prefill(prompt)

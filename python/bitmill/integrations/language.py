@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,7 +111,7 @@ def save_pretrained(model: PreTrainedModel, tokenizer: Any, folder: str | os.Pat
     except OSError:
         raise
     except Exception as error:  # the tokenizers library has no exception of its own for a full disk
-        raise OSError(f"the tokenizer cannot be written to {folder}: {_first_line(error)}") from None
+        raise OSError(f"the tokenizer cannot be written to {folder}: {_in_one_line(error)}") from None
     save(model, folder / PACKED_FILE)
 
 
@@ -190,10 +191,10 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ImportError(f"{path} needs a package that is not installed: {_first_line(error)}") from None
+        raise ImportError(f"{path} needs a package that is not installed: {_in_one_line(error)}") from None
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a causal language model: {_first_line(error)}") from None
+        raise ValueError(f"{path} cannot be read as a causal language model: {_in_one_line(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line), type(error).__name__)
+def _in_one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ def read_ids(path: str | os.PathLike[str], tokenizer: Any) -> Tensor:
     data = Path(path).read_bytes()
     try:
         text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode("utf-8")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"read_ids: {os.fspath(path)} must be UTF-8 text, gzip-ed in a .gz: {error}") from None
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
 

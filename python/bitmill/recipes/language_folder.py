@@ -206,6 +206,7 @@ def quantize_folder(
     run = {"model": source.name, "settings": dataclasses.asdict(settings), "calibration": text and text.name}
     result = _known(out, run)
     if result is None:
+        _check_places(out, text, device)
         wall, cpu = time.perf_counter(), time.process_time()
         model, tokenizer = read_pretrained(source, getattr(torch, settings.dtype))
         model.to(device)
@@ -281,19 +282,41 @@ def evaluate_folder(
     }
 
 
+def _check_places(out: Path, text: Path | None, device: str) -> None:
+    """Before a model is read, which takes long: that the folder, the text and the device are some."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"quantize: out must be a folder, got the file {out}")
+    if text is not None:
+        text.open("rb").close()
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"quantize: device must be one to compute on here, got {device!r}: {error}") from None
+
+
 def _known(out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     """The result of the same run, if it has come to its end in this folder."""
     if (out / RUN_FILE).exists():
-        known = json.loads((out / RUN_FILE).read_text())
+        known = _read(out / RUN_FILE)
         result = known.pop("result", None)
         if known != run:
             old, new = ({**facts, **facts.get("settings", {})} for facts in (known, run))
-            changed = [key for key in new if key != "settings" and old.get(key) != new[key]]
+            changed = [key for key in {**new, **old} if key != "settings" and old.get(key) != new.get(key)]
             raise ValueError(f"quantize: {out} holds a run with another {', '.join(changed)}; take another folder")
         return result
     if (out / PACKED_FILE).exists() or (out / "config.json").exists():
         raise ValueError(f"quantize: {out} holds a model already; take another folder")
     return None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(file.read_text())
+        if isinstance(known["settings"], dict):
+            return known
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"quantize: {file} must say what the folder is of, it is damaged; take another folder")
 
 
 def _write(out: Path, run: dict[str, Any]) -> None:
