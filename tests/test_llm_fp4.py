@@ -230,6 +230,8 @@ def test_says_what_is_wrong() -> None:
         (lambda: search_layer(weight, inputs[:0]), r"with a token at least .* got \[0, 40\]"),
         (lambda: search_layer(weight * torch.nan, inputs), "search_layer: weight must be finite"),
         (lambda: search_layer(weight, inputs / 0), "search_layer: inputs must be finite"),
+        (lambda: search_layer(weight, inputs, inputs[0, 1:]), r"amax must have shape \[40\], got \[39\]"),
+        (lambda: search_layer(weight, inputs, torch.full((40,), torch.inf)), "search_layer: amax must be finite"),
         (lambda: llm_fp4.quantize_(stories(), [], tokens=0), "quantize_: tokens must be None or at least 1, got 0"),
         (lambda: llm_fp4.quantize_(stories(), []), "quantize_: batches must hold calibration text, got none"),
         (lambda: llm_fp4.calibrate_(stories(), []), "the model must have FP4Linear layers with static activations"),

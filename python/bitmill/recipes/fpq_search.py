@@ -163,11 +163,13 @@ def search_layer(weight: Tensor, inputs: Tensor, amax: Tensor | None = None, sea
             f"search_layer: inputs must have shape [tokens, {weight.shape[-1]}] with a token at least for a weight"
             f" {list(weight.shape)}, got {list(inputs.shape)}"
         )
-    for name, t in (("weight", weight), ("inputs", inputs)):
-        if not t.isfinite().all():
-            raise ValueError(f"search_layer: {name} must be finite, got NaN or infinity")
     inputs = inputs.float()
     amax = inputs.abs().amax(0) if amax is None else amax
+    if amax.shape != inputs.shape[1:]:
+        raise ValueError(f"search_layer: amax must have shape [{inputs.shape[1]}], got {list(amax.shape)}")
+    for name, t in (("weight", weight), ("inputs", inputs), ("amax", amax)):
+        if not t.isfinite().all():
+            raise ValueError(f"search_layer: {name} must be finite, got NaN or infinity")
     return _Layer(weight.detach().float(), inputs, _positive(amax.float()), search or Search()).run()
 
 
