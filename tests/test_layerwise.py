@@ -131,6 +131,24 @@ def test_layers_with_one_input_share_its_hessian() -> None:
     assert len({id(h) for h in one.values()}) == 4
 
 
+def test_a_forward_that_a_host_has_put_into_a_block_stays() -> None:
+    """Such as those that move weights between devices."""
+    model = stories()
+    block, calls = model.layers[1], []
+    plain = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    block.forward = forward
+    with_packed_layers(model, batches_for("stories"))
+    assert block.forward is forward and "forward" not in vars(model.layers[0])
+    calls.clear()
+    model(batches_for("stories")[0])
+    assert calls
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_rest_of_the_model_stays_as_it_was(fails: bool) -> None:
     model = llama().train()
@@ -278,6 +296,10 @@ def test_lists_of_blocks_and_hooks_that_do_not_fit() -> None:
         with_packed_layers(model, x, blocks="third")
     with pytest.raises(ValueError, match="must reach its last block, it did not"):
         with_packed_layers(model, x, blocks="second")
+    model = stories()
+    model.layers[2] = model.layers[0]
+    with pytest.raises(ValueError, match=r"blocks must be different modules, layers has one of them more than once"):
+        with_packed_layers(model, batches_for("stories"))
     model = stories()
     model.layers[1].spare = nn.Linear(4, 4)
     with pytest.raises(ValueError, match=r"layers\.1\.spare: the calibration text must reach every layer"):

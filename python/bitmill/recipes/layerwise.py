@@ -87,18 +87,15 @@ class _Calls:
             block.register_forward_pre_hook(self._recorder(index, index == len(blocks) - 1), with_kwargs=True)
             for index, block in enumerate(blocks)
         ]
-        for block in blocks:
-            block.forward = _passing_on(block.forward)
         try:
-            for batch in batches:
-                try:
-                    model(**batch) if isinstance(batch, Mapping) else model(batch)
-                except _Stop:
-                    continue
-                raise ValueError("quantize_: a forward pass of the model must reach its last block, it did not")
+            with other_forwards({block: _passing_on(block.forward) for block in blocks}):
+                for batch in batches:
+                    try:
+                        model(**batch) if isinstance(batch, Mapping) else model(batch)
+                    except _Stop:
+                        continue
+                    raise ValueError("quantize_: a forward pass of the model must reach its last block, it did not")
         finally:
-            for block in blocks:
-                del block.forward
             for handle in handles:
                 handle.remove()
         if not self.hidden:
@@ -222,6 +219,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             config.use_cache = cache  # type: ignore[union-attr]
 
 
+@contextmanager
+def other_forwards(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Modules with these forwards; afterwards with the one of their class, or that which a host has put into them."""
+    own = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in own.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
 class _Folder:
     """Finished blocks on disk: block-000.safetensors, ..., and run.json, which says what they are of.
 
@@ -307,6 +320,8 @@ def quantize_blocks_(
         ValueError: as `pb_llm.quantize_`.
     """
     prefix, found = decoder_blocks(model, blocks)
+    if len({*found}) < len(found):
+        raise ValueError(f"quantize_: the blocks must be different modules, {prefix} has one of them more than once")
     layers = [_layers_of(block, f"{prefix}.{index}", filter_fn) for index, block in enumerate(found)]
     if not any(layers):
         raise ValueError("quantize_: the decoder blocks must contain nn.Linear that the filter accepts, got none")

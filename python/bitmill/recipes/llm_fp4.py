@@ -150,15 +150,10 @@ def calibrate_(model: nn.Module, batches: Iterable[layerwise.Batch]) -> list[str
 
         return forward
 
-    for name, layer in layers.items():
-        layer.forward = watch(name)  # type: ignore[assignment, method-assign]
-    try:
-        with layerwise.evaluating(model):
-            for batch in batches:
-                model(**batch) if isinstance(batch, Mapping) else model(batch)
-    finally:
-        for layer in layers.values():
-            del layer.forward
+    watched = {layer: watch(name) for name, layer in layers.items()}
+    with layerwise.evaluating(model), layerwise.other_forwards(watched):
+        for batch in batches:
+            model(**batch) if isinstance(batch, Mapping) else model(batch)
     for name, layer in layers.items():
         if not seen[name].kept:
             raise ValueError(f"calibrate_: {name}: the batches must reach every layer, they never call this one")
