@@ -64,6 +64,19 @@ def test_ids_outside_the_table_raise(bad: int) -> None:
             layer(torch.tensor([0, bad]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
+def test_ids_that_are_no_integers_raise(dtype: torch.dtype) -> None:
+    packed = BinaryEmbedding(4, 8).pack()
+    with pytest.raises(ValueError, match=f"ids must be integers, got {str(dtype).removeprefix('torch.')}"):
+        packed(torch.ones(3).to(dtype))
+
+
+def test_a_table_without_columns() -> None:
+    table = BinaryEmbedding(3, 0)
+    for module in (table, table.pack()):
+        assert module(torch.zeros(2, 5, dtype=torch.int64)).shape == (2, 5, 0)
+
+
 @every_config
 def test_copies_state_and_meta(config: BinaryConfig) -> None:
     packed = table(config).pack()

@@ -86,6 +86,19 @@ def test_ids_outside_the_table_raise(bad: int) -> None:
             layer(torch.tensor([0, bad]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
+def test_ids_that_are_no_integers_raise(dtype: torch.dtype) -> None:
+    packed = FP4Embedding(4, 8).pack()
+    with pytest.raises(ValueError, match=f"ids must be integers, got {str(dtype).removeprefix('torch.')}"):
+        packed(torch.ones(3).to(dtype))
+
+
+def test_a_table_without_columns() -> None:
+    table = FP4Embedding(3, 0)
+    for module in (table, table.pack()):
+        assert module(torch.zeros(2, 5, dtype=torch.int64)).shape == (2, 5, 0)
+
+
 def test_the_output_follows_the_dtype_of_the_model() -> None:
     packed = table(FP4Config("mxfp4")).pack()
     want = packed(IDS)

@@ -184,6 +184,13 @@ def require_width(layer: str, x: Tensor, k: int) -> None:
         raise ValueError(f"{layer}: the last dimension of x must be in_features = {k}, got shape {list(x.shape)}")
 
 
+def whole_ids(layer: str, ids: Tensor) -> Tensor:
+    """Ids as int64; those of another kind are an error, as nn.Embedding has it, and not cut off."""
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"{layer}: ids must be integers, got {str(ids.dtype).removeprefix('torch.')}")
+    return ids.long()
+
+
 def require_finite(layer: str, weight: Tensor) -> None:
     """NaN and infinity have no packed form."""
     if not torch.isfinite(weight).all():

@@ -15,7 +15,7 @@ from ..ops import binary_embedding, tile_pack
 from ..ops._checks import tile_shape
 from ..ops._groups import columns_of_groups
 from ..ops.binary_matmul import unpack_signs
-from ._module import LatentEmbedding, PackedModule, embedding_from, require_finite
+from ._module import LatentEmbedding, PackedModule, embedding_from, require_finite, whole_ids
 from .binary import check_padding
 
 
@@ -37,7 +37,7 @@ class BinaryEmbedding(LatentEmbedding):
     def forward(self, ids: Tensor) -> Tensor:
         """[..., embedding_dim]. Only the rows that are looked up are binarised: a batch sees little of a vocabulary."""
         rule = self._rule()
-        rows = nn.functional.embedding(ids, self.weight, self.padding_idx).view(-1, self.embedding_dim)
+        rows = nn.functional.embedding(ids, self.weight, self.padding_idx).view(ids.numel(), self.embedding_dim)
         scale = weight_scale(rows.detach(), rule, self.config.group_size)
         if rule.centre == "global":
             rows, rule = rows - self.weight.detach().mean(), dataclasses.replace(rule, centre="none")
@@ -115,9 +115,14 @@ class PackedBinaryEmbedding(PackedModule):
         return self.num_embeddings, self.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: int [...] in [0, num_embeddings); answers [..., embedding_dim]. Raises IndexError for an id outside."""
+        """ids: int [...] in [0, num_embeddings); answers [..., embedding_dim].
+
+        Raises:
+            IndexError: for an id outside.
+            ValueError: for ids that are no integers.
+        """
         return binary_embedding(
-            ids.long(),
+            whole_ids("PackedBinaryEmbedding", ids),
             self.weight,
             self.weight_nonzero,
             self.scale,

@@ -24,7 +24,7 @@ from ..ops import (
 )
 from ..ops._library import without_autocast
 from ..ops.fp4 import CODEBOOKS
-from ._module import LatentEmbedding, PackedModule, embedding_from, require_finite
+from ._module import LatentEmbedding, PackedModule, embedding_from, require_finite, whole_ids
 from .fp4 import FP4Linear, PackedFP4Linear, row_scale
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
@@ -42,8 +42,8 @@ class FP4Embedding(LatentEmbedding):
     def forward(self, ids: Tensor) -> Tensor:
         """[..., embedding_dim]. Only the rows that are looked up are quantised: a batch sees little of a vocabulary."""
         with without_autocast(ids):
-            rows = nn.functional.embedding(ids, self.weight, self.padding_idx).view(-1, self.embedding_dim).float()
-            return self._quantised(rows).to(self.weight.dtype).view(*ids.shape, self.embedding_dim)
+            rows = nn.functional.embedding(ids, self.weight, self.padding_idx).view(ids.numel(), self.embedding_dim)
+            return self._quantised(rows.float()).to(self.weight.dtype).view(*ids.shape, self.embedding_dim)
 
     def _quantised(self, rows: Tensor) -> Tensor:
         format = self.config.format
@@ -144,11 +144,16 @@ class PackedFP4Embedding(PackedModule):
         return self.num_embeddings, self.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: int [...] in [0, num_embeddings); answers [..., embedding_dim]. Raises IndexError for an id outside."""
+        """ids: int [...] in [0, num_embeddings); answers [..., embedding_dim].
+
+        Raises:
+            IndexError: for an id outside.
+            ValueError: for ids that are no integers.
+        """
         config = self.config
         format = "e2m1" if config.format in ("mxfp4", "nvfp4") else config.format
         settings = (self.embedding_dim, format, config.group_size, self.global_scale)
-        return fp4_embedding(ids.long(), self.weight, self.scale, *settings).to(self.dtype)
+        return fp4_embedding(whole_ids("PackedFP4Embedding", ids), self.weight, self.scale, *settings).to(self.dtype)
 
     @torch.no_grad()
     def dequantize(self) -> nn.Embedding:
