@@ -131,9 +131,11 @@ def test_gelu_underflows_here_and_there() -> None:
     def level(dot: Tensor) -> Tensor:
         return torch.sign(torch.nn.functional.gelu(scale * dot + bias))
 
+    negative = level(torch.arange(-60.0, 61.0).unsqueeze(1)) < 0
+    if ((negative[1:] != negative[:-1]).sum(0) <= 1).all():
+        pytest.skip("the GELU of this torch and CPU underflows at one place, so nothing is negative one by one")
     ranges = ops.bit_ranges(level, 64, 60)
-    if ranges.single is None:
-        pytest.skip("this GELU underflows at once")
+    assert ranges.single is not None
     weight, _, _ = tiles(64, 60, False)
     sign, nonzero, _, _ = ops.bitpack(values(50, 60))
     want = level(ops.binary_matmul(sign, weight, 64, 60, nonzero).float())
