@@ -122,9 +122,7 @@ _METHODS = {
         Method(
             "recu",
             "Xu et al., ReCU, ICCV 2021, as BiBench's linear layer computes it; output scales from the row means on",
-            weight=WeightRule(
-                centre="row", scale="learned", surrogate="identity", carries_scale=True, redistribute=True
-            ),
+            weight=_RECU,
             activation=ActivationRule(surrogate="polynomial", standardise=True),
             embedding=WeightRule(centre="row"),
             schedules=("tau",),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import pack_, save, summary
 from ...integrations.transformers import transformers
@@ -145,7 +145,3 @@ def export(args: argparse.Namespace, task: Task, model: Any, dev: Examples, toke
     }
     (Path(args.out) / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
-
-
-def parameters_of(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
