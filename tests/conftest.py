@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import gzip
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+
+from vision_inputs import write_images
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,18 +36,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _write_idx(path: Path, values: Tensor) -> None:
-    header = struct.pack(f">{values.dim() + 1}i", 0x800 + values.dim(), *values.shape)
-    path.write_bytes(gzip.compress(header + values.numpy().tobytes()))
-
-
 @pytest.fixture
 def idx_folder(tmp_path: Path) -> Path:
     """Pictures of 8 x 8 in four classes, in the files of MNIST: 40 to train, 12 to test."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for split, count in (("train", 40), ("t10k", 12)):
-        pixels = torch.randint(256, (count, 8, 8), dtype=torch.uint8)
-        _write_idx(folder / f"{split}-images-idx3-ubyte.gz", pixels)
-        _write_idx(folder / f"{split}-labels-idx1-ubyte.gz", torch.arange(count, dtype=torch.uint8) % 4)
-    return folder
+    return write_images(tmp_path / "images")

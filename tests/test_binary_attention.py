@@ -14,6 +14,7 @@ from bitmill import binarize
 from bitmill.binarize import (
     bool_attention,
     elastic_attention,
+    elastic_map_attention,
     low_rank_addend,
     one_hot_map,
     sampled_map,
@@ -28,7 +29,11 @@ def elastic_with_steps(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
     return elastic_attention(q, k, v, **STEPS, mask=mask)
 
 
-RULES: tuple[Callable[..., Tensor], ...] = (bool_attention, softmax_aware_attention, elastic_with_steps)
+def elastic_map(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    return elastic_map_attention(q, k, v, STEPS["alpha_a"], mask)
+
+
+RULES: tuple[Callable[..., Tensor], ...] = (bool_attention, softmax_aware_attention, elastic_with_steps, elastic_map)
 every_rule = pytest.mark.parametrize("attention", RULES)
 
 
@@ -57,6 +62,8 @@ def test_context_is_the_map_times_the_signs(attention: Callable[..., Tensor], sh
     scores = torch.sign(q) @ torch.sign(k).mT / math.sqrt(shape[-1])
     if attention is elastic_with_steps:
         scores, scale = scores * 0.9 * 1.1, 0.3 * 0.7
+    elif attention is elastic_map:
+        scale = 0.3
     want = obvious_map(attention, scores) @ torch.sign(v) * scale
     torch.testing.assert_close(attention(q, k, v), want, rtol=1e-6, atol=1e-6)
 
@@ -245,6 +252,17 @@ def test_attention_compiles(attention: Callable[..., Tensor]) -> None:
     gradients = [torch.autograd.grad(f(q, k, v, keep).square().sum(), (q, k, v)) for f in (compiled, attention)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@every_rule
+def test_masks_that_do_not_fit(attention: Callable[..., Tensor]) -> None:
+    """The same sentence in training, where torch would broadcast later, and without a gradient."""
+    q, k, v = qkv(2, 3, 5, 16, m=7)
+    for shape in ((2, 7), (5, 5), (1, 2, 3, 5, 7), (3, 3, 5, 7)):
+        for mask in (torch.ones(shape, dtype=torch.bool), torch.zeros(shape)):
+            for inputs in ((q, k, v), (q.detach(), k.detach(), v.detach())):
+                with pytest.raises(ValueError, match=r"mask must be broadcastable to \[2, 3, 5, 7\], got shape"):
+                    attention(*inputs, mask)
 
 
 def test_zero_policy_and_errors() -> None:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision recipes on the ViT of transformers: BiViT and its script, BinaryViT."""
+"""Vision recipes on the ViT of transformers: BiViT and its script."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,16 +13,10 @@ from torch import Tensor, nn
 import bitmill
 from bitmill import binarize
 from bitmill.recipes._groups import group_of
+from vision_inputs import vit
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
-from bitmill.recipes import binaryvit, bivit  # noqa: E402
-
-
-def vit(**changes: Any) -> Any:
-    values = dict(image_size=8, patch_size=4, num_channels=1, hidden_size=32, num_hidden_layers=2, num_labels=4)
-    values |= dict(num_attention_heads=2, intermediate_size=48)
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**(values | changes)))
-
+from bitmill.recipes import bivit  # noqa: E402
 
 # ---- BiViT
 
@@ -165,83 +158,3 @@ def test_row_scale_changes_gradients_and_no_prediction() -> None:
     assert passed[0] < 0.5 and passed[1] > 0.9  # the share of the context that learns
     with pytest.raises(ValueError, match="row_scale goes with kind softmax_aware, got bool"):
         bitmill.nn.BinaryAttention("bool", row_scale=True)
-
-
-# ---- BinaryViT
-
-
-def test_rprelu() -> None:
-    layer, x = binaryvit.RPReLU(3), torch.randn(50, 3)
-    with torch.no_grad():
-        layer.shift.copy_(torch.tensor([0.5, -1.0, 0.0]))
-        layer.offset.copy_(torch.tensor([1.0, 2.0, 3.0]))
-        layer.slope.copy_(torch.tensor([0.1, 0.2, -0.3]))
-    want = nn.functional.prelu(x - layer.shift, layer.slope) + layer.offset
-    torch.testing.assert_close(layer(x), want)
-
-
-def test_shortcuts() -> None:
-    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    assert torch.equal(binaryvit.shortcut(x, 4), x)
-    assert binaryvit.shortcut(x, 8).tolist() == [[1, 2, 3, 4, 1, 2, 3, 4]]
-    assert binaryvit.shortcut(x, 2).tolist() == [[1.5, 3.5]]
-    for channels in (3, 6):
-        with pytest.raises(ValueError, match=f"channels must divide, or be a multiple of, the 4 of x, got {channels}"):
-            binaryvit.shortcut(x, channels)
-    with pytest.raises(ValueError, match="channels must divide"):
-        binaryvit.ShortcutLinear(nn.Linear(4, 6))
-
-
-def test_shortcut_linear() -> None:
-    linear, x = nn.Linear(16, 32), torch.randn(2, 5, 16)
-    layer = binaryvit.ShortcutLinear(linear)
-    with torch.no_grad():
-        layer.shift.normal_()
-    w = linear.weight - linear.weight.mean(1, keepdim=True)
-    y = torch.sign(x + layer.shift) @ (linear.weight.abs().mean(1, keepdim=True) * torch.sign(w)).T
-    want = nn.functional.prelu(
-        (nn.functional.layer_norm(y, (32,)) + torch.cat([x, x], -1)).flatten(0, 1), torch.full((32,), 0.25)
-    )
-    torch.testing.assert_close(layer(x).flatten(0, 1), want, atol=1e-5, rtol=1e-5)
-    trained = layer.eval()(x)
-    bitmill.pack_(layer)
-    torch.testing.assert_close(layer(x), trained)
-
-
-def test_pool_branches() -> None:
-    branches, x = binaryvit.PoolBranches(2, (3, 4)), torch.randn(2, 13, 2)
-    assert not branches(x).any()
-    with torch.no_grad():
-        branches.scale.copy_(torch.arange(1.0, 9.0).view(4, 2))
-        branches.offset.fill_(0.5)
-    got = branches(x)
-    assert not got[:, 0].any()
-    image = x[:, 1:].view(2, 3, 4, 2)
-    for i, j in ((0, 0), (1, 2), (2, 3)):
-        want = torch.full((2, 2), 0.5)
-        for scale, (height, width) in zip(branches.scale, ((0, 1), (1, 0), (0, 2), (2, 0)), strict=True):
-            near = image[:, max(i - height, 0) : i + height + 1, max(j - width, 0) : j + width + 1]
-            want = want + scale * near.mean((1, 2))
-        torch.testing.assert_close(got[:, 1 + 4 * i + j], want)
-    with pytest.raises(ValueError, match="at least 12 tokens for the grid, got 11"):
-        branches(x[:, :11])
-
-
-def test_binaryvit_on_a_vit() -> None:
-    model, x = vit(intermediate_size=64), torch.randn(3, 1, 8, 8)
-    latent = model.vit.layers[1].attention.k_proj.weight
-    names = binaryvit.binarize_(model)
-    assert len(names) == 12
-    mixer = model.vit.layers[1].attention
-    assert mixer.attention.k.linear.weight is latent and mixer.attention.step.item() == 0.25
-    bivit.distribution_loss(model.train()(x).logits, torch.randn(3, 4)).backward()
-    missing = [name for name, p in model.named_parameters() if p.grad is None and "pooler" not in name]
-    assert not missing and float(mixer.attention.step.grad) != 0
-    model.eval()
-    trained = model(x).logits
-    assert len(bitmill.pack_(model)) == 12
-    torch.testing.assert_close(model(x).logits, trained, atol=1e-5, rtol=1e-5)
-    with pytest.raises(
-        ValueError, match="expected a ViT of transformers with q_proj, k_proj, v_proj and o_proj, got Linear"
-    ):
-        binaryvit.binarize_(nn.Linear(3, 3))

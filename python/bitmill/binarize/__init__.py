@@ -9,7 +9,13 @@ from .activations import (
     threshold_code,
     threshold_levels,
 )
-from .attention import bool_attention, elastic_attention, low_rank_addend, softmax_aware_attention
+from .attention import (
+    bool_attention,
+    elastic_attention,
+    elastic_map_attention,
+    low_rank_addend,
+    softmax_aware_attention,
+)
 from .attention_maps import one_hot_map, sampled_map, softmax_aware_map
 from .functions import BinarizedWeight, binarize_weight, boolean, elastic, elastic_alpha, sign, weight_scale
 from .levels import learned_noise, standardised
@@ -33,6 +39,7 @@ __all__ = [
     "elastic",
     "elastic_alpha",
     "elastic_attention",
+    "elastic_map_attention",
     "epoch_numbers",
     "exact_linear",
     "learned_noise",

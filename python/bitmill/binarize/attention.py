@@ -7,17 +7,20 @@ kb = sgn(k), so S is an exact integer times a constant plus the mask; the map is
 bool           map = [S > 0]                                     BiBERT, ICLR 2022
 softmax_aware  map = [softmax(S) >= beta max], row by row        BiViT, ICCV 2023, equation 9
 elastic        map = alpha_a [softmax(alpha_q alpha_k S) > alpha_a / 2], context alpha_v map . vb     BiT, NeurIPS 2022
+elastic_map    the same with alpha_q = alpha_k = alpha_v = 1 and other gradients                BinaryViT, CVPRW 2023
 
 A mask is boolean (True: attend) or additive, and is broadcast to S; None attends everywhere. An additive mask drops a
 key where it is -10000 or less, and is a bias elsewhere. A row without an attended key has the context 0. Heads of k and
 v may be fewer than those of q: every one then serves a group of neighbours.
 
 Without a gradient, dropout or another extra the functions call `bitmill.ops.binary_attention`. Its contexts are equal,
-bit for bit for the first two rules; for the elastic one up to the rounding of this softmax, which decides near ties,
+bit for bit for the first two rules; for the elastic ones up to the rounding of this softmax, which decides near ties,
 and of the sum of values that have an addend.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +43,11 @@ def _kernel_mask(mask: Tensor | None) -> Tensor | None:
     return mask.float() if mask is not None and mask.dtype == torch.float64 else mask
 
 
+def _broadcasts(t: Tensor, shape: Sequence[int]) -> bool:
+    pairs = zip(t.shape[::-1], shape[::-1], strict=False)
+    return t.dim() <= len(shape) and all(size in (1, whole) for size, whole in pairs)
+
+
 def _checked(
     name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,6 +59,12 @@ def _checked(
         )
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"{name}: mask must be boolean (True: attend) or additive floats, got {mask.dtype}")
+    scores = (*q.shape[:-1], k.shape[-2])
+    if mask is not None and not _broadcasts(mask, scores):
+        raise ValueError(
+            f"{name}: mask must be broadcastable to {list(scores)}, got shape {list(mask.shape)};"
+            " a mask of the keys of each batch [batch, m] becomes mask[:, None, None]"
+        )
     if scaling is not None and not scaling > 0:
         raise ValueError(f"{name}: scaling must be positive, got {scaling}")
     if q.shape[:-2] == k.shape[:-2]:
@@ -188,6 +202,39 @@ def elastic_attention(
         if value_addend is not None:
             return (chosen @ (value + value_addend.float())).to(q.dtype)
         return level_product(chosen, value, step_a, step_v).to(q.dtype)
+
+
+def elastic_map_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha_a: Tensor,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    zero: str = "torch",
+    dropout: float = 0.0,
+) -> Tensor:
+    """BinaryViT's attention: signs without steps, the softmax, and an elastic {0, alpha} map.
+
+    Gradients of q, k and v have the polynomial window (2 - 2|x|)+, that of alpha_a is a sum without LSQ's factor.
+
+    Args:
+        alpha_a: float32 scalar tensor, the learned step.
+        dropout: of the map, after its threshold, as BinaryViT's code trains.
+        The others are those of `bool_attention`.
+    """
+    q, k, v = _checked("elastic_map_attention", q, k, v, mask, scaling)
+    one = torch.ones((), device=q.device)
+    if not dropout and _runs_packed(q, k, v, mask, alpha_a):
+        steps = one, one, one, alpha_a.float()
+        return binary_attention(q, k, v, _kernel_mask(mask), "elastic", scaling, 0.25, zero, *steps)
+    with without_autocast(q):
+        query, key, value = (sign(t.float(), "polynomial", zero) for t in (q, k, v))
+        scores = scaled(level_product(query, key.mT), q.shape[-1], scaling)
+        chosen = elastic(row_softmax(masked_scores(scores, mask)), alpha_a, 1, signed=False, normalised=False)
+        if dropout:
+            return (torch.nn.functional.dropout(chosen, dropout) @ value).to(q.dtype)
+        return level_product(chosen, value, alpha_a.clamp_min(ALPHA_FLOOR), one).to(q.dtype)
 
 
 def low_rank_addend(query_plus: Tensor, query_minus: Tensor, key_plus: Tensor, key_minus: Tensor) -> Tensor:

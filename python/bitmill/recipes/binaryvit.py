@@ -6,23 +6,37 @@ shortcut over each linear layer, over the attention and over each block (average
 every sign and around every nonlinearity.
 
 Source: Le and Li, BinaryViT: Pushing Binary Vision Transformers Towards Convolutional Models, CVPRW 2023, section 3,
-and the published code. Tokens are [batch, n, channels]. `binarize_` puts these modules into a transformers ViT; the
-pyramid of stages, its batch normalisation and its global pool are properties of the paper's own model.
+and the published code. Tokens are [batch, n, channels]. `binarize_` puts these modules into a transformers ViT;
+`binaryvit_pyramid` is the paper's own model of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate, prelu
 
-from ..binarize import elastic, sign
+from ..binarize import elastic_map_attention
 from ..config import BinaryConfig
 from ..convert import replace_modules
 from ..nn import BinaryLinear
-from ..ops._library import without_autocast
 from ._groups import group_of
+
+Grid = tuple[int, int]  # height and width, in patches
+Norm = Callable[[int], nn.Module]  # of this many channels
+
+
+def image_of(tokens: Tensor, grid: Grid) -> Tensor:
+    """Tokens [batch, height * width, channels] as an image [batch, channels, height, width]; a view."""
+    return tokens.mT.unflatten(-1, grid)
+
+
+def tokens_of(image: Tensor) -> Tensor:
+    """The inverse of `image_of`, for any grid."""
+    return image.flatten(2).mT
 
 
 class RPReLU(nn.Module):
@@ -34,8 +48,19 @@ class RPReLU(nn.Module):
         self.slope = nn.Parameter(torch.full((channels,), 0.25))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x - self.shift
-        return torch.where(x >= 0, x, self.slope * x) + self.offset
+        rows = (x - self.shift).flatten(0, -2)  # channels are the second dimension, as prelu wants them
+        return prelu(rows, self.slope).view(x.shape) + self.offset
+
+
+class LayerScale(nn.Module):
+    """x * scale + offset of every channel, scales starting at 0.1."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale, self.offset = nn.Parameter(torch.full((channels,), 0.1)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.offset
 
 
 def shortcut(x: Tensor, channels: int) -> Tensor:
@@ -55,14 +80,14 @@ def shortcut(x: Tensor, channels: int) -> Tensor:
 class ShortcutLinear(nn.Module):
     """RPReLU(norm(binary linear(x + shift)) + shortcut(x)), a drop-in for nn.Linear without a bias."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, norm: Norm = nn.LayerNorm) -> None:
         super().__init__()
         shortcut(torch.empty(1, linear.in_features), linear.out_features)  # refuse what has no shortcut now
         bare = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         bare.weight = linear.weight
         self.linear = BinaryLinear.from_linear(bare, BinaryConfig("binaryvit"))
         self.shift = nn.Parameter(torch.zeros(linear.in_features))
-        self.norm, self.activation = nn.LayerNorm(linear.out_features), RPReLU(linear.out_features)
+        self.norm, self.activation = norm(linear.out_features), RPReLU(linear.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.linear(x + self.shift))
@@ -70,9 +95,11 @@ class ShortcutLinear(nn.Module):
 
 
 class PoolBranches(nn.Module):
-    """Sum of four averages over neighbouring patches (3 and 5, along rows and along columns), each scaled per channel.
+    """Sum of four averages over neighbouring patches (3 and 5, along columns and along rows), each with its scale and
+    offset of every channel.
 
-    Scales start at 0, so the branches start silent. Tokens beyond the grid (a class token) come first and get nothing.
+    Patches beyond the border count as 0. Scales start at 0, so the branches start silent. Tokens beyond the grid (a
+    class token) come first and get nothing.
 
     Args:
         channels: of the tokens [batch, extra + height * width, channels].
@@ -81,74 +108,120 @@ class PoolBranches(nn.Module):
 
     WINDOWS = ((1, 3), (3, 1), (1, 5), (5, 1))
 
-    def __init__(self, channels: int, grid: tuple[int, int]) -> None:
+    def __init__(self, channels: int, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
         self.scale = nn.Parameter(torch.zeros(len(self.WINDOWS), channels))
-        self.offset = nn.Parameter(torch.zeros(channels))
+        self.offset = nn.Parameter(torch.zeros(len(self.WINDOWS), channels))
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.grid[0] * self.grid[1]
         if x.shape[1] < patches:
             raise ValueError(f"PoolBranches: expected at least {patches} tokens for the grid, got {x.shape[1]}")
-        image = x[:, x.shape[1] - patches :].mT.unflatten(-1, self.grid)
-        branches = [
-            scale[:, None, None]
-            * nn.functional.avg_pool2d(image, window, 1, tuple(w // 2 for w in window), count_include_pad=False)
-            for scale, window in zip(self.scale, self.WINDOWS, strict=True)
-        ]
-        extra = x.new_zeros(x.shape[0], x.shape[1] - patches, x.shape[2])
-        return torch.cat([extra, torch.stack(branches).sum(0).flatten(2).mT + self.offset], 1)
+        extra = x.shape[1] - patches
+        image = image_of(x[:, extra:], self.grid)
+        total = self.offset.sum(0)
+        for scale, window in zip(self.scale, self.WINDOWS, strict=True):
+            total = total + scale * tokens_of(avg_pool2d(image, window, 1, (window[0] // 2, window[1] // 2)))
+        return torch.cat([x.new_zeros(x.shape[0], extra, x.shape[2]), total], 1) if extra else total
 
 
 class BinaryViTAttention(nn.Module):
     """Self-attention with binary q, k, v, a learned {0, c} map of the softmax, and q + k + v beside its context.
 
-    y = out(norm(context) + q + k + v), context = map . sgn(v + t_v), map = c [softmax(sgn(q + t_q) sgn(k + t_k)^T /
-    sqrt(d)) > c / 2]. q, k, v and out are ShortcutLinear. x [batch, n, dim] to the same shape.
+    y = out(RPReLU(norm(context) + q + k + v)), context = map . sgn(v + t_v), map = c [softmax(sgn(q + t_q) sgn(k +
+    t_k)^T / sqrt(d)) > c / 2]. q, k, v and out are ShortcutLinear. With a reduction r, k and v are those of
+    ShortcutLinear(r x r means of x), and every patch has those of its r x r patches beside its context.
+    x [batch, n, dim] to the same shape.
 
     Args:
         q, k, v, out: the projections; their weights become latent weights.
         num_heads: of the q's columns.
-        step: where c starts. 0.005 in the paper, about the mean probability among 196 patches; 1 / n for n tokens.
+        step: where c starts. 0.005 in the paper, about the mean probability among 196 patches; 1 / n for n keys.
+        norm: makes the normalisations.
+        grid: (height, width) of the tokens, for a reduction above 1.
+        reduction: patches of a side that share a key and a value.
     """
 
     def __init__(
-        self, q: nn.Linear, k: nn.Linear, v: nn.Linear, out: nn.Linear, num_heads: int, step: float = 0.005
+        self,
+        q: nn.Linear,
+        k: nn.Linear,
+        v: nn.Linear,
+        out: nn.Linear,
+        num_heads: int,
+        step: float = 0.005,
+        norm: Norm = nn.LayerNorm,
+        grid: Grid | None = None,
+        reduction: int = 1,
     ) -> None:
         super().__init__()
         dim = q.out_features
-        if dim % num_heads:
-            raise ValueError(f"BinaryViTAttention: the width {dim} must be a multiple of num_heads = {num_heads}")
-        self.num_heads = num_heads
-        self.q, self.k, self.v, self.out = (ShortcutLinear(linear) for linear in (q, k, v, out))
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"BinaryViTAttention: the width {dim} must be a multiple of num_heads, got {num_heads}")
+        if reduction < 1 or (reduction > 1 and (grid is None or min(grid) < reduction)):
+            raise ValueError(
+                f"BinaryViTAttention: reduction must be 1, or at most the sides of a grid, got {reduction} and {grid}"
+            )
+        self.num_heads, self.grid, self.reduction = num_heads, grid, reduction
+        self.q, self.k, self.v, self.out = (ShortcutLinear(linear, norm) for linear in (q, k, v, out))
+        self.reduce = ShortcutLinear(nn.Linear(dim, dim, bias=False), norm) if reduction > 1 else None
         self.shift = nn.Parameter(torch.zeros(3, dim))
         self.step = nn.Parameter(torch.tensor(step))
-        self.norm = nn.LayerNorm(dim)
+        self.norm, self.activation = norm(dim), RPReLU(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        values = [layer(x) for layer in (self.q, self.k, self.v)]
-        with without_autocast(x):
-            q, k, v = (
-                sign(t.float() + shift, "polynomial").unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-                for t, shift in zip(values, self.shift, strict=True)
-            )
-            probability = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)
-            chosen = elastic(probability, self.step, 1, signed=False, normalised=False)
-            context = (chosen @ v).transpose(1, 2).flatten(2)
-        return self.out(self.norm(context.to(x.dtype)) + torch.stack(values).sum(0))
+        seen = x if self.reduce is None else self._reduced(x)
+        projected = self.q(x), self.k(seen), self.v(seen)
+        q, k, v = (
+            (t + shift).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for t, shift in zip(projected, self.shift, strict=True)
+        )
+        context = elastic_map_attention(q, k, v, self.step).transpose(1, 2).flatten(2)
+        beside = projected[1] + projected[2]
+        return self.out(self.activation(self.norm(context) + projected[0] + self._spread(beside)))
+
+    def _reduced(self, x: Tensor) -> Tensor:
+        assert self.grid is not None and self.reduce is not None
+        if x.shape[1] != self.grid[0] * self.grid[1]:
+            raise ValueError(f"BinaryViTAttention: expected tokens for the grid {self.grid}, got {x.shape[1]}")
+        return self.reduce(tokens_of(avg_pool2d(image_of(x, self.grid), self.reduction)))
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """What is known of r x r patches, for each of them."""
+        if self.grid is None or self.reduction == 1:
+            return x
+        height, width = (side // self.reduction for side in self.grid)
+        return tokens_of(interpolate(image_of(x, (height, width)), self.grid))
+
+
+class BinaryViTMlp(nn.Module):
+    """scale * down(up(x)) + pool branches(x): an MLP of two ShortcutLinear, and the averages that its block adds.
+
+    Args:
+        up, down: their weights become latent weights; one of the widths of each divides the other.
+        grid: (height, width) of the patches.
+        norm: makes the normalisations.
+    """
+
+    def __init__(self, up: nn.Linear, down: nn.Linear, grid: Grid, norm: Norm = nn.LayerNorm) -> None:
+        super().__init__()
+        self.up, self.down = ShortcutLinear(up, norm), ShortcutLinear(down, norm)
+        self.scale, self.pools = LayerScale(down.out_features), PoolBranches(down.out_features, grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(self.down(self.up(x))) + self.pools(x)
 
 
 class BinaryViTMixer(nn.Module):
-    """scale * attention(x) + pool branches(x), in the place of a transformers attention layer; returns (y, None)."""
+    """scale * attention(x), in the place of a transformers attention layer; returns (y, None)."""
 
-    def __init__(self, attention: BinaryViTAttention, channels: int, grid: tuple[int, int]) -> None:
+    def __init__(self, attention: BinaryViTAttention, channels: int) -> None:
         super().__init__()
-        self.attention, self.pools = attention, PoolBranches(channels, grid)
-        self.scale = nn.Parameter(torch.full((channels,), 0.1))
+        self.attention, self.scale = attention, LayerScale(channels)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return self.scale * self.attention(hidden_states) + self.pools(hidden_states), None
+        return self.scale(self.attention(hidden_states)), None
 
 
 def binarize_(model: nn.Module) -> list[str]:
@@ -177,9 +250,8 @@ def binarize_(model: nn.Module) -> list[str]:
     for host in hosts:
         q, k, v, out = (getattr(host, part) for part in parts)
         attention = BinaryViTAttention(q, k, v, out, config.num_attention_heads, step=1 / side**2)
-        replacements[host] = BinaryViTMixer(attention, config.hidden_size, (side, side))
+        replacements[host] = BinaryViTMixer(attention, config.hidden_size)
     for mlp in mlps:
-        replacements |= {mlp.fc1: ShortcutLinear(mlp.fc1), mlp.fc2: ShortcutLinear(mlp.fc2)}
-        replacements[mlp.activation_fn] = nn.Identity()
+        replacements[mlp] = BinaryViTMlp(mlp.fc1, mlp.fc2, (side, side))
     replace_modules(model, replacements)
     return names

@@ -4,8 +4,9 @@
     python -m bitmill.recipes.scripts.bivit --data fashion-mnist --out start
     python -m bitmill.recipes.scripts.bivit --data fashion-mnist --out student --teacher start --student bivit
 
-A student starts from the teacher's weights and learns from its probabilities. BiViT's two stages (attention first, then
-MLPs) share the epochs. A run that was stopped goes on when the same command is given again.
+A student learns from the teacher's probabilities. It starts from its weights, but for `binaryvit-pyramid`, BinaryViT's
+own model, which starts from new ones. BiViT's two stages (attention first, then MLPs) share the epochs. A run that was
+stopped goes on when the same command is given again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ... import pack_, save, summary
 from ...integrations.transformers import register_attention, transformers
 from .. import binaryvit, bivit
 from ..bibert import sign_softmax_attention
+from ..binaryvit_pyramid import BinaryViT
 from ..images import Images, accuracy, load_images, logits_of
 from ..training import Batches, Run, fit
 from .common import prepare
@@ -33,6 +35,7 @@ STUDENTS = {  # binarizer, attention
     "bibert": ("bibert", "bool"),
     "bivit": ("bivit_pws", "softmax_aware"),
     "binaryvit": None,  # W1A1, with modules of its own
+    "binaryvit-pyramid": None,  # W1A1, a model of its own
 }
 
 
@@ -51,9 +54,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--epochs", type=float, default=4, help="passes over the training images, all stages together")
     p.add_argument("--batch-size", type=int, default=64, help="images a step")
     p.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
-    p.add_argument("--patch", type=int, default=7, help="width of a patch, in pixels")
-    p.add_argument("--width", type=int, default=128, help="channels of the full-precision model, in heads of 32")
-    p.add_argument("--layers", type=int, default=6, help="blocks of the full-precision model")
+    p.add_argument("--patch", type=int, default=7, help="width of a patch of a new model, in pixels")
+    p.add_argument(
+        "--width", type=int, default=128, help="channels of a new model, in heads of 32 (pyramid: of its middle stage)"
+    )
+    p.add_argument("--layers", type=int, default=6, help="blocks of a new model")
     p.add_argument("--every", type=int, default=250, help="steps between evaluations, each followed by a checkpoint")
     p.add_argument("--augment", action="store_true", help="shift and flip the training images; for many epochs")
     p.add_argument("--seed", type=int, default=0, help="of the order, the augmentation and new parameters")
@@ -78,6 +83,30 @@ def new_model(images: Images, args: argparse.Namespace) -> Any:
     return transformers.ViTForImageClassification(config)
 
 
+def new_pyramid(images: Images, args: argparse.Namespace) -> BinaryViT:
+    """BinaryViT's model in a small size: three stages of as many blocks each, of half, once and twice the width."""
+    _, channels, height, width = images.pixels.shape
+    widths = (args.width // 2, args.width, 2 * args.width)
+    return BinaryViT(
+        (height, width),
+        int(images.labels.max()) + 1,
+        channels,
+        args.patch,
+        widths,
+        depths=[max(args.layers // 3, 1)] * 3,
+        heads=[max(w // 64, 1) for w in widths],
+        mlp_ratios=(4, 4, 4),
+        reductions=(2, 1, 1),
+        step=None,
+    )
+
+
+def logits(model: Any, pixels: Tensor) -> Tensor:
+    """Of a model of transformers, or of one that returns nothing else."""
+    out = model(pixels)
+    return out if isinstance(out, Tensor) else out.logits
+
+
 def train(
     folder: Path, model: Any, data: tuple[Images, Images], args: argparse.Namespace, epochs: float, teacher: Any = None
 ) -> None:
@@ -90,15 +119,15 @@ def train(
 
     def loss(index: list[int]) -> Tensor:
         pixels, labels = images.batch(index, args.augment)
-        logits = model(pixels).logits
+        predicted = logits(model, pixels)
         if teacher is None:
-            return nn.functional.cross_entropy(logits, labels)
+            return nn.functional.cross_entropy(predicted, labels)
         with torch.no_grad():
-            target = teacher(pixels).logits
-        return bivit.distribution_loss(logits, target)
+            target = logits(teacher, pixels)
+        return bivit.distribution_loss(predicted, target)
 
     def evaluate() -> dict[str, float]:
-        return {"accuracy": accuracy(logits_of(lambda x: model(x).logits, test), test)}
+        return {"accuracy": accuracy(logits_of(lambda x: logits(model, x), test), test)}
 
     run = Run(folder, model, optimizer, bivit.cosine_schedule(optimizer, steps))
     print(json.dumps({"run": str(folder), **fit(run, batches, loss, steps, evaluate, args.every)}))
@@ -107,13 +136,13 @@ def train(
 def export(folder: Path, model: Any, test: Images) -> dict[str, float]:
     """Pack a trained student, write `packed.safetensors` and `result.json`, and score what was packed."""
     model.eval()
-    trained = logits_of(lambda x: model(x).logits, test)
+    trained = logits_of(lambda x: logits(model, x), test)
     pack_(model)
     path = folder / "packed.safetensors"
     save(model, path)
     with torch.inference_mode():
         start = time.perf_counter()
-        packed = logits_of(lambda x: model(x).logits, test)
+        packed = logits_of(lambda x: logits(model, x), test)
         seconds = time.perf_counter() - start
     result = {
         "trained": accuracy(trained, test),
@@ -137,14 +166,15 @@ def main(argv: list[str] | None = None) -> int:
         model.save_pretrained(out)
         return 0
     load = transformers.ViTForImageClassification.from_pretrained
-    teacher, model = load(args.teacher).eval(), load(args.teacher)
+    teacher = load(args.teacher).eval()
+    model = new_pyramid(data[0], args) if args.student == "binaryvit-pyramid" else load(args.teacher)
     rules = STUDENTS[args.student]
     stages = bivit.STAGES if (args.stages or 1 + (args.student == "bivit")) == 2 else ONE_STAGE
     register_attention("sign_softmax", sign_softmax_attention)
     for groups in stages:
-        if rules is None:
+        if args.student == "binaryvit":
             binaryvit.binarize_(model)
-        else:
+        elif rules is not None:
             bivit.binarize_(model, groups, args.mlp_act_bits, *rules, args.row_scale)
         train(out / "-".join(groups), model, data, args, args.epochs / len(stages), teacher)
     print(json.dumps(export(out, model, data[1])))
