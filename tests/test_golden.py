@@ -35,6 +35,11 @@ def test_golden(covered_file: Path) -> None:
     COMPARISONS[case_of(covered_file)](Case(covered_file))
 
 
+def test_every_case_has_one_comparison() -> None:
+    names = [case for system in SYSTEMS for case in system.COMPARISONS]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
+
+
 def test_golden_folder_has_vectors(golden_folder: Path) -> None:
     assert any(case_of(path) in COMPARISONS for path in golden_folder.glob("*/*.npz")), f"no vectors in {golden_folder}"
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,44 @@ def test_what_does_not_fit_gets_one_sentence() -> None:
         outputs(model)
     with pytest.raises(ValueError, match="expected a BERT"):
         bit.binarize_(vit())
+
+
+def test_what_the_rules_do_not_know_is_refused() -> None:
+    q, module = torch.randn(1, 2, 3, 16), nn.Linear(2, 2)
+    for kind in ("bool", "softmax_aware"):
+        attend = transformers.AttentionInterface()[f"bitmill_{kind}"]
+        for option in ("softcap", "s_aux", "position_bias"):
+            with pytest.raises(
+                ValueError, match=f"bitmill_{kind}: binary attention has no {option}, which Linear uses"
+            ):
+                attend(module, q, q, q, None, **{option: torch.ones(3, 3)})
+            attend(module, q, q, q, None, **{option: None})
+
+
+def test_models_with_nothing_to_binarise() -> None:
+    for binarize_ in (bibert.binarize_, bit.binarize_, bipft.binarize_):
+        for model in (nn.Sequential(nn.ReLU()), nn.Sequential(nn.Linear(2, 2))):
+            with pytest.raises(ValueError, match="got Sequential"):
+                binarize_(model)
+    with pytest.raises(ValueError, match=r"must contain nn.Linear that the filter accepts, got only .*ReLU"):
+        quantize_(nn.Sequential(nn.ReLU()), BinaryConfig())
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [(None, "needs transformers 5, which is not installed"), ("4.57.1", "needs transformers 5 or newer, got 4.57.1")],
+)
+def test_another_version_of_the_host_is_one_sentence(
+    installed: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if installed is None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    else:
+        monkeypatch.setattr(transformers, "__version__", installed)
+    spec = importlib.util.spec_from_file_location("bitmill.integrations.again", host.__file__)
+    assert spec is not None and spec.loader is not None
+    with pytest.raises(ImportError, match=rf"{message}.*pip install 'transformers>=5'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_projections_are_the_tensors_before_the_signs() -> None:

@@ -71,6 +71,11 @@ def bibert_attention(case: Case) -> None:
     torch.autograd.backward([context, *similar], [case["gout_ctx"], *(case[f"gout_s{name}"] for name in "qkv")])
     parameters = {f"{name}_{p}": layer.get_parameter(p) for name, layer in layers.items() for p in ("weight", "bias")}
     assert_gradients_of(case, 2e-5, x=x, **parameters)
+    with torch.no_grad():
+        q, k, v = (heads_of(layer.pack()(case["in_x"]), heads) for layer in layers.values())
+        for form, packed_mask in (("additive", mask), ("boolean", keep)):
+            packed = merged(binarize.bool_attention(q, k, v, packed_mask))
+            assert_exact(packed, case["out_ctx"], f"context of the packed layers, {form} mask")
 
 
 def bibert_layer(case: Case) -> None:

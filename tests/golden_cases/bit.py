@@ -101,6 +101,10 @@ def bit_attention(case: Case) -> None:
         for ours, theirs in places.items()
     }
     assert_gradients_of(case, 5e-5, x=x, **parameters, **steps)
+    with torch.no_grad():
+        q, k, v = (heads_of(layer.pack()(case["in_x"]), heads) for layer in layers.values())
+        packed = binarize.elastic_attention(q, k, v, **steps, mask=case["in_mask"][:, None, None])
+        assert_exact(packed, context.detach(), "context of the packed layers")
 
 
 def bit_layer(case: Case) -> None:

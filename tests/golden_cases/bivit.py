@@ -74,6 +74,11 @@ def bivit_attention(case: Case, method: str) -> None:
         for ours, theirs in places.items()
     }
     assert_gradients_of(case, 5e-5, x=x, **parameters)
+    with torch.no_grad():
+        q, k, v = (heads_of(t, heads) for t in qkv.pack()(case["in_x"]).chunk(3, -1))
+        packed = merged(attention(q, k, v))
+        assert_exact(packed.to(torch.int16), case["out_z"], "z of the packed layers")
+        assert_exact(proj.pack()(packed), y.detach(), "y of the packed layers")
 
 
 def bivit_mlp(case: Case) -> None:

@@ -112,12 +112,17 @@ def binaryvit(case: Case) -> None:
     assert_relative(y, case["out_y"], 2e-5, "y")
     for name, got in {"x": x.grad, "weight": layer.weight.grad}.items():
         assert_relative(got, case[f"grad_{name}"], 2e-5, f"grad_{name}")
+    assert_zeros(x.grad, case["grad_x"], "grad_x")
     check_packed(layer, case, y)
 
 
 def n2uq_conv(case: Case) -> None:
-    config = BinaryConfig("n2uq", act_bits=32, weight_bits=int(case.number("hp_bits")))
-    compare(case, conv_layer(case, config))
+    layer = conv_layer(case, BinaryConfig("n2uq", act_bits=32, weight_bits=int(case.number("hp_bits"))))
+    planes = layer.binarized_weight().signs.unflatten(1, (layer.rule.planes, -1))
+    worth = 2 ** torch.arange(layer.rule.planes)
+    level = ((planes + 1) / 2 * worth[:, None]).sum(1)
+    assert_exact(level.to(torch.int8).view_as(layer.weight), case["out_level"], "levels")
+    compare(case, layer)
 
 
 def binarydm_conv(case: Case) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden vectors of weights and activations of a few bits: TBT, LLM-QAT, N2UQ, OFQ, BinaryDM, and of BinaryViT."""
+"""Golden vectors of weights and activations of a few bits: TBT, LLM-QAT, N2UQ, OFQ, BinaryDM; and BinaryViT's map."""
 
 from __future__ import annotations
 
@@ -150,21 +150,6 @@ def n2uq_thresholds(case: Case) -> None:
     assert_zeros(x.grad, case["grad_x"], "grad_x")
 
 
-def n2uq_weight_conv(case: Case) -> None:
-    rule = binarize.method("n2uq").weight_rule(int(case.number("hp_bits")))
-    x, weight = leaf(case["in_x"]), leaf(case["par_weight"])
-    result = binarize.binarize_weight(weight.flatten(1), rule)
-    stride, padding = int(case.number("hp_stride")), int(case.number("hp_padding"))
-    y = nn.functional.conv2d(x, result.value.reshape(weight.shape), stride=stride, padding=padding)
-    planes = result.signs.unflatten(1, (rule.planes, -1))
-    worth = 2 ** torch.arange(rule.planes)
-    level = ((planes + 1) / 2 * worth[:, None]).sum(1)
-    assert_exact(level.to(torch.int8).reshape(weight.shape), case["out_level"], "levels")
-    assert_relative(y, case["out_y"], 2e-5, "y")
-    y.backward(case["gout_y"])
-    compare_gradients(case, 2e-5, x=x.grad, weight=weight.grad)
-
-
 def ofq_statsq(case: Case) -> None:
     bits = int(case.number("hp_bits"))
     rule = binarize.method("statsq").weight
@@ -206,33 +191,13 @@ def binaryvit_elastic_prob(case: Case) -> None:
     compare_gradients(case, 1e-5, c=c.grad)
 
 
-def binaryvit_linear_conv(case: Case) -> None:
-    if case["par_weight"].dim() == 2:
-        layer = linear_layer(case, BinaryConfig("binaryvit"))
-        x, y = backward(layer, case)
-        gradients = {"weight": layer.weight.grad}
-        check_packed(layer, case, y)
-    else:
-        x, weight, bias = leaf(case["in_x"]), leaf(case["par_weight"]), leaf(case["par_bias"])
-        filters = binarize.binarize_weight(weight.flatten(1), binarize.WeightRule()).value.reshape(weight.shape)
-        stride, padding = int(case.number("hp_stride")), int(case.number("hp_padding"))
-        y = nn.functional.conv2d(binarize.sign(x, "polynomial"), filters, bias, stride, padding)
-        y.backward(case["gout_y"])
-        gradients = {"weight": weight.grad, "bias": bias.grad}
-    assert_relative(y, case["out_y"], 2e-5, "y")
-    compare_gradients(case, 2e-5, x=x.grad, **gradients)
-    assert_zeros(x.grad, case["grad_x"], "grad_x")
-
-
 COMPARISONS: dict[str, Callable[[Case], None]] = {
     "tbt/linear": tbt_linear,
     "tbt/embedding": tbt_embedding,
     "tbt/bart-attention": tbt_attention,
     "llmqat/linear": llmqat_linear,
     "n2uq/ltq": n2uq_thresholds,
-    "n2uq/weight-conv": n2uq_weight_conv,
     "ofq/statsq": ofq_statsq,
     "binarydm/linear": binarydm_linear,
     "binaryvit/elastic-prob": binaryvit_elastic_prob,
-    "binaryvit/linear-conv": binaryvit_linear_conv,
 }
