@@ -184,3 +184,15 @@ def test_texts_longer_than_the_plan() -> None:
     images = torch.randn(1, 3, 40, 40)
     with torch.no_grad():
         assert torch.equal(chained(images).logits, plain(images).logits)
+
+
+def test_padding_where_the_attention_is_not_the_planned_one() -> None:
+    """The layers then compute one by one, with the mask that they know."""
+    (plain, chained), inputs = both(bert()), texts(20, 3)
+    for most_keys, implementation in ((96, "bitmill_softmax_aware"), (8, "bitmill_bool")):
+        for attention in (m for m in chained.modules() if hasattr(getattr(m, "chain", None), "most_keys")):
+            attention.chain.most_keys = most_keys
+        for model in (plain, chained):
+            model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            assert torch.equal(chained(**inputs).logits, plain(**inputs).logits)

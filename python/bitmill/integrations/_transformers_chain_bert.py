@@ -198,7 +198,7 @@ class BertEncoderMixin(Chained):
         """The tokens, bool [batch, n], that a padding mask keeps, or None to compute all, and the mask they need."""
         if mask is None or mask.dtype != torch.bool:
             return None, mask
-        if not whole and any(has_hooks(layer) or not layer.attention.runs(x) for layer in self.layer):
+        if not whole and any(has_hooks(layer) or layer.attention.masks(x, None) is None for layer in self.layer):
             return None, mask
         kept = mask[:, 0, 0]
         if kept.shape != x.shape[:2] or not bool((mask == kept[:, None, None]).all()):
