@@ -298,6 +298,7 @@ def test_models_that_do_not_fit() -> None:
         (32, {"widths": (32, 48, 96)}, r"widths must be multiples of the ones before, got \[32, 48, 96\]"),
         (32, {"heads": (1, 3, 1)}, "the width 64 must be a multiple of num_heads, got 3"),
         (32, {"reductions": (9, 1, 1)}, r"reduction must be 1, or at most the sides of a grid, got 9 and \(8, 8\)"),
+        (32, {"patch": 0}, "3 stages need at least 4 patches of 0 pixels a side"),
         ((32, 15), {}, "3 stages need at least 4 patches of 4 pixels a side, got images of 32 x 15"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -322,3 +323,5 @@ def test_the_program_trains_the_model(tmp_path: Path) -> None:
     result = json.loads((out / "result.json").read_text())
     assert result["packed"] == result["trained"] and result["largest_difference_of_logits"] == 0
     assert result["file_bytes"] == (out / "packed.safetensors").stat().st_size
+    with pytest.raises(SystemExit, match="--stages 2 goes with bibert, bivit or naive, got binaryvit-pyramid"):
+        script.main([*student, "--out", str(tmp_path / "two"), "--stages", "2"])

@@ -41,9 +41,7 @@ def sentences(count: int) -> dict[str, Tensor]:
 def trained(recipe: str, inputs: dict[str, Tensor], **sizes: int) -> Any:
     """A converted BERT after a few steps, in eval mode."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128} | sizes
-    model = transformers.BertForSequenceClassification(
-        transformers.BertConfig(vocab_size=512, max_position_embeddings=128, **sizes)
-    )
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=512, **sizes))
     RECIPES[recipe](model)
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=2e-3)
     labels = torch.arange(len(inputs["input_ids"])) % 2
@@ -107,11 +105,8 @@ def test_a_text_gives_the_same_logits_alone_and_padded(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_one_token_and_4096(recipe: str) -> None:
     inputs = sentences(4)
-    model = trained(recipe, inputs, hidden_size=32, num_hidden_layers=1, num_attention_heads=1)
-    table = model.bert.embeddings
-    longer = nn.Embedding(4096, 32)
-    table.position_embeddings = longer
-    table.position_ids, table.token_type_ids = torch.arange(4096)[None], torch.zeros(1, 4096, dtype=torch.long)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 4096}
+    model = trained(recipe, inputs, **sizes)
     text = torch.tensor(Tokenizer.load().encode(read_text()[:20000]))[None]
     packed, chained = copy.deepcopy(model), copy.deepcopy(model)
     pack_(packed, chain=False)

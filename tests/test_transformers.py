@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +222,8 @@ def test_models_with_nothing_to_binarise() -> None:
 def test_another_version_of_the_host_is_one_sentence(
     installed: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if installed is None:
-        monkeypatch.setitem(sys.modules, "transformers", None)
-    else:
-        monkeypatch.setattr(transformers, "__version__", installed)
+    other = None if installed is None else types.SimpleNamespace(__version__=installed)
+    monkeypatch.setitem(sys.modules, "transformers", other)
     spec = importlib.util.spec_from_file_location("bitmill.integrations.again", host.__file__)
     assert spec is not None and spec.loader is not None
     with pytest.raises(ImportError, match=rf"{message}.*pip install 'transformers>=5'"):

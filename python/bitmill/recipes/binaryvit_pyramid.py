@@ -132,7 +132,7 @@ class BinaryViT(nn.Module):
                 raise ValueError(f"BinaryViT: widths must be multiples of the ones before, got {list(widths)}")
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_size = height, width
-        grid = height // patch, width // patch
+        grid = (height // patch, width // patch) if patch > 0 else (0, 0)
         if min(grid) >> (len(widths) - 1) < 1:
             raise ValueError(
                 f"BinaryViT: {len(widths)} stages need at least {2 ** (len(widths) - 1)} patches of {patch} pixels a"

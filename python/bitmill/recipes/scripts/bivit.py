@@ -158,6 +158,8 @@ def export(folder: Path, model: Any, test: Images) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.stages == 2 and STUDENTS[args.student] is None:
+        raise SystemExit(f"--stages 2 goes with bibert, bivit or naive, got {args.student}")
     prepare(args)
     out, data = Path(args.out), load_images(args.data)
     if args.teacher is None:
