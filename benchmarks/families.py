@@ -20,6 +20,7 @@ from bitmill import _C, BinaryConfig, FP4Config, SalientConfig, arrays, ops
 from bitmill.bench.layers import buffer_bytes
 from bitmill.config import Config
 from bitmill.convert import LAYERS
+from bitmill.ops.fp4_activations import _fp4_activations_reference as fp4_activations_default
 
 from . import convs, peers, shapes
 from .attention import ATTENTION
@@ -38,10 +39,12 @@ def layer(name: str, config: Config, bound: str | None, dtype: torch.dtype = tor
         exact = isinstance(config, BinaryConfig) and (config.act_bits == 1 or config.activations == "int8")
         if exact:
             return layer_copies(packed, x, training(x), 0.0, buffer_bytes(packed), bound)
-        activations = x.double()
-        if getattr(config, "activations", "float") == "int8":
+        kind, activations = getattr(config, "activations", "float"), x.double()
+        if kind == "int8":
             q, scale = ops.int8_quantize(x)
             activations = q.double() * scale.double().unsqueeze(-1)
+        elif kind != "float":
+            activations = ops.fp4_activations_fake_quant(x.float(), kind).double()
         dense = packed.dequantize()
         expected = linear(activations, dense.weight.double(), dense.bias.double())
         return layer_copies(packed, x, expected, TOLERANCE[dtype], buffer_bytes(packed), bound)
@@ -174,6 +177,16 @@ def mxfp4_by_search(x: Tensor) -> Tensor:
     return cast_by_search((blocks / scale).flatten(-2)[..., :k])
 
 
+def cast_alone(format: str) -> Variant:
+    """What a layer with 4-bit activations does before the product."""
+
+    def build(case: Case) -> Prepared:
+        q, _ = fp4_activations_default(case.x, format, None, None, "floor")
+        return Prepared(lambda: ops.fp4_activations(case.x, format)[0], q, 0.0, case.x.nbytes, 0, multiplies=False)
+
+    return Variant(f"{format}: the cast alone", build)
+
+
 def binary(**fields: object) -> BinaryConfig:
     return BinaryConfig("bibert", **fields)  # type: ignore[arg-type]
 
@@ -245,10 +258,23 @@ FAMILIES = (
             layer("mxfp4", FP4Config("mxfp4"), "fp32"),
             layer("e2m1 int8", FP4Config("e2m1", activations="int8"), "int8"),
             layer("mxfp4 int8", FP4Config("mxfp4", activations="int8"), "int8"),
+            layer("nvfp4 int8", FP4Config("nvfp4", activations="int8"), "int8"),
             layer("e2m1, bfloat16", FP4Config("e2m1"), "bf16", torch.bfloat16),
             layer("mxfp4, bfloat16", FP4Config("mxfp4"), "bf16", torch.bfloat16),
             *BASELINES,
             *peers.FOUR_BIT,
+        ),
+    ),
+    Family(
+        "w4a4",
+        "layer with 4-bit weights and activations, float in and out, casting of the activations included",
+        (
+            *(
+                variant
+                for format in ("mxfp4", "nvfp4")
+                for variant in (layer(format, FP4Config(format, activations=format), "int8"), cast_alone(format))
+            ),
+            *BASELINES,
         ),
     ),
     Family(

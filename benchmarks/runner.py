@@ -50,6 +50,7 @@ class Prepared:
         again: builds a copy with memory of its own.
         bound: the arithmetic peak that it is held against.
         sample: answers the seconds of one run, for code that times itself.
+        multiplies: whether it does the product, or only something before it.
     """
 
     call: Callable[[], Any]
@@ -60,6 +61,7 @@ class Prepared:
     again: Callable[[], Prepared] | None = None
     bound: str | None = None
     sample: Sample | None = None
+    multiplies: bool = True
 
 
 def layer_copies(
@@ -204,6 +206,7 @@ def refusal(error: Exception) -> str:
 def finish(ready: Ready, times: dict[str, Spread], macs: int, baselines: dict[str, Ready]) -> Row:
     """The row with its numbers; `baselines` are those of the same problem."""
     row, taken = ready.row, times[ready.row.variant]
+    macs *= ready.prepared.multiplies
     if taken.samples == 0:  # what is left measures the other process
         return dataclasses.replace(row, status=INTERRUPTED, disturbed=taken.disturbed)
     done = {"read": ready.prepared.weight_bytes, "copy": row.moved}

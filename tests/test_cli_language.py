@@ -407,15 +407,16 @@ def test_the_table_measures_speed_and_memory(
         monkeypatch.setattr(module, "STEPS", 3)
     peak = {"imports": 1, "peak": 98_765_432}
     monkeypatch.setattr(folders, "measure_folder", lambda folder, *_: peak if open_folder(folder) else None)
-    rows = ["float32", "fp4", "pb-llm-30-rtn", "billm"]
+    rows = ["float32", "fp4", "pb-llm-30-rtn", "billm", "nvfp4-a4"]
     table("--rows", *rows)
     monkeypatch.setattr(language_table, "quantize_folder", None)
     lines = table("--speed", "--rows", *rows)
     named = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
-    assert [line.split(" | ")[0].strip("| ") for line in lines[2:8]] == [
-        *("float32", "fp4", "int8 activations", "pb-llm-30-rtn", "int8 activations", "billm")
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:10]] == [
+        *("float32", "fp4", "int8 activations", "pb-llm-30-rtn", "int8 activations", "billm"),
+        *("nvfp4-a4", "int8 activations"),
     ]
-    assert len({len(line) for line in lines[:8]}) == 1 and "a prompt of 9 and of 3 steps" in lines[9]
+    assert len({len(line) for line in lines[:10]}) == 1 and "a prompt of 9 and of 3 steps" in lines[11]
     assert all(line.split()[-2] == "99" for name, line in named.items() if name in rows)
     found = {row: json.loads((tmp_path / "table" / f"{row}.json").read_text())["inference"] for row in rows}
     assert {(row["tokens"], row["torch"], row["threads"]) for row in found.values()} == {
@@ -423,6 +424,10 @@ def test_the_table_measures_speed_and_memory(
     }
     assert [row for row in rows if found[row]["int8"] is None] == ["float32", "billm"]
     assert 0 < found["fp4"]["float"]["error"] < 1e-4 < found["fp4"]["int8"]["error"] < 0.2
+    assert [row for row in rows if found[row]["fp4"]] == ["nvfp4-a4"]
+    cast = found["nvfp4-a4"]["fp4"]
+    assert found["nvfp4-a4"]["int8"]["error"] < cast["error"] < 0.6
+    assert f"{cast['prompt']['per_second']:,.0f} (" in named["nvfp4-a4"]
     for read in ("prompt", "step"):
         base, ours = found["float32"]["float"][read], found["billm"]["float"][read]  # of the last group
         assert base["x_float32"] == 1

@@ -23,14 +23,15 @@ from ..cli import cpu_name
 from ..convert import dequantize_
 from ..integrations.language import load_pretrained, read_pretrained
 from ..integrations.transformers import transformers
-from ..nn import PackedInt8Embedding, PackedInt8Linear
+from ..nn import PackedFP4Linear, PackedInt8Embedding, PackedInt8Linear
 from ..nn._module import PackedModule
 from ..ops.int8 import ACTIVATIONS
 from ..timing import Sample, Spread, interleave
 from .language import DEFAULT_TOKENS, FLOAT32, STEPS, last_logits, rates, verified
 from .memory import STATUS, measure_folder
 
-TOGETHER = 3  # folders, each loaded for float and for int8 activations
+TOGETHER = 3  # folders, each loaded for all kinds of activations that it has
+KINDS = (*ACTIVATIONS, "fp4")  # of activations; the last one only as a folder was made
 
 
 def measure(
@@ -50,10 +51,10 @@ def measure(
         progress: show a bar if stderr is a terminal.
     Returns:
         Group after group, its names, and `FLOAT32`, to what was found: cpu, threads and versions; disturbed, the share
-        of samples that were thrown away; tokens of the prompt and steps; "float" and "int8" activations, each to
+        of samples that were thrown away; tokens of the prompt and steps; "float", "int8" and "fp4" activations, each to
         `bench.language.rates` of "prompt" and "step" and the relative error of the logits against a float model with
-        the same weights, None for "int8" where the decoder blocks do not take it; memory, as `bench.memory` counts it,
-        None where it cannot.
+        the same weights, None where the decoder blocks do not take them ("int8") or were not made for them ("fp4");
+        memory, as `bench.memory` counts it, None where it cannot.
     Raises:
         ValueError: for a prompt that is too long for the model, or what `load_pretrained` refuses.
         RuntimeError: if a folder's model does not compute what a float model with its weights computes, or the process
@@ -81,7 +82,7 @@ def measure(
         yield {
             name: {
                 **facts,
-                **{kind: _found(times, errors, name, kind, tokens) for kind in ACTIVATIONS},
+                **{kind: _found(times, errors, name, kind, tokens) for kind in KINDS},
                 "memory": memory,
             }
             for name, memory in memories.items()
@@ -112,6 +113,9 @@ def _times(
         add(name, "float", model, wanted, lean=None)
         if takes_int8(model):
             add(name, "int8", load_pretrained(folder, "int8").model, wanted, lean=None)
+        made = load_pretrained(folder).model
+        if any(m.config.activations not in ACTIVATIONS for m in made.modules() if isinstance(m, PackedFP4Linear)):
+            add(name, "fp4", made, wanted, lean=None)
     with tqdm(desc=", ".join(group), unit=" rounds", leave=False, disable=None if progress else True) as bar:
         return interleave(samples, seconds, bar.update), errors
 

@@ -148,7 +148,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     if file.exists() and (row := json.loads(file.read_text()))["asked"] == asked:
         return row
     if name == ORIGINAL:
-        folder, facts = args.model, _float_facts(read_pretrained(args.model).model)
+        folder, facts = args.model, float_facts(read_pretrained(args.model).model)
     else:
         folder = args.out / name
         settings = Settings(**ROWS[name], windows=args.windows, length=args.length)
@@ -173,7 +173,8 @@ def _write(out: Path, row: dict[str, Any]) -> None:
     (out / f"{row['name']}.json").write_text(json.dumps(row, indent=1) + "\n")
 
 
-def _float_facts(model: nn.Module) -> dict[str, Any]:
+def float_facts(model: nn.Module) -> dict[str, Any]:
+    """Of a model that is not quantised, what `quantize_folder` answers of others."""
     return {"file_bytes": sum(p.nbytes for p in model.parameters()), "bits_per_weight": 32.0, "cpu_seconds": 0.0}
 
 
@@ -211,7 +212,8 @@ def _join(cells: list[str], widths: list[int]) -> str:
 
 
 def _lines(row: dict[str, Any]) -> list[list[str]]:
-    """The cells of the row, and those of a second line for int8 activations where they were measured."""
+    """The cells of the row, with the activations that it was made for, and those of a second line for int8 activations
+    where they were measured."""
     found = row.get("inference", {})
     memory, int8, int8_perplexity = found.get("memory"), found.get("int8"), row.get("int8_perplexity")
     line = [
@@ -220,7 +222,7 @@ def _lines(row: dict[str, Any]) -> list[list[str]]:
         f"{row['bits_per_weight']:.2f}",
         f"{row['file_bytes'] / 1e6:.1f}",
         f"{row['cpu_seconds'] / 60:.1f}" if row["cpu_seconds"] else "-",
-        *_speeds(found.get("float")),
+        *_speeds(found.get("fp4") or found.get("float")),
         f"{memory['peak'] / 1e6:,.0f}" if memory else "-",
     ]
     if not int8 and not int8_perplexity:
