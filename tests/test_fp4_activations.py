@@ -207,4 +207,4 @@ def test_errors_say_what_is_wrong(changed: dict[str, Any], message: str) -> None
     }  # fmt: skip
     for kernel in (torch.ops.bitmill.fp4_fp4_linear.default, _fp4_fp4_linear_reference):
         with pytest.raises(ValueError, match=message):
-            kernel(**(arguments | changed))
+            kernel(*(arguments | changed).values())

@@ -33,9 +33,9 @@ from ..ops import (
     tile_pack,
 )
 from ..ops._checks import ceil_div, check_tensor, tile_shape
+from ..ops._fp4_arguments import INTEGER_FORMATS
 from ..ops._library import without_autocast
 from ..ops.fp4 import CODEBOOKS, unpack_nibbles
-from ..ops.fp4_activations import INTEGER_FORMATS
 from ..ops.fp4_linear import scale_values
 from ..ops.fpq import fpq_bias, fpq_scale, fpq_shift, largest_shift
 from ._module import LatentLinear, PackedModule, as_float32, linear_from, require_finite, require_width

@@ -27,26 +27,13 @@ import torch
 from torch import Tensor
 
 from . import _library as library
-from ._checks import ceil_div, check_one_of, check_rows, check_tensor, require
-from .bitpack import tile_unpack
-from .fp4 import (
-    FORMATS,
-    MX_BLOCK,
-    SCALE_RULES,
-    code_values,
-    e8m0_cast,
-    e8m0_uncast,
-    fp4_cast,
-    fp4_uncast,
-    mxfp4_quantize,
-)
+from ._checks import ceil_div, check_one_of, require
+from ._fp4_arguments import BLOCKS, ActivationArguments, FP4LinearArguments, WeightArguments
+from .fp4 import FORMATS, code_values, e8m0_cast, e8m0_uncast, fp4_cast, fp4_uncast, mxfp4_quantize
 from .fp4_fake_quant import fp4_fake_quant
-from .fp4_linear import _check_fp4_weight, _check_sums, _rows, _scale_gradient, fp4_weight, integers_of, scale_values
+from .fp4_linear import fp4_weight, int8_linear, integer_weight, rows, scale_gradient
 from .fpq import largest_shift
-from .nvfp4 import E4M3_MAX, NV_BLOCK, e4m3_uncast, nvfp4_quantize
-
-INTEGER_FORMATS = ("e2m1", "e1m2", "mxfp4", "nvfp4")
-BLOCKS = {"mxfp4": MX_BLOCK, "nvfp4": NV_BLOCK}
+from .nvfp4 import E4M3_MAX, e4m3_uncast, nvfp4_quantize
 
 library.define(
     "fp4_activations",
@@ -65,27 +52,26 @@ def channel_scale(input_scale: Tensor, input_shift: Tensor | None) -> Tensor:
 
 
 @library.default("fp4_activations")
-def _fp4_activations_reference(
-    x: Tensor, format: str, input_scale: Tensor | None, input_shift: Tensor | None, scale_rule: str
-) -> tuple[Tensor, Tensor]:
-    _check_fp4_activations("fp4_activations", x, format, input_scale, input_shift, scale_rule)
+def _fp4_activations_reference(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    of = ActivationArguments(*arguments)
+    of.check("fp4_activations", x)
     values, k = x.float(), x.shape[-1]
-    if input_scale is not None:
-        most = largest_shift(format)
+    if of.input_scale is not None:
+        most, shift = largest_shift(of.format), of.input_shift
         require(
-            input_shift is None or not (input_shift > most).any(),
+            shift is None or not (shift > most).any(),
             f"fp4_activations: input_shift must be at most {most} for this format, got more",
         )
-        quotient = values / channel_scale(input_scale, input_shift)
-        left = most if input_shift is None else most - input_shift.int()
+        quotient = values / channel_scale(of.input_scale, shift)
+        left = most if shift is None else most - shift.int()
         nan = quotient.isnan()
-        integers = 2 * fp4_uncast(fp4_cast(quotient, format), k, format)
+        integers = 2 * fp4_uncast(fp4_cast(quotient, of.format), k, of.format)
         q = integers.masked_fill(nan, 0).to(torch.int8) << left
-        row_scale = (input_scale * (0.5 / 2**most)).expand(*x.shape[:-1], 1)
+        row_scale = (of.input_scale * (0.5 / 2**most)).expand(*x.shape[:-1], 1)
         row_scale = row_scale.masked_fill(nan.any(-1, keepdim=True), torch.nan)
         return q.to(torch.int8), row_scale.contiguous()
-    if format == "mxfp4":
-        packed, byte = mxfp4_quantize(values, scale_rule)
+    if of.format == "mxfp4":
+        packed, byte = mxfp4_quantize(values, of.scale_rule)
         row_scale = e8m0_uncast(byte) * 0.5
     else:
         amax = values.abs().amax(-1, keepdim=True) if k else values.new_zeros(*x.shape[:-1], 1)
@@ -97,115 +83,54 @@ def _fp4_activations_reference(
 
 
 @library.default("fp4_fp4_linear")
-def _fp4_fp4_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    format: str,
-    group_size: int,
-    global_scale: Tensor | None,
-    activations: str,
-    input_scale: Tensor | None,
-    input_shift: Tensor | None,
-    scale_rule: str,
-) -> Tensor:
-    _check_fp4_fp4_linear(
-        x, weight, scale, bias, format, group_size, global_scale, activations, input_scale, input_shift, scale_rule
-    )
-    n, k = scale.shape[0], x.shape[-1]
-    integers, unit = integers_of(code_values(format))
-    _check_sums(integers, k, group_size)
-    weights = torch.tensor(integers, dtype=torch.float64, device=x.device)[tile_unpack(weight, n, k, 4).int()]
-    q, row_scale = _fp4_activations_reference(x, activations, input_scale, input_shift, scale_rule)
-    levels, factors, width = q.double(), scale_values(scale, global_scale) * unit, group_size or max(k, 1)
-    out = scale_values(scale, global_scale).new_zeros((*x.shape[:-1], n))
-    for group in range(scale.shape[1]):
-        columns = slice(group * width, (group + 1) * width)
-        # float64 keeps the sums of integers exact; + 0: an integer has no -0
-        dot = (levels[..., columns] @ weights[:, columns].T + 0.0).float()
-        if group_size:
-            dot = row_scale[..., group : group + 1] * dot
-        out = out + factors[:, group] * dot
-    if not group_size:
-        out = out * row_scale
-    return (out if bias is None else out + bias).to(x.dtype)
-
-
-def _check_fp4_activations(
-    op: str, x: Tensor, format: str, input_scale: Tensor | None, input_shift: Tensor | None, scale_rule: str
-) -> None:
-    check_one_of(op, "activations", format, INTEGER_FORMATS)
-    check_one_of(op, "scale_rule", scale_rule, SCALE_RULES)
-    k, blocks = check_rows(op, x), format in BLOCKS
-    require(
-        (input_scale is None) == blocks,
-        f'{op}: input_scale must {"be None" if blocks else "be given"} for activations "{format}"',
-    )
-    require(input_shift is None or not blocks, f'{op}: input_shift must be None for activations "{format}"')
-    check_tensor(op, "input_scale", input_scale, torch.float32, [], x)
-    check_tensor(op, "input_shift", input_shift, torch.uint8, [k], x)
-
-
-def _check_fp4_fp4_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    format: str,
-    group_size: int,
-    global_scale: Tensor | None,
-    activations: str,
-    input_scale: Tensor | None,
-    input_shift: Tensor | None,
-    scale_rule: str,
-) -> None:
-    op = "fp4_fp4_linear"
-    _check_fp4_activations(op, x, activations, input_scale, input_shift, scale_rule)
-    width = BLOCKS.get(activations, 0)
-    require(group_size == width, f'{op}: group_size must be {width} for activations "{activations}", got {group_size}')
-    n, k = scale.shape[0] if scale.dim() else 0, x.shape[-1]
-    check_tensor(op, "weight", weight, weight.dtype, weight.shape, x)
-    _check_fp4_weight(op, weight, scale, n, k, format, group_size, None, global_scale)
-    check_tensor(op, "bias", bias, torch.float32, [n], x)
+def _fp4_fp4_linear_reference(x: Tensor, *arguments: Any) -> Tensor:
+    of = FP4LinearArguments(*arguments)
+    of.check("fp4_fp4_linear", x)
+    integers = integer_weight(of.weight_for(x), code_values(of.format))
+    q, row_scale = _fp4_activations_reference(x, *of.casting)
+    blocks = of.activations in BLOCKS
+    return int8_linear(q, row_scale, *integers, of.bias, of.group_size, grouped_rows=blocks).to(x.dtype)
 
 
 @torch.library.register_fake("bitmill::fp4_activations")
-def _(x, format, input_scale, input_shift, scale_rule):
-    _check_fp4_activations("fp4_activations", x, format, input_scale, input_shift, scale_rule)
-    groups = ceil_div(x.shape[-1], BLOCKS[format]) if format in BLOCKS else 1
+def _(x, *arguments):
+    of = ActivationArguments(*arguments)
+    of.check("fp4_activations", x)
+    groups = ceil_div(x.shape[-1], BLOCKS[of.format]) if of.format in BLOCKS else 1
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
 
 
 @torch.library.register_fake("bitmill::fp4_fp4_linear")
-def _(x, weight, scale, bias, format, group_size, global_scale, activations, input_scale, input_shift, scale_rule):
-    _check_fp4_fp4_linear(
-        x, weight, scale, bias, format, group_size, global_scale, activations, input_scale, input_shift, scale_rule
-    )
-    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+def _(x, *arguments):
+    of = FP4LinearArguments(*arguments)
+    of.check("fp4_fp4_linear", x)
+    return x.new_empty((*x.shape[:-1], of.scale.shape[0]))
 
 
 def _setup_fp4_fp4_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, _, ctx.format, ctx.group_size, global_scale, ctx.activations, input_scale, input_shift, rule = (
-        inputs
+    x, of = inputs[0], FP4LinearArguments(*inputs[1:])
+    ctx.format, ctx.group_size, ctx.activations, ctx.scale_rule = (
+        of.format,
+        of.group_size,
+        of.activations,
+        of.scale_rule,
     )
-    ctx.scale_rule = rule
-    ctx.save_for_backward(x, weight, scale, global_scale, input_scale, input_shift)
+    ctx.save_for_backward(x, of.weight, of.scale, of.global_scale, of.input_scale, of.input_shift)
 
 
 def _backward_fp4_fp4_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, global_scale, input_scale, input_shift = ctx.saved_tensors
     need_x, _, need_scale, need_bias = ctx.needs_input_grad[:4]
-    settings = (scale.shape[0], x.shape[-1], ctx.format, ctx.group_size, None)
+    of = WeightArguments(weight, scale, scale.shape[0], x.shape[-1], ctx.format, ctx.group_size, None, global_scale)
     g = grad.float()
     grad_x = grad_scale = grad_bias = None
     with library.without_autocast(x):
         if need_x:
             inside = _inside(x.float(), ctx.activations, input_scale, input_shift)
-            grad_x = ((g @ fp4_weight(weight, scale, *settings, global_scale)) * inside).to(x.dtype)
+            grad_x = ((g @ fp4_weight(*of)) * inside).to(x.dtype)
         if need_scale:
             values = fp4_activations_fake_quant(x.float(), ctx.activations, input_scale, input_shift, ctx.scale_rule)
-            grad_scale = _scale_gradient(_rows(g).T @ _rows(values), weight, scale, *settings)
+            grad_scale = scale_gradient(rows(g).T @ rows(values), of)
         if need_bias:
             grad_bias = g.sum_to_size(g.shape[-1:])
     return grad_x, None, grad_scale, grad_bias, *[None] * 7

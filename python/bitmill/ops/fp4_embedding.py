@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import _library as library
-from ._checks import MAX_COLUMNS, TILE_ROWS, ceil_div, check_one_of, check_tensor, require, tile_shape
+from ._checks import TILE_ROWS
+from ._fp4_arguments import EmbeddingArguments
 from ._groups import columns_of_groups
-from .fp4 import CODEBOOKS, FORMATS, short_name, table
+from .fp4 import table
 from .fp4_linear import scale_values
 
 library.define(
@@ -20,54 +23,29 @@ library.define(
 
 
 @library.default("fp4_embedding")
-def _fp4_embedding_reference(
-    ids: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    k: int,
-    format: str = "e2m1",
-    group_size: int = 0,
-    global_scale: Tensor | None = None,
-) -> Tensor:
-    _check(ids, weight, scale, k, format, group_size, global_scale)
+def _fp4_embedding_reference(ids: Tensor, *arguments: Any) -> Tensor:
+    of = EmbeddingArguments(*arguments)
+    of.check("fp4_embedding", ids)
     if ids.numel():
         least, most = (int(t) for t in torch.aminmax(ids))
-        if least < 0 or most >= scale.shape[0]:
+        if least < 0 or most >= of.scale.shape[0]:
             got = least if least < 0 else most
-            raise IndexError(f"fp4_embedding: ids must lie in [0, {scale.shape[0]}), got {got}")
+            raise IndexError(f"fp4_embedding: ids must lie in [0, {of.scale.shape[0]}), got {got}")
     place = torch.arange(0, 32, 4, dtype=torch.int32, device=ids.device)
-    words = weight[ids // TILE_ROWS, :, ids % TILE_ROWS].unsqueeze(-1)
-    values = table(format, ids.device)[(words >> place & 15).flatten(-2)[..., :k]]
-    rows = scale[ids]
-    if global_scale is None:
-        return values * columns_of_groups(scale_values(rows, None), k, group_size)
-    one = torch.ones_like(global_scale)  # fp4_weight multiplies with the global scale last
-    return values * columns_of_groups(scale_values(rows, one), k, group_size) * global_scale
-
-
-def _check(ids, weight, scale, k, format, group_size, global_scale) -> None:
-    op = "fp4_embedding"
-    check_one_of(op, "format", format, (*FORMATS, *CODEBOOKS))
-    require(0 <= k <= MAX_COLUMNS, f"{op}: k must be between 0 and {MAX_COLUMNS}, got {k}")
-    valid = group_size >= 0 and group_size % 8 == 0
-    require(valid, f"{op}: group_size must be 0 or a positive multiple of 8, got {group_size}")
-    dtypes = (torch.uint8,) if global_scale is not None else (torch.float32, torch.uint8)
-    require(
-        scale.dtype in dtypes,
-        f"{op}: scale must be float32, uint8 for E8M0, or uint8 for E4M3 with a global_scale,"
-        f" got {short_name(scale.dtype)}",
-    )
-    n = scale.shape[0] if scale.dim() else 0
-    check_tensor(op, "scale", scale, scale.dtype, [n, ceil_div(k, group_size) if group_size else 1], scale)
-    check_tensor(op, "ids", ids, torch.int64, ids.shape, scale)
-    check_tensor(op, "weight", weight, torch.int32, tile_shape(n, k, 4), scale)
-    check_tensor(op, "global_scale", global_scale, torch.float32, [], scale)
+    words = of.weight[ids // TILE_ROWS, :, ids % TILE_ROWS].unsqueeze(-1)
+    values = table(of.format, ids.device)[(words >> place & 15).flatten(-2)[..., : of.k]]
+    rows = of.scale[ids]
+    if of.global_scale is None:
+        return values * columns_of_groups(scale_values(rows, None), of.k, of.group_size)
+    one = torch.ones_like(of.global_scale)  # fp4_weight multiplies with the global scale last
+    return values * columns_of_groups(scale_values(rows, one), of.k, of.group_size) * of.global_scale
 
 
 @torch.library.register_fake("bitmill::fp4_embedding")
-def _(ids, weight, scale, k, format="e2m1", group_size=0, global_scale=None):
-    _check(ids, weight, scale, k, format, group_size, global_scale)
-    return scale.new_empty((*ids.shape, k), dtype=torch.float32)
+def _(ids, *arguments):
+    of = EmbeddingArguments(*arguments)
+    of.check("fp4_embedding", ids)
+    return of.scale.new_empty((*ids.shape, of.k), dtype=torch.float32)
 
 
 def fp4_embedding(

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from . import _library as library
-from ._checks import MAX_COLUMNS, PACK_REMEDY, ceil_div, check_one_of, check_rows, check_tensor, require
-from ._checks import tile_shape as _tile_shape
+from ._checks import require
+from ._fp4_arguments import LinearArguments, WeightArguments
 from ._groups import columns_of_groups
 from .bitpack import tile_unpack
-from .fp4 import CODEBOOKS, FORMATS, code_values, e8m0_uncast, short_name, table
-from .int8 import ACTIVATIONS, _int8_quantize_reference, int8_fake_quant
+from .fp4 import code_values, e8m0_uncast, table
+from .int8 import _int8_quantize_reference, int8_fake_quant
 from .nvfp4 import e4m3_uncast
 
 library.define(
@@ -75,187 +75,140 @@ def int8_linear(
     q: Tensor,
     row_scale: Tensor,
     integers: Tensor,
-    unit: float,
-    scale: Tensor,
+    factors: Tensor,
     bias: Tensor | None,
     group_size: int,
+    grouped_rows: bool = False,
 ) -> Tensor:
-    """The formula of activations="int8", float32 [..., n]: q int8 [..., k], integers [n, k], scale float32 [n, groups].
+    """fl(fl(sum_g fl(factors[o, g] fl(dot_g))) row_scale) + bias, float32 [..., n], groups added first to last.
 
-    float64 keeps every sum of integers exact.
+    Args:
+        q: int8 [..., k].
+        row_scale: float32 [..., 1]; with grouped_rows [..., groups], and dot_g is multiplied with it instead.
+        integers: [n, k].
+        factors: float32 [n, groups].
+        bias: float32 [n] or None.
+        group_size: columns of a group, or 0 for all.
     """
     n, k = integers.shape
     width, levels, weights = group_size or max(k, 1), q.double(), integers.double()
-    factors = scale * unit
-    out = scale.new_zeros((*q.shape[:-1], n))
-    for group in range(scale.shape[1]):
+    out = factors.new_zeros((*q.shape[:-1], n))
+    for group in range(factors.shape[1]):
         columns = slice(group * width, (group + 1) * width)
-        dot = (levels[..., columns] @ weights[:, columns].T + 0.0).float()  # + 0: an integer has no -0
+        # float64 keeps the sums of integers exact; + 0: an integer has no -0
+        dot = (levels[..., columns] @ weights[:, columns].T + 0.0).float()
+        if grouped_rows:
+            dot = row_scale[..., group : group + 1] * dot
         out = out + factors[:, group] * dot
-    out = out * row_scale.unsqueeze(-1)
+    if not grouped_rows:
+        out = out * row_scale
     return out if bias is None else out + bias
 
 
+def integer_weight(of: WeightArguments, codebook: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Integers float64 [n, k] and factors float32 [n, groups] of a weight for products with integers.
+
+    Raises:
+        ValueError: if the codebook has no integers, or a group is too wide.
+    """
+    integers, unit = integers_of(codebook)
+    _check_sums(integers, of.k, of.group_size)
+    values = torch.tensor(integers, dtype=torch.float64, device=of.weight.device)
+    return values[tile_unpack(of.weight, of.n, of.k, 4).int()], scale_values(of.scale, of.global_scale) * unit
+
+
 @library.default("fp4_linear")
-def _fp4_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    format: str,
-    group_size: int,
-    codebook: Tensor | None,
-    activations: str,
-    global_scale: Tensor | None = None,
-) -> Tensor:
-    _check_fp4_linear(x, weight, scale, bias, format, group_size, codebook, activations, global_scale)
-    n, k = scale.shape[0], x.shape[-1]
-    if activations == "int8":
-        integers, unit = integers_of(code_values(format) if codebook is None else codebook.tolist())
-        _check_sums(integers, k, group_size)
-        values = torch.tensor(integers, dtype=torch.float64, device=x.device)[tile_unpack(weight, n, k, 4).int()]
-        factors = scale_values(scale, global_scale)
+def _fp4_linear_reference(x: Tensor, *arguments: Any) -> Tensor:
+    of = LinearArguments(*arguments)
+    of.check("fp4_linear", x)
+    weight = of.weight_for(x)
+    if of.activations == "int8":
+        codebook = code_values(of.format) if of.codebook is None else of.codebook.tolist()
         q, row_scale = _int8_quantize_reference(x)
-        return int8_linear(q, row_scale, values, unit, factors, bias, group_size).to(x.dtype)
-    out = x.float() @ _fp4_weight_reference(weight, scale, n, k, format, group_size, codebook, global_scale).T
-    return (out if bias is None else out + bias).to(x.dtype)
+        integers = integer_weight(weight, codebook)
+        return int8_linear(q, row_scale.unsqueeze(-1), *integers, of.bias, of.group_size).to(x.dtype)
+    out = x.float() @ _fp4_weight_reference(*weight).T
+    return (out if of.bias is None else out + of.bias).to(x.dtype)
 
 
 @library.default("fp4_weight")
-def _fp4_weight_reference(
-    weight: Tensor,
-    scale: Tensor,
-    n: int,
-    k: int,
-    format: str,
-    group_size: int,
-    codebook: Tensor | None,
-    global_scale: Tensor | None = None,
-) -> Tensor:
-    _check_fp4_weight("fp4_weight", weight, scale, n, k, format, group_size, codebook, global_scale)
-    values = (table(format, weight.device) if codebook is None else codebook)[tile_unpack(weight, n, k, 4).int()]
-    if global_scale is None:
-        return values * columns_of_groups(scale_values(scale, None), k, group_size)
-    return values * columns_of_groups(e4m3_uncast(scale), k, group_size) * global_scale
-
-
-def _check_fp4_weight(
-    op: str,
-    weight: Tensor,
-    scale: Tensor,
-    n: int,
-    k: int,
-    format: str,
-    group_size: int,
-    codebook: Tensor | None,
-    global_scale: Tensor | None,
-) -> None:
-    check_one_of(op, "format", format, (*FORMATS, *CODEBOOKS))
-    require(
-        n >= 0 and 0 <= k <= MAX_COLUMNS,
-        f"{op}: n must be at least 0 and k between 0 and 16777216, got n = {n}, k = {k}",
-    )
-    valid = group_size >= 0 and group_size % 8 == 0
-    require(valid, f"{op}: group_size must be 0 or a positive multiple of 8, got {group_size}")
-    valid = scale.dtype in (torch.float32, torch.uint8)
-    require(valid, f"{op}: scale must be float32, or uint8 for E8M0, got {short_name(scale.dtype)}")
-    valid = global_scale is None or scale.dtype == torch.uint8
-    require(valid, f"{op}: scale must be uint8, E4M3, with a global_scale, got {short_name(scale.dtype)}")
-    groups = ceil_div(k, group_size) if group_size else 1
-    check_tensor(op, "scale", scale, scale.dtype, [n, groups], weight)
-    check_tensor(op, "weight", weight, torch.int32, _tile_shape(n, k, 4), weight, PACK_REMEDY)
-    check_tensor(op, "codebook", codebook, torch.float32, [16], weight)
-    check_tensor(op, "global_scale", global_scale, torch.float32, [], weight)
-
-
-def _check_fp4_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    format: str,
-    group_size: int,
-    codebook: Tensor | None,
-    activations: str,
-    global_scale: Tensor | None,
-) -> None:
-    check_one_of("fp4_linear", "activations", activations, ACTIVATIONS)
-    k, n = check_rows("fp4_linear", x), scale.shape[0] if scale.dim() else 0
-    check_tensor("fp4_linear", "weight", weight, weight.dtype, weight.shape, x)
-    _check_fp4_weight("fp4_linear", weight, scale, n, k, format, group_size, codebook, global_scale)
-    check_tensor("fp4_linear", "bias", bias, torch.float32, [n], x)
+def _fp4_weight_reference(*arguments: Any) -> Tensor:
+    of = WeightArguments(*arguments)
+    of.check("fp4_weight", of.weight)
+    values = table(of.format, of.weight.device) if of.codebook is None else of.codebook
+    values = values[tile_unpack(of.weight, of.n, of.k, 4).int()]
+    if of.global_scale is None:
+        return values * columns_of_groups(scale_values(of.scale, None), of.k, of.group_size)
+    return values * columns_of_groups(e4m3_uncast(of.scale), of.k, of.group_size) * of.global_scale
 
 
 @torch.library.register_fake("bitmill::fp4_linear")
-def _(x, weight, scale, bias, format, group_size, codebook, activations, global_scale=None):
-    _check_fp4_linear(x, weight, scale, bias, format, group_size, codebook, activations, global_scale)
-    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+def _(x, *arguments):
+    of = LinearArguments(*arguments)
+    of.check("fp4_linear", x)
+    return x.new_empty((*x.shape[:-1], of.scale.shape[0]))
 
 
 @torch.library.register_fake("bitmill::fp4_weight")
-def _(weight, scale, n, k, format, group_size, codebook, global_scale=None):
-    _check_fp4_weight("fp4_weight", weight, scale, n, k, format, group_size, codebook, global_scale)
-    return weight.new_empty((n, k), dtype=torch.float32)
+def _(*arguments):
+    of = WeightArguments(*arguments)
+    of.check("fp4_weight", of.weight)
+    return of.weight.new_empty((of.n, of.k), dtype=torch.float32)
 
 
 def _setup_fp4_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, _, ctx.format, ctx.group_size, codebook, ctx.activations, global_scale = inputs
-    ctx.save_for_backward(x, weight, scale, codebook, global_scale)
+    x, of = inputs[0], LinearArguments(*inputs[1:])
+    ctx.format, ctx.group_size, ctx.activations = of.format, of.group_size, of.activations
+    ctx.save_for_backward(x, of.weight, of.scale, of.codebook, of.global_scale)
 
 
 def _backward_fp4_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, codebook, global_scale = ctx.saved_tensors
     need_x, _, need_scale, need_bias = ctx.needs_input_grad[:4]
-    settings = (scale.shape[0], x.shape[-1], ctx.format, ctx.group_size, codebook)
+    of = WeightArguments(weight, scale, scale.shape[0], x.shape[-1], ctx.format, ctx.group_size, codebook, global_scale)
     g = grad.float()
     grad_x = grad_scale = grad_bias = None
     with library.without_autocast(x):
         if need_x:
-            grad_x = (g @ fp4_weight(weight, scale, *settings, global_scale)).to(x.dtype)
+            grad_x = (g @ fp4_weight(*of)).to(x.dtype)
         if need_scale:
             values = x.float() if ctx.activations == "float" else int8_fake_quant(x.float())
-            grad_scale = _scale_gradient(_rows(g).T @ _rows(values), weight, scale, *settings)
+            grad_scale = scale_gradient(rows(g).T @ rows(values), of)
         if need_bias:
             grad_bias = g.sum_to_size(g.shape[-1:])
-    return grad_x, None, grad_scale, grad_bias, None, None, None, None, None
+    return grad_x, None, grad_scale, grad_bias, *[None] * 5
 
 
-def _rows(t: Tensor) -> Tensor:
+def rows(t: Tensor) -> Tensor:
+    """[m, k] of [..., k]."""
     return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
-def _scale_gradient(
-    grad_weight: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    n: int,
-    k: int,
-    format: str,
-    group_size: int,
-    codebook: Tensor | None,
-) -> Tensor:
-    """Gradient of the dequantised weight [n, k] to that of the scale [n, groups]."""
-    products = grad_weight * fp4_weight(weight, torch.ones_like(scale), n, k, format, group_size, codebook)
-    if not group_size:
+def scale_gradient(grad_weight: Tensor, of: WeightArguments) -> Tensor:
+    """Gradient of the dequantised weight [n, k] to that of its float scale [n, groups]."""
+    products = grad_weight * fp4_weight(*of._replace(scale=torch.ones_like(of.scale)))
+    if not of.group_size:
         return products.sum(1, keepdim=True)
-    padded = torch.nn.functional.pad(products, (0, -k % group_size))
-    return padded.unflatten(1, (scale.shape[1], group_size)).sum(2)
+    padded = torch.nn.functional.pad(products, (0, -of.k % of.group_size))
+    return padded.unflatten(1, (of.scale.shape[1], of.group_size)).sum(2)
 
 
 torch.library.register_autograd("bitmill::fp4_linear", _backward_fp4_linear, setup_context=_setup_fp4_linear)
 
 
 def _setup_fp4_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, scale, ctx.n, ctx.k, ctx.format, ctx.group_size, codebook, _ = inputs
-    ctx.save_for_backward(weight, scale, codebook)
+    of = WeightArguments(*inputs)
+    ctx.settings = (of.n, of.k, of.format, of.group_size)
+    ctx.save_for_backward(of.weight, of.scale, of.codebook)
 
 
 def _backward_fp4_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, scale, codebook = ctx.saved_tensors
     grad_scale = None
     if ctx.needs_input_grad[1]:
-        grad_scale = _scale_gradient(grad, weight, scale, ctx.n, ctx.k, ctx.format, ctx.group_size, codebook)
-    return None, grad_scale, None, None, None, None, None, None
+        n, k, format, group_size = ctx.settings
+        grad_scale = scale_gradient(grad, WeightArguments(weight, scale, n, k, format, group_size, codebook))
+    return None, grad_scale, *[None] * 6
 
 
 torch.library.register_autograd("bitmill::fp4_weight", _backward_fp4_weight, setup_context=_setup_fp4_weight)
