@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bitmill quantize`, `eval` and `generate`: language models from the command line."""
+"""`bitmill quantize`, `eval` and `generate`: models in folders from the command line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .arguments import parse_seed, parse_threads
 
 FP4_FORMATS = ("mxfp4", "nvfp4", "nf4", "bnb-fp4")
 METHODS = ("pb-llm", "billm", "arb", "arb-x", "arb-rc", "llm-fp4", "fp4", *FP4_FORMATS)
+TASKS = ("sst2", "cola", "mrpc", "rte", "stsb", "images")
 EVAL_LENGTH = 2048
 
 PERPLEXITY = (
@@ -24,22 +25,35 @@ PERPLEXITY = (
     " window, in the first window that has it. No BOS token is put in front, unless --bos is given; then each window's"
     " first token is predicted too."
 )
+SCORES = (
+    "An encoder is scored on a task of GLUE (the dev split) or on an image set (the test split). A text model without a"
+    " classification head takes stsb: the score is then of the cosines of sentence embeddings, which are means over the"
+    " tokens."
+)
 
 
 def add_commands(commands: Any) -> None:
     """Add the three commands to the subparsers of the command line."""
     quantize = commands.add_parser(
         "quantize",
-        help="quantise a language model after training, to a packed folder",
-        description="Quantise the linear layers of a causal language model's decoder blocks, and write a packed folder."
-        " A run that was stopped goes on when the same command is given again.",
+        help="quantise a model after training, to a packed folder",
+        description="Quantise the linear layers of the blocks of a causal language model, or, with 4-bit floats, of an"
+        " encoder of texts or images, and write a packed folder. A run that was stopped goes on when the same command"
+        " is given again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     quantize.add_argument("model", metavar="MODEL", type=Path, help="folder of transformers, or GGUF file")
     quantize.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write")
     quantize.add_argument("--method", choices=METHODS, default="pb-llm", help="how")
-    quantize.add_argument("--calibration", metavar="FILE", type=Path, help="text to calibrate on (UTF-8, or .gz of it)")
-    quantize.add_argument("--windows", metavar="N", type=int, default=128, help="random windows of that text")
+    quantize.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        help="text to calibrate on (UTF-8, or .gz of it); for an encoder of images the folder of an image set",
+    )
+    quantize.add_argument(
+        "--windows", metavar="N", type=int, default=128, help="random windows of that text, or images"
+    )
     quantize.add_argument("--length", metavar="N", type=int, default=2048, help="tokens of a window, at most")
     quantize.add_argument("--seed", type=parse_seed, default=0, help="of the windows")
     quantize.add_argument(
@@ -107,9 +121,16 @@ def add_commands(commands: Any) -> None:
     )
     quantize.set_defaults(run=_quantize)
 
-    evaluate = commands.add_parser("eval", help="perplexity of a model on a text", description=PERPLEXITY)
+    evaluate = commands.add_parser(
+        "eval", help="perplexity of a model on a text, or an encoder's score", description=f"{PERPLEXITY} {SCORES}"
+    )
     evaluate.add_argument("model", metavar="DIR", type=Path, help="packed folder; or a model as `quantize` takes it")
-    evaluate.add_argument("--text", metavar="FILE", type=Path, required=True, help="UTF-8, or .gz of it")
+    measure = evaluate.add_mutually_exclusive_group(required=True)
+    measure.add_argument("--text", metavar="FILE", type=Path, help="UTF-8, or .gz of it")
+    measure.add_argument("--task", choices=TASKS, help="of an encoder")
+    evaluate.add_argument(
+        "--data", metavar="DIR", type=Path, help="the task's folder: GLUE's TSV files, or an image set"
+    )
     evaluate.add_argument("--length", metavar="N", type=int, help=f"tokens of a window ({EVAL_LENGTH}, or the model's)")
     evaluate.add_argument("--stride", metavar="N", type=int, help="tokens between windows (as many as a window has)")
     evaluate.add_argument("--windows", metavar="N", type=int, help="the first N windows only (all)")
@@ -156,8 +177,19 @@ def _quantize(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     _start(options)
-    from ..recipes.language_folder import evaluate_folder
+    from ..recipes.language_folder import evaluate_folder, evaluate_task
 
+    if (options.task is None) != (options.data is None):
+        raise ValueError("--task and --data go together")
+    if options.task:
+        scores = evaluate_task(options.model, options.task, options.data, options.activations)
+        first = next(name for name in scores if name != "task")
+        print(
+            json.dumps(scores, indent=2)
+            if options.json
+            else f"{options.task}: {first} {scores[first]:.2f} % on {scores['examples']:,} examples"
+        )
+        return
     windows = options.length, options.stride, options.windows, options.bos
     result = evaluate_folder(options.model, options.text, *windows, options.activations)
     if options.json:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal language models in folders: transformers' own, or a GGUF file, and packed ones that load with one call.
+"""Models in folders: transformers' own, or a GGUF file, and packed ones that load with one call.
 
-A packed folder holds the config and the tokenizer as transformers writes them, and `packed.safetensors` of
-`bitmill.save`. It names no other place, so it can be moved.
+They are causal language models, or encoders of texts or images if their config names such a class. A packed folder
+holds the config and the tokenizer as transformers writes them, and `packed.safetensors` of `bitmill.save`. It names no
+other place, so it can be moved.
 """
 
 from __future__ import annotations
@@ -30,10 +31,29 @@ PACKED_FILE = "packed.safetensors"
 
 
 class LanguageModel(NamedTuple):
-    """A transformers model for causal language modelling, in eval mode, and its tokenizer."""
+    """A transformers model in eval mode, and its tokenizer, None for a model of images."""
 
     model: Any
     tokenizer: Any
+
+
+def takes_images(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
+    """Whether a model's input is images, not tokens."""
+    return model.main_input_name == "pixel_values"
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a config is that of a causal language model: its class says so, or it names none."""
+    names = config.architectures or ["ForCausalLM"]
+    return names[0].endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def _classes(config: Any) -> tuple[Any, Any]:
+    """What makes the model that a config describes and, unless it takes images, its tokenizer."""
+    if is_causal(config):
+        return transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+    kind = getattr(transformers, config.architectures[0])
+    return kind, None if takes_images(kind) else transformers.AutoTokenizer
 
 
 def read_pretrained(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -60,11 +80,12 @@ def read_pretrained(path: str | os.PathLike[str], dtype: torch.dtype = torch.flo
     elif (path / PACKED_FILE).exists():
         raise ValueError(f"the model must not be quantised yet, {path} has a {PACKED_FILE}; take the original")
     with reading(path):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        kind, tokens = _classes(transformers.AutoConfig.from_pretrained(folder, **options))
+        tokenizer = tokens and tokens.from_pretrained(folder, **options)
         # Newer transformers multiply with GGUF's blocks as they are, unless told not to.
         if options and hasattr(transformers, "GgufConfig"):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        model = kind.from_pretrained(folder, dtype=dtype, **options)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     _conv1d_to_linear_(model)
@@ -104,10 +125,11 @@ def save_pretrained(model: PreTrainedModel, tokenizer: Any, folder: str | os.Pat
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:  # encoders have none
         model.generation_config.save_pretrained(folder)
     try:
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     except OSError:
         raise
     except Exception as error:  # the tokenizers library has no exception of its own for a full disk
@@ -145,9 +167,11 @@ def empty_model(folder: Path) -> LanguageModel:
     """The model that a folder's config describes, on the meta device but for tables that no file holds."""
     with reading(folder):
         config = transformers.AutoConfig.from_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        kind, tokens = _classes(config)
+        tokenizer = tokens and tokens.from_pretrained(folder)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+            make = kind.from_config if is_causal(config) else kind._from_config
+            model = make(config, dtype=config.dtype)
     _conv1d_to_linear_(model)
     for module in model.modules():  # tables such as those of rotary embeddings
         for name in module._non_persistent_buffers_set:
@@ -193,7 +217,7 @@ def reading(path: Path) -> Iterator[None]:
     except ImportError as error:
         raise ImportError(f"{path} needs a package that is not installed: {_in_one_line(error)}") from None
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a causal language model: {_in_one_line(error)}") from None
+        raise ValueError(f"{path} cannot be read as a model: {_in_one_line(error)}") from None
 
 
 def _in_one_line(error: Exception) -> str:

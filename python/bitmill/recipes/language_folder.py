@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bitmill quantize`: a causal language model's folder or GGUF file to a packed folder, resumable at every moment.
+"""`bitmill quantize`: a model's folder or GGUF file to a packed folder, resumable at every moment.
 
 The folder of a run says in run.json what it is of. Finished decoder blocks are kept in `blocks` until the packed file
 is whole; the same run again goes on from there, or, if all is done, only answers what it found.
@@ -27,11 +27,13 @@ from ..integrations.language import (
     PACKED_FILE,
     LanguageModel,
     int8_tables_,
+    is_causal,
     load_pretrained,
     read_pretrained,
     save_pretrained,
 )
 from . import arb_llm, billm, llm_fp4, pb_llm
+from .encoder_folder import calibration_batches, evaluate
 from .fpq_search import FORMATS, Search
 from .language import measure_perplexity, random_windows, read_ids
 from .layerwise import decoder_blocks
@@ -39,6 +41,7 @@ from .layerwise import decoder_blocks
 DTYPES = ("float32", "bfloat16", "float16")
 RUN_FILE, BLOCKS = "run.json", "blocks"
 FP4_FORMATS = ("mxfp4", "nvfp4", "nf4", "bnb-fp4")  # of FP4, and methods of their own
+FOR_ENCODERS = ("llm-fp4", "fp4", *FP4_FORMATS)  # methods
 ARB_LLM = {"arb": "arb", "arb-x": "arb_x", "arb-rc": "arb_rc"}  # methods, and what `arb_llm` calls them
 DEFAULT_LENGTH = 2048  # tokens of a window, if the model takes as many
 
@@ -183,9 +186,9 @@ def quantize_folder(
     """Quantise the model at `source` and write the packed folder `out`.
 
     Args:
-        source: of `integrations.language.read_pretrained`.
+        source: of `integrations.language.read_pretrained`; methods with 4-bit floats take encoders too.
         out: a new folder, or that of the same run, which goes on.
-        calibration: a text of `recipes.language.read_ids`.
+        calibration: a text of `recipes.language.read_ids`; for encoders, of `encoder_folder.calibration_batches`.
         device: where to compute.
     Returns:
         seconds, cpu_seconds (of all threads) and peak_memory_bytes of the process that finished the run, file_bytes,
@@ -209,6 +212,11 @@ def quantize_folder(
         _check_places(out, text, device)
         wall, cpu = time.perf_counter(), time.process_time()
         model, tokenizer = read_pretrained(source, getattr(torch, settings.dtype))
+        if settings.method not in FOR_ENCODERS and not is_causal(model.config):
+            raise ValueError(
+                f"quantize: the model must be a causal language model for method {settings.method!r}, got"
+                f" {type(model).__name__}; take one of {', '.join(FOR_ENCODERS)}"
+            )
         model.to(device)
         windows = [w.to(device) for w in _windows(text, settings, model, tokenizer)] if text else []
         blocks, _ = decoder_blocks(model)
@@ -263,6 +271,8 @@ def evaluate_folder(
         ValueError: for a text shorter than a window, or a tokenizer without a BOS token if `bos` asks for one.
     """
     model, tokenizer = open_folder(folder, activations)
+    if not is_causal(model.config):
+        raise ValueError(f"eval: perplexity is of causal language models, got {type(model).__name__}; name a task")
     most = getattr(model.config, "max_position_embeddings", DEFAULT_LENGTH)
     length = min(DEFAULT_LENGTH, most) if length is None else length
     if length > most:
@@ -292,6 +302,16 @@ def _check_places(out: Path, text: Path | None, device: str) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"quantize: device must be one to compute on here, got {device!r}: {error}") from None
+
+
+def evaluate_task(
+    folder: str | os.PathLike[str], task: str, data: str | os.PathLike[str], activations: str | None = None
+) -> dict[str, Any]:
+    """The scores of `encoder_folder.evaluate` for a folder of `open_folder`, and the task's name."""
+    model, tokenizer = open_folder(folder, activations)
+    if is_causal(model.config):
+        raise ValueError(f"eval: tasks are for encoders, got {type(model).__name__}; give a text for its perplexity")
+    return {"task": task, **evaluate(model, tokenizer, task, data).scores}
 
 
 def _known(out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
@@ -327,6 +347,8 @@ def _write(out: Path, run: dict[str, Any]) -> None:
 
 def _windows(text: Path, settings: Settings, model: Any, tokenizer: Any) -> list[Tensor]:
     length = min(settings.length, getattr(model.config, "max_position_embeddings", settings.length))
+    if not is_causal(model.config):
+        return calibration_batches(text, model, tokenizer, settings.windows, length, settings.seed)
     return random_windows(read_ids(text, tokenizer), settings.windows, length, settings.seed)
 
 
