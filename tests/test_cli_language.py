@@ -286,7 +286,7 @@ def test_folders_in_a_wrong_state_are_one_sentence(
     packed.write_bytes(packed.read_bytes()[:-100])
     assert "cannot be loaded" in complaint("eval", out, "--text", text)
     (out / "config.json").write_text("{")
-    assert f"{out} cannot be read as a causal language model" in complaint("eval", out, "--text", text)
+    assert f"{out} cannot be read as a model" in complaint("eval", out, "--text", text)
     (model / "tokenizer.json").unlink()
     assert "(1)" in (said := complaint("eval", model, "--text", text)) and "(2)" in said  # a reason of several lines
 
