@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bitmill import ops
+from bitmill.ops import codebook4
 from bitmill.ops.fp4 import unpack_nibbles
 
 # From bitsandbytes' CUDA kernels, rounded there: a magnitude above the point is the larger of two neighbours.
@@ -145,6 +146,22 @@ def test_codebook4_fake_quant_in_a_compiled_graph() -> None:
     )
     for m in (2, 3):
         assert torch.equal(compiled(x[:m]), out[:m])
+
+
+@each_table
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_codebook4_kernels_equal_the_default_ones(name: str, rounding: str) -> None:
+    x = torch.randn(5, 3, 77) * 2.0 ** torch.randint(-20, 20, (5, 3, 1))
+    x[0, 0, 3], x[1, 0, 40], x[2] = torch.nan, torch.inf, 0
+    for rows, group_size in ((x, 0), (x.bfloat16(), 16), (x.half().transpose(0, 1), 64)):
+        arguments = (rows, TABLES[name], group_size, rounding, -7, 2**40 + 3)
+        packed, scale = torch.ops.bitmill.codebook4_quantize.default(*arguments)
+        want, want_scale = codebook4._codebook4_quantize_reference(*arguments)
+        assert torch.equal(packed, want) and torch.allclose(scale, want_scale, rtol=0, atol=0, equal_nan=True)
+        back = (packed, scale, TABLES[name], 77, group_size)
+        values = torch.ops.bitmill.codebook4_dequantize.default(*back)
+        want = codebook4._codebook4_dequantize_reference(*back)
+        assert torch.allclose(values, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_codebook4_opcheck() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bitmill import ops
+from bitmill.ops import nvfp4
 from bitmill.ops.fp4 import unpack_nibbles
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -131,6 +132,22 @@ def test_nvfp4_fake_quant_in_a_compiled_graph() -> None:
     compiled = torch.compile(everything, fullgraph=True, dynamic=True, backend="aot_eager")
     for m in (2, 3):
         assert torch.equal(compiled(x[:m]), everything(x[:m]))
+
+
+@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic", "toward_zero", "half_away"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_nvfp4_kernels_equal_the_default_ones(dtype: torch.dtype, rounding: str) -> None:
+    x = (torch.randn(5, 3, 77) * 2.0 ** torch.randint(-20, 20, (5, 3, 1))).to(dtype)
+    x[0, 0, 3], x[1, 0, 40] = torch.nan, torch.inf
+    for g in (None, torch.tensor(0.013), torch.tensor(-1.0)):
+        for rows in (x, x.transpose(0, 1)):
+            arguments = (rows, g, rounding, -7, 2**40 + 3)
+            packed, scale = torch.ops.bitmill.nvfp4_quantize.default(*arguments)
+            for got, want in zip((packed, scale), nvfp4._nvfp4_quantize_reference(*arguments), strict=True):
+                assert torch.equal(got, want)
+            values = torch.ops.bitmill.nvfp4_dequantize.default(packed, scale, 77, g)
+            want = nvfp4._nvfp4_dequantize_reference(packed, scale, 77, g)
+            assert torch.allclose(values, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_nvfp4_opcheck() -> None:

@@ -78,6 +78,25 @@ struct BinaryWeight {
     p.parallel_for = torch_parallel_for;
     return p;
   }
+
+  // The product of rows of floats with it, into `out` [m, n] of their dtype.
+  BinaryWeightMatmulParams product(const char* op, const Rows& rows, const Tensor& scale, int64_t group_size,
+                                   const std::optional<Tensor>& bias, const Tensor& out) const {
+    BinaryWeightMatmulParams p;
+    p.x = rows.x.const_data_ptr();
+    p.dtype = float_dtype(op, rows.x);
+    p.weight = data<int32_t>(tiles);
+    p.weight_nonzero = data_or_null<int32_t>(nonzero);
+    p.m = rows.m;
+    p.n = n;
+    p.k = k;
+    p.scale = data<float>(scale);
+    p.group_size = group_size;
+    p.bias = data_or_null<float>(bias);
+    p.out = out.mutable_data_ptr();
+    p.parallel_for = torch_parallel_for;
+    return p;
+  }
 };
 
 inline BinaryWeight binary_weight(const char* op, const Tensor& weight, const std::optional<Tensor>& nonzero, int64_t n,

@@ -235,4 +235,42 @@ inline void require(const char* op, Status status) {
   if (status != Status::ok) fail(op, ": ", describe(status));
 }
 
+// One call of an op on the CPU, for what is written once for every device; CudaCall in cuda_call.h is its counterpart.
+class CpuCall {
+ public:
+  // `first`, the argument `name`, says the device of all others.
+  CpuCall(const char* op, const char* name, const Tensor& first) : op_(op), name_(name) { check_device(name, first); }
+
+  void check_device(const char* name, const Tensor& t) const {
+    if (!t.is_cpu()) fail(op_, ": ", name, " must be on the CPU like ", name_, ", got another device");
+  }
+
+  // A tensor of this dtype and these sizes on the CPU, made contiguous.
+  Tensor checked(const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes,
+                 const char* remedy = "") const {
+    check_device(name, t);
+    check_form(op_, name, t, dtype, sizes, remedy);
+    return as_contiguous(t);
+  }
+  std::optional<Tensor> checked(const char* name, const std::optional<Tensor>& t, ScalarType dtype, const Sizes& sizes,
+                                const char* remedy = "") const {
+    if (!t) return std::nullopt;
+    return checked(name, *t, dtype, sizes, remedy);
+  }
+
+  Tensor new_tensor(const Sizes& sizes, ScalarType dtype) const { return bitmill::new_tensor(sizes, dtype); }
+  Tensor new_tensor(const Sizes& sizes, const Sizes& strides, ScalarType dtype) const {
+    return bitmill::new_tensor(sizes, strides, dtype);
+  }
+
+  // A tensor that the host can read, contiguous.
+  Tensor on_host(const Tensor& t) const { return as_contiguous(t); }
+
+  void require(Status status) const { bitmill::require(op_, status); }
+
+ private:
+  const char* op_;
+  const char* name_;
+};
+
 }  // namespace bitmill

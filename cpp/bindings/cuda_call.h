@@ -28,13 +28,16 @@ class CudaCall {
     return static_cast<cuda::Stream>(stream);
   }
 
+  void check_device(const char* name, const Tensor& t) const {
+    if (t.is_cuda() && t.get_device_index() == index_) return;
+    fail(op_, ": ", name, " must be on cuda:", index_, " like ", name_, ", got ", device_name(t),
+         "; move the layer or its input");
+  }
+
   // A tensor of this dtype and these sizes on the call's device, made contiguous.
   Tensor checked(const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes,
                  const char* remedy = "") const {
-    if (!t.is_cuda() || t.get_device_index() != index_) {
-      fail(op_, ": ", name, " must be on cuda:", index_, " like ", name_, ", got ", device_name(t),
-           "; move the layer or its input");
-    }
+    check_device(name, t);
     check_form(op_, name, t, dtype, sizes, remedy);
     return as_contiguous(t);
   }
@@ -56,7 +59,16 @@ class CudaCall {
   }
 
   Tensor new_tensor(const Sizes& sizes, ScalarType dtype) const {
-    return new_tensor_on(aoti_torch_device_type_cuda(), index_, sizes, contiguous_strides(sizes), dtype);
+    return new_tensor(sizes, contiguous_strides(sizes), dtype);
+  }
+  Tensor new_tensor(const Sizes& sizes, const Sizes& strides, ScalarType dtype) const {
+    return new_tensor_on(aoti_torch_device_type_cuda(), index_, sizes, strides, dtype);
+  }
+
+  // A copy that the host can read, for which it waits.
+  Tensor on_host(const Tensor& t) const {
+    Tensor copy = bitmill::new_tensor(sizes_of(t), t.scalar_type());
+    return torch::stable::copy_(copy, t);
   }
 
   // int8 activations are multiplied on the CPU only.

@@ -208,20 +208,7 @@ Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::opti
     require(op, binary_int8_linear(int8_rows(op, rows, q.get(), row_scale.get()), p));
     return out;
   }
-  BinaryWeightMatmulParams p;
-  p.x = rows.x.const_data_ptr();
-  p.dtype = float_dtype(op, rows.x);
-  p.weight = data<int32_t>(tiles.tiles);
-  p.weight_nonzero = data_or_null<int32_t>(tiles.nonzero);
-  p.m = rows.m;
-  p.n = n;
-  p.k = k;
-  p.scale = data<float>(scale_rows);
-  p.group_size = group_size;
-  p.bias = data_or_null<float>(bias_row);
-  p.out = out.mutable_data_ptr();
-  p.parallel_for = torch_parallel_for;
-  require(op, binary_weight_matmul(p));
+  require(op, binary_weight_matmul(tiles.product(op, rows, scale_rows, group_size, bias_row, out)));
   return out;
 }
 

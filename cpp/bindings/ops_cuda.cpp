@@ -179,19 +179,8 @@ Tensor binary_weight_linear_cuda(Tensor x, Tensor weight, Tensor scale, std::opt
   const BinaryWeight tiles = cuda_weight(call, weight, weight_nonzero, n, k);
   const auto bias_row = call.checked("bias", bias, ScalarType::Float, {n});
   const Tensor out = call.new_tensor(with_last(rows.leading, n), x.scalar_type());
-  BinaryWeightMatmulParams p;
-  p.x = rows.x.const_data_ptr();
-  p.dtype = float_dtype(op, rows.x);
-  p.weight = data<int32_t>(tiles.tiles);
-  p.weight_nonzero = data_or_null<int32_t>(tiles.nonzero);
-  p.m = rows.m;
-  p.n = n;
-  p.k = k;
-  p.scale = data<float>(scale_rows);
-  p.group_size = group_size;
-  p.bias = data_or_null<float>(bias_row);
-  p.out = out.mutable_data_ptr();
-  call.require(cuda::launch_binary_weight_matmul(p, call.stream()));
+  call.require(
+      cuda::launch_binary_weight_matmul(tiles.product(op, rows, scale_rows, group_size, bias_row, out), call.stream()));
   return out;
 }
 

@@ -180,7 +180,7 @@ inline constexpr Fp4Table kBnbFp4{{0.0f, 0.0052083334885537624f, 0.6666666865348
                                    -1.0f, -0.3333333432674408f, -0.5f, -0.1666666716337204f, -0.25f}};
 
 // The code of any float but NaN.
-static inline uint32_t fp4_code(uint32_t bits, const Fp4Steps& steps) {
+static constexpr uint32_t fp4_code(uint32_t bits, const Fp4Steps& steps) {
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   uint32_t index = 0;
   for (const uint32_t first : steps.first) index += magnitude >= first ? 1u : 0u;
@@ -204,7 +204,7 @@ static constexpr Fp4Distances fp4_distances(Fp4Format format) {
 // Stochastic rounding of any float but NaN, from its code toward zero: the next code if
 //   floor(2^32 (|x| - value) / distance) + random >= 2^32.
 // The difference and the product are exact, so the probability is too, but for what lies below 2^-32.
-static inline uint32_t fp4_round_up(uint32_t code, uint32_t bits, const Fp4Distances& distances, uint32_t random) {
+static constexpr uint32_t fp4_round_up(uint32_t code, uint32_t bits, const Fp4Distances& distances, uint32_t random) {
   const uint32_t index = code & 7u;
   if (index == 7) return code;
   const float above = std::bit_cast<float>(bits & 0x7FFFFFFFu) - distances.value[index];
@@ -213,27 +213,27 @@ static inline uint32_t fp4_round_up(uint32_t code, uint32_t bits, const Fp4Dista
 }
 
 // log2 of a finite magnitude plus 127, rounded, in 0 ... 255 (255: a magnitude above 2^127 rounded up).
-static inline uint32_t biased_log2(uint32_t magnitude, bool up) {
+static constexpr uint32_t biased_log2(uint32_t magnitude, bool up) {
   const uint32_t exponent = magnitude >> 23;
   // 2^-127, byte 0, is the subnormal 0x400000, so what lies at or below it does not round up to byte 1.
   const bool above = exponent == 0 ? magnitude > 0x400000u : (magnitude & 0x7FFFFFu) != 0;
   return exponent + (up && above ? 1u : 0u);
 }
 
-static inline uint8_t e8m0_from_bits(uint32_t bits, bool up) {
+static constexpr uint8_t e8m0_from_bits(uint32_t bits, bool up) {
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return 255;
   const uint32_t byte = biased_log2(magnitude, up);
   return static_cast<uint8_t>(byte < 254u ? byte : 254u);
 }
 
-static inline float e8m0_to_float(uint8_t byte) {
+static constexpr float e8m0_to_float(uint8_t byte) {
   if (byte == 255) return std::numeric_limits<float>::quiet_NaN();
   return std::bit_cast<float>(byte == 0 ? 0x400000u : static_cast<uint32_t>(byte) << 23);
 }
 
 // E4M3: 4 exponent bits with bias 7, 3 mantissa bits.
-static inline float e4m3_to_float(uint8_t byte) {
+static constexpr float e4m3_to_float(uint8_t byte) {
   const uint32_t magnitude = byte & 0x7Fu;
   if (magnitude == 0x7F) return std::numeric_limits<float>::quiet_NaN();
   const float value =
@@ -242,14 +242,14 @@ static inline float e4m3_to_float(uint8_t byte) {
 }
 
 // The scale at an index of [n, groups].
-static inline float weight_scale(const Fp4Weight& w, int64_t index) {
+static constexpr float weight_scale(const Fp4Weight& w, int64_t index) {
   if (w.scale) return w.scale[index];
   const uint8_t byte = w.scale_bytes[index];
   return w.global_scale ? e4m3_to_float(byte) * *w.global_scale : e8m0_to_float(byte);
 }
 
 // Scale byte of an MXFP4 block from the bits of its largest magnitude.
-static inline uint8_t mxfp4_scale(uint32_t amax, ScaleRule rule) {
+static constexpr uint8_t mxfp4_scale(uint32_t amax, ScaleRule rule) {
   if (rule == ScaleRule::even) amax += amax < 0x7F800000u ? 1u << 21 : 0u;
   if (amax >= 0x7F800000u) return 255;
   if (rule == ScaleRule::rceil) {
@@ -257,6 +257,19 @@ static inline uint8_t mxfp4_scale(uint32_t amax, ScaleRule rule) {
   }
   const uint32_t byte = biased_log2(amax, rule == ScaleRule::ceil);
   return static_cast<uint8_t>(byte > 2 ? byte - 2 : 0);
+}
+
+// A block's scale byte, and what its values are multiplied with before the cast; the codes of one that is not `valid`
+// are 0.
+struct ScaledBlock {
+  uint8_t byte;
+  float inverse;
+  bool valid;
+};
+static constexpr ScaledBlock mxfp4_scaled(uint32_t amax, ScaleRule rule) {
+  const uint8_t byte = mxfp4_scale(amax, rule);
+  // 1 / 2^E is exact and normal: a finite block has at most byte 253.
+  return {byte, std::bit_cast<float>((254u - (byte < 253 ? byte : 253u)) << 23), byte != 255};
 }
 
 namespace detail {

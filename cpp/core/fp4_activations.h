@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of floats as 4-bit floats for products of integers: x[i, j] ~ row_scale[i, group of j] q[i, j], q int8.
-//   fpq    code = cast(x / (scale 2^-shift[j])),  q = integer(code) 2^(most - shift[j]),  row_scale = scale unit
-//   2^-most mxfp4  blocks of 32 columns: the codes of mxfp4_quantize,  q = 2 e2m1,  row_scale = E8M0 / 2 nvfp4  blocks
-//   of 16 columns of y = x 2^-e, where 2^e is the smallest power of two >= fl(amax of the row / 2688):
-//          s = E4M3(clamp(fl(amax of the block / 6), 2^-6, 448)),  code = E2M1(fl(y fl(1 / s))),  q = 2 e2m1,
-//          row_scale = s 2^e / 2
+//   fpq: code = cast(x / (scale 2^-shift[j])),  q = integer(code) 2^(most - shift[j]),  row_scale = scale unit 2^-most
+//   mxfp4: blocks of 32 columns: the codes of mxfp4_quantize,  q = 2 e2m1,  row_scale = E8M0 / 2
+//   nvfp4: blocks of 16 columns of y = x 2^-e, where 2^e is the smallest power of two >= fl(amax of the row / 2688):
+//     s = E4M3(clamp(fl(amax of the block / 6), 2^-6, 448)),  code = E2M1(fl(y fl(1 / s))),  q = 2 e2m1,
+//     row_scale = s 2^e / 2
 // `most` is the largest shift, 2^E - 1, integer() and unit are those of fp4_integers. E3M0 has no such int8 numbers. A
 // NaN makes the scale NaN that it falls under, and so does an infinity in a block; q is 0 for a NaN, and in such a
 // block. FPQ saturates.
@@ -12,11 +12,9 @@
 
 #include <cstdint>
 
-#include "fp4.h"
+#include "nvfp4.h"
 
 namespace bitmill {
-
-inline constexpr int64_t kNvBlock = 16;
 
 enum class Fp4Activations { fpq, mxfp4, nvfp4 };
 
@@ -49,29 +47,22 @@ struct FpqColumns {
   float row_scale;
 };
 
-// E4M3 of a value within 2^-6 ... 448, as a float: 3 bits of mantissa, ties to even.
-static inline float e4m3_rounded(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  return std::bit_cast<float>((bits + 0x7FFFFu + ((bits >> 20) & 1u)) & 0xFFF00000u);
-}
-
 // A block's scale from the bits of its largest magnitude, and what its values are multiplied with before the cast. The
 // scale of a block that is not finite is NaN.
 struct BlockScale {
   float scale, inverse;
 };
-static inline BlockScale mxfp4_block(uint32_t amax, ScaleRule rule) {
+static constexpr BlockScale mxfp4_block(uint32_t amax, ScaleRule rule) {
   const uint8_t byte = mxfp4_scale(amax, rule);
   return {e8m0_to_float(byte), std::bit_cast<float>(byte == 255 ? 0u : (254u - byte) << 23)};
 }
-static inline BlockScale nvfp4_block(uint32_t amax) {
+static constexpr BlockScale nvfp4_block(uint32_t amax) {
   if (amax >= 0x7F800000u) return {std::numeric_limits<float>::quiet_NaN(), 0.0f};
-  const float wanted = std::bit_cast<float>(amax) / 6.0f;
-  const float scale = e4m3_rounded(wanted < 0x1p-6f ? 0x1p-6f : wanted > 448.0f ? 448.0f : wanted);
+  const float scale = e4m3_scale(std::bit_cast<float>(amax) / 6.0f);
   return {scale, 1.0f / scale};
 }
 // 2^e of a row, and 2^-e.
-static inline BlockScale nvfp4_row(uint32_t amax) {
+static constexpr BlockScale nvfp4_row(uint32_t amax) {
   const uint8_t byte = e8m0_from_bits(std::bit_cast<uint32_t>(std::bit_cast<float>(amax) / 2688.0f), true);
   return {e8m0_to_float(byte), byte == 254 ? 0x1p-127f : std::bit_cast<float>((254u - byte) << 23)};
 }

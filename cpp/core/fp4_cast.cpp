@@ -58,13 +58,11 @@ void quantize_rows(const Mxfp4QuantizeParams& p, const T* x, int64_t begin, int6
       const int64_t first = block * kMxBlock, last = std::min(p.k, first + kMxBlock);
       uint32_t amax = 0;  // bits of magnitudes are in the order of their values, with infinity and NaN above
       for (int64_t j = first; j < last; ++j) amax = std::max(amax, magnitude_bits(to_float(input[j])));
-      const uint8_t scale = mxfp4_scale(amax, p.rule);
-      p.scale[row * blocks + block] = scale;
-      // 1 / 2^E is exact and normal: a finite block has at most byte 253.
-      const float inverse = std::bit_cast<float>((254u - std::min<uint32_t>(scale, 253u)) << 23);
+      const ScaledBlock scaled = mxfp4_scaled(amax, p.rule);
+      p.scale[row * blocks + block] = scaled.byte;
       const auto code = [&](int64_t column) -> uint32_t {
-        if (column >= last || scale == 255) return 0;
-        const uint32_t bits = std::bit_cast<uint32_t>(to_float(input[column]) * inverse);
+        if (column >= last || !scaled.valid) return 0;
+        const uint32_t bits = std::bit_cast<uint32_t>(to_float(input[column]) * scaled.inverse);
         const uint32_t code = fp4_code(bits, steps);
         return stochastic ? fp4_round_up(code, bits, distances, random(row * p.k + column)) : code;
       };

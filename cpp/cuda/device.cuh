@@ -65,6 +65,16 @@ __device__ inline void multiply_bits(int32_t (&sum)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// sum += a b for 16 rows and 8 columns of 32 products of int8. With g and t as above, a holds fours of neighbours 4 t
+// and 4 t + 16 of rows g and g + 8 (a[0]: g, 4 t; a[1]: g + 8, 4 t; a[2]: g, 4 t + 16; a[3]: g + 8, 4 t + 16), b those
+// of column g; sum is placed as above.
+__device__ inline void multiply_int8(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // sum += a b for 16 rows and 8 columns of 16 products of bfloat16 or float16, added as floats. With g and t as above, a
 // holds pairs of neighbours 2 t and 2 t + 8 of rows g and g + 8 (a[0]: g, 2 t; a[1]: g + 8, 2 t; a[2]: g, 2 t + 8;
 // a[3]: g + 8, 2 t + 8), b those of column g; sum is placed as above.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Floats times 4-bit codes: for few rows of activations, where the weight is read once and every code is looked up. The
-// table of 16 values stands in shared memory once a lane, so that no two lanes ever meet in a bank, and serves every
-// format and codebook alike.
+// table of 16 values stands in shared memory, where no two of them meet in a bank, and serves every format and codebook
+// alike.
 #include "binary_output.cuh"
 #include "device.cuh"
 #include "fp4.h"
@@ -16,26 +16,9 @@ constexpr int kSlots = kThreads / 4;  // 4 threads read a word of 16 outputs as 
 
 template <int rows>
 struct Fp4Shared {
-  float table[16][kWarp];
+  float table[16];
   float sum[kSlots][rows][kTileRows];
 };
-
-__device__ float e8m0(uint8_t byte) {
-  return std::bit_cast<float>(byte == 255 ? 0x7FC00000u : byte == 0 ? 0x400000u : static_cast<uint32_t>(byte) << 23);
-}
-
-__device__ float e4m3(uint8_t byte) {
-  const uint32_t magnitude = byte & 0x7Fu;
-  const float value = magnitude == 0x7F ? std::bit_cast<float>(0x7FC00000u)
-                      : magnitude < 8   ? static_cast<float>(magnitude) * 0x1p-9f
-                                        : std::bit_cast<float>((magnitude << 20) + (120u << 23));
-  return byte > 0x7F ? -value : value;
-}
-
-__device__ float scale_at(const Fp4Weight& w, int64_t index) {
-  if (w.scale) return w.scale[index];
-  return w.global_scale ? e4m3(w.scale_bytes[index]) * *w.global_scale : e8m0(w.scale_bytes[index]);
-}
 
 // A tile of 16 outputs and `rows` rows a block; slots take words slot, slot + kSlots, ... of 8 columns.
 template <class T, int rows>
@@ -43,15 +26,13 @@ __global__ void __launch_bounds__(kThreads)
     fp4_matmul_kernel(Fp4MatmulParams p, const __grid_constant__ Fp4Table table, bool aligned) {
   auto& shared = shared_memory<Fp4Shared<rows>>();
   const Fp4Weight& w = p.weight;
-  const int thread = static_cast<int>(threadIdx.x), quad = thread % 4, slot = thread / 4, lane = thread % kWarp;
+  const int thread = static_cast<int>(threadIdx.x), quad = thread % 4, slot = thread / 4;
   const auto tiles = static_cast<unsigned>(tile_count(w.n));
   const int64_t tile = blockIdx.x % tiles, first_row = int64_t{blockIdx.x / tiles} * rows;
   const int64_t words = word_count(w.k, 4);
   const auto group_words = static_cast<unsigned>(w.group_size > 0 ? w.group_size / 8 : words);
   const int64_t groups = w.group_size > 0 ? ceil_div(w.k, w.group_size) : 1;
-  for (int code = thread / kWarp; code < 16; code += kThreads / kWarp) {
-    shared.table[code][lane] = w.table ? w.table[code] : table.value[code];
-  }
+  if (thread < 16) shared.table[thread] = w.table ? w.table[thread] : table.value[thread];
   __syncthreads();
 
   float sum[rows][4] = {};
@@ -69,11 +50,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t output = tile * kTileRows + 4 * quad + i;
-      const float scale = output < w.n ? scale_at(w, output * groups + group) : 0.0f;
+      const float scale = output < w.n ? weight_scale(w, output * groups + group) : 0.0f;
       float part[rows] = {};
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float value = shared.table[codes[i] >> 4 * j & 15u][lane];
+        const float value = shared.table[codes[i] >> 4 * j & 15u];
 #pragma unroll
         for (int r = 0; r < rows; ++r) part[r] = fmaf(value, x[r][j], part[r]);
       }

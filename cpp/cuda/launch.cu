@@ -16,6 +16,15 @@ Status status_of(cudaError_t error) {
   return Status::device_error;
 }
 
+Status clear_number(int32_t* number, Stream stream) {
+  return status_of(cudaMemsetAsync(number, 0, sizeof *number, stream));
+}
+
+Status read_number(int32_t& value, const int32_t* number, Stream stream) {
+  const Status status = status_of(cudaMemcpyAsync(&value, number, sizeof value, cudaMemcpyDeviceToHost, stream));
+  return status == Status::ok ? status_of(cudaStreamSynchronize(stream)) : status;
+}
+
 const char* last_error() { return cudaGetErrorString(last); }
 
 Device current_device() {

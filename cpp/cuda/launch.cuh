@@ -17,6 +17,10 @@ inline constexpr unsigned kAllLanes = ~0u;
 
 Status status_of(cudaError_t error);
 
+// A number on the device: made 0, and read, which waits for all that the stream has to do before.
+Status clear_number(int32_t* number, Stream stream);
+Status read_number(int32_t& value, const int32_t* number, Stream stream);
+
 // Kernels read weight tiles 16 bytes at a time.
 inline bool aligned16(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 

@@ -9,7 +9,8 @@
 
 #include "binary_matmul.h"
 #include "bitpack.h"
-#include "fp4.h"
+#include "codebook4.h"
+#include "fp4_activations.h"
 #include "salient_scatter.h"
 #include "status.h"
 
@@ -28,9 +29,29 @@ Status launch_binary_matmul(const BinaryMatmulParams& params, Stream stream);
 Status launch_binary_weight_matmul(const BinaryWeightMatmulParams& params, Stream stream,
                                    std::optional<Dtype> out_dtype = std::nullopt);
 
+// NanPolicy::error alone waits for the GPU, and needs a number on the device, `found`.
+Status launch_fp4_cast(const Fp4CastParams& params, Stream stream, int32_t* found = nullptr);
+Status launch_fp4_uncast(const uint8_t* packed, int64_t m, int64_t k, Fp4Format format, float* values, Stream stream);
+Status launch_e8m0_cast(const void* x, Dtype dtype, int64_t count, bool up, uint8_t* bytes, Stream stream);
+Status launch_e8m0_uncast(const uint8_t* bytes, int64_t count, float* values, Stream stream);
+Status launch_mxfp4_quantize(const Mxfp4QuantizeParams& params, Stream stream);
+Status launch_mxfp4_dequantize(const uint8_t* packed, const uint8_t* scale, int64_t m, int64_t k, float* values,
+                               Stream stream);
+Status launch_nvfp4_quantize(const Nvfp4QuantizeParams& params, Stream stream);
+Status launch_nvfp4_dequantize(const Nvfp4DequantizeParams& params, Stream stream);
+Status launch_codebook4_quantize(const Codebook4QuantizeParams& params, Stream stream);
+Status launch_codebook4_dequantize(const Codebook4DequantizeParams& params, Stream stream);
+
 // Float activations only. The values of the codes: `table`, on the host, or the weight's own, on the device. Sums as
 // above.
 Status launch_fp4_matmul(const Fp4MatmulParams& params, const Fp4Table* table, Stream stream);
+
+// Of FPQ: `input_scale`, one number on the device, or null for that of the Params. Nothing is looked at before: a shift
+// above the largest counts as that.
+Status launch_fp4_activations(const Fp4ActivationsParams& params, Stream stream, const float* input_scale = nullptr);
+
+// int8 activations, bit for bit as core multiplies them; the table as `integers`, groups of 16 or 32 columns or one.
+Status launch_fp4_int8_matmul(const Fp4MatmulParams& params, const Fp4Integers& integers, Stream stream);
 
 // Float activations only; sums as above. Scratch memory: signs [m, n], and totals [m, groups] if there is a mu. Nothing
 // is looked at before: contradictory arrays give a wrong result, never a read outside of them.

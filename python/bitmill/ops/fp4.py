@@ -257,7 +257,8 @@ def fp4_cast(
     Args:
         x: float32, bfloat16 or float16 [..., k].
         format: "e2m1", "e1m2" or "e3m0".
-        nan: what NaN becomes: "max" code 7 for both signs (as cuda_fp4.h), "zero" code 0, "error" a ValueError.
+        nan: what NaN becomes: "max" code 7 for both signs (as cuda_fp4.h), "zero" code 0, "error" a ValueError, which
+            a GPU is waited for.
         rounding: "nearest_even", "stochastic", "toward_zero" or "half_away".
         seed, offset: int64, of the random numbers for "stochastic"; another offset (of every step of a training, say)
             gives independent ones.

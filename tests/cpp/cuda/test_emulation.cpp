@@ -61,6 +61,9 @@ void fragment(const uint32_t* a, const uint32_t* b, Sum* sum, const Multiply& mu
 __global__ void bits_kernel(const uint32_t* a, const uint32_t* b, int32_t* sum) {
   fragment<int32_t, 8>(a, b, sum, [](auto&... operands) { cuda::multiply_bits(operands...); });
 }
+__global__ void int8_kernel(const uint32_t* a, const uint32_t* b, int32_t* sum) {
+  fragment<int32_t, 8>(a, b, sum, [](auto&... operands) { cuda::multiply_int8(operands...); });
+}
 template <class Half>
 __global__ void halves_kernel(const uint32_t* a, const uint32_t* b, float* sum) {
   fragment<float, 8>(a, b, sum, [](auto&... operands) { cuda::multiply_halves<Half>(operands...); });
@@ -77,6 +80,21 @@ void multiplies_bits() {
   for (int i = 0; i < 16 * 8; ++i) {
     int32_t want = 0;
     for (int w = 0; w < 8; ++w) want += std::popcount(a[i / 8 * 8 + w] & b[i % 8 * 8 + w]);
+    CHECK(sum[i] == want);
+  }
+}
+
+void multiplies_int8() {
+  std::vector<int8_t> a(16 * 32), b(8 * 32);
+  for (auto* values : {&a, &b}) {
+    for (int8_t& value : *values) value = static_cast<int8_t>(random_bits());
+  }
+  std::vector<int32_t> sum(16 * 8);
+  const auto *left = reinterpret_cast<const uint32_t*>(a.data()), *right = reinterpret_cast<const uint32_t*>(b.data());
+  CHECK(cuda::launch(nullptr, int8_kernel, 1, 32, 0, left, right, sum.data()) == Status::ok);
+  for (int i = 0; i < 16 * 8; ++i) {
+    int32_t want = 0;
+    for (int k = 0; k < 32; ++k) want += a[i / 8 * 32 + k] * b[i % 8 * 32 + k];
     CHECK(sum[i] == want);
   }
 }
@@ -110,6 +128,7 @@ int main() {
     CHECK(std::accumulate(right.begin(), right.end(), 0) == 64);
   }
   multiplies_bits();
+  multiplies_int8();
   multiplies_halves<BFloat16>();
   multiplies_halves<Float16>();
   CHECK(cuda::launch(nullptr, lanes_kernel, 1, 2048, 0, static_cast<int*>(nullptr)) == Status::device_error);

@@ -125,6 +125,14 @@ inline unsigned __ballot_sync(unsigned, bool value) {
 
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 
+// Byte i of the result is that of number selector >> 4 i, modulo 8, of the bytes of low and then high.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7u) * 8 & 255u) << 8 * i;
+  return result;
+}
+
 inline unsigned __brev(unsigned bits) {
   unsigned reversed = 0;
   for (int i = 0; i < 32; ++i) reversed |= (bits >> i & 1u) << (31 - i);
@@ -147,6 +155,16 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : emulation::compute_capability;
   return cudaSuccess;
 }
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid configuration";

@@ -52,6 +52,26 @@ inline void multiply_bits(int32_t (&sum)[4], const uint32_t (&a)[4], const uint3
   });
 }
 
+inline void multiply_int8(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Operands {
+    int8_t a[4][4], b[2][4];
+  };
+  Operands mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  const int lane = emulation::block->thread->lane, group = lane / 4, in_group = lane % 4;
+  emulation::exchange(mine, [&](auto of) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = group + i / 2 * 8, column = 2 * in_group + i % 2;
+      for (int k = 0; k < 32; ++k) {
+        const int8_t left = of(row % 8 * 4 + k % 16 / 4).a[row / 8 + k / 16 * 2][k % 4];
+        sum[i] += left * of(column * 4 + k % 16 / 4).b[k / 16][k % 4];
+      }
+    }
+    return 0;
+  });
+}
+
 template <class Half>
 inline void multiply_halves(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Operands {
