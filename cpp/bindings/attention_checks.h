@@ -16,24 +16,11 @@
 
 namespace bitmill {
 
-inline constexpr float kAlphaFloor = 1e-5f;
-
 inline AttentionRule rule_of(const char* op, const std::string& rule) {
   if (rule == "bool") return AttentionRule::bool_;
   if (rule == "softmax_aware") return AttentionRule::softmax_aware;
   if (rule == "elastic") return AttentionRule::elastic;
   fail(op, ": rule must be \"bool\", \"softmax_aware\" or \"elastic\", got \"", rule, "\"");
-}
-
-// k and v are like q: its device and dtype, and these sizes.
-inline void check_like(const char* op, const Tensor& q, const char* name, const Tensor& t, const Sizes& sizes) {
-  if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU like q, got another device");
-  if (t.scalar_type() != q.scalar_type()) {
-    fail(op, ": ", name, " must be ", dtype_name(q.scalar_type()), ", got ", dtype_name(t.scalar_type()));
-  }
-  if (!same_sizes(t, sizes)) {
-    fail(op, ": ", name, " must have shape ", to_string(sizes), ", got ", to_string(sizes_of(t)));
-  }
 }
 
 // A tensor of matrices [..., rows, columns], without moving it; `offset` has an entry a matrix.
@@ -74,13 +61,14 @@ inline View view_of(const Tensor& t) {
 }
 
 // [..., n, e] in the memory of [first, n, ..., e]: heads beside each other, so merging them copies nothing.
-inline Tensor new_context(const Sizes& leading, int64_t n, int64_t e, ScalarType dtype) {
+template <class Call>
+Tensor new_context(const Call& call, const Sizes& leading, int64_t n, int64_t e, ScalarType dtype) {
   Sizes sizes = leading;
   sizes.insert(sizes.end(), {n, e});
   std::vector<size_t> order(sizes.size());
   std::iota(order.begin(), order.end(), size_t{0});
   if (leading.size() >= 2) std::rotate(order.begin() + 1, order.end() - 2, order.end() - 1);
-  return new_tensor(sizes, dtype, order);
+  return call.new_tensor(sizes, strides_of(sizes, order), dtype);
 }
 
 // A mask broadcast to [..., n, m]: which of its matrices each of the batch reads, and their places.
@@ -90,8 +78,9 @@ struct MaskView {
   AttentionMask mask;
 };
 
-inline MaskView broadcast_view(const char* op, const char* name, const Tensor& t, const Sizes& scores) {
-  if (!t.is_cpu()) fail(op, ": ", name, " must be on the CPU like q, got another device");
+template <class Call>
+MaskView broadcast_view(const Call& call, const char* op, const char* name, const Tensor& t, const Sizes& scores) {
+  call.check_device(name, t);
   MaskView view;
   const Sizes sizes = sizes_of(t), strides = strides_of(t);
   const size_t missing = scores.size() - std::min(scores.size(), sizes.size());
@@ -120,11 +109,17 @@ inline MaskView broadcast_view(const char* op, const char* name, const Tensor& t
   return view;
 }
 
-inline MaskView mask_view(const char* op, const Tensor& t, const Sizes& scores) {
-  MaskView view = broadcast_view(op, "mask", t, scores);
+template <class Call>
+MaskView mask_view(const Call& call, const char* op, const Tensor& t, const Sizes& scores) {
+  MaskView view = broadcast_view(call, op, "mask", t, scores);
   view.mask.boolean = t.scalar_type() == ScalarType::Bool;
   if (!view.mask.boolean) view.mask.dtype = float_dtype(op, t, "mask must be bool, float32, bfloat16 or float16");
   return view;
+}
+
+inline float step_of(const std::optional<Tensor>& alpha) {
+  const float value = *data<float>(*alpha);
+  return value < kAttentionStepFloor ? kAttentionStepFloor : value;
 }
 
 // What the rule of the map needs, checked.
@@ -134,42 +129,43 @@ struct Rule {
   std::optional<double> scaling;
   double beta;
 
-  void check_step(const char* step_name, const std::optional<Tensor>& step) const {
+  template <class Call>
+  void check_step(const Call& call, const char* step_name, const std::optional<Tensor>& step) const {
     if (step.has_value() != (name == "elastic")) {
       fail(op, ": ", step_name, " goes with rule \"elastic\" only, and is needed there; got rule \"", name, "\"");
     }
-    checked(op, step_name, step, ScalarType::Float, {});
+    call.checked(step_name, step, ScalarType::Float, {});
   }
 
-  void apply(const std::optional<Tensor>& alpha_q, const std::optional<Tensor>& alpha_k,
-             const std::optional<Tensor>& alpha_a, BinaryAttentionParams& p) const;
+  // All but the numbers that come of learned steps.
+  template <class Call>
+  void apply(const Call& call, const std::optional<Tensor>& alpha_q, const std::optional<Tensor>& alpha_k,
+             const std::optional<Tensor>& alpha_a, BinaryAttentionParams& p) const {
+    const float largest = std::numeric_limits<float>::max(), smallest = std::numeric_limits<float>::min();
+    p.rule = rule_of(op, name);
+    if (scaling && !(*scaling >= smallest && *scaling <= largest)) {
+      fail(op, ": scaling must be a positive, finite float32, got ", *scaling);
+    }
+    if (!(beta > 0 && beta <= 1)) fail(op, ": beta must lie in (0, 1], got ", beta);
+    check_step(call, "alpha_q", alpha_q);
+    check_step(call, "alpha_k", alpha_k);
+    check_step(call, "alpha_a", alpha_a);
+    p.divide = !scaling;
+    p.scale = static_cast<float>(scaling ? *scaling : root(p));
+    p.gap = static_cast<float>(std::log(1 / beta));
+  }
+
+  // Those, of steps on the CPU.
+  void read_steps(const std::optional<Tensor>& alpha_q, const std::optional<Tensor>& alpha_k,
+                  const std::optional<Tensor>& alpha_a, BinaryAttentionParams& p) const {
+    if (p.rule != AttentionRule::elastic) return;
+    const double product = static_cast<double>(step_of(alpha_q)) * static_cast<double>(step_of(alpha_k));
+    p.slope = scaling ? product * *scaling : product / root(p);
+    p.threshold = static_cast<double>(step_of(alpha_a)) / 2;
+  }
+
+  static double root(const BinaryAttentionParams& p) { return std::sqrt(static_cast<double>(p.d)); }
 };
-
-inline float step_of(const std::optional<Tensor>& alpha) {
-  const float value = *data<float>(*alpha);
-  return value < kAlphaFloor ? kAlphaFloor : value;
-}
-
-inline void Rule::apply(const std::optional<Tensor>& alpha_q, const std::optional<Tensor>& alpha_k,
-                        const std::optional<Tensor>& alpha_a, BinaryAttentionParams& p) const {
-  const float largest = std::numeric_limits<float>::max(), smallest = std::numeric_limits<float>::min();
-  p.rule = rule_of(op, name);
-  if (scaling && !(*scaling >= smallest && *scaling <= largest)) {
-    fail(op, ": scaling must be a positive, finite float32, got ", *scaling);
-  }
-  if (!(beta > 0 && beta <= 1)) fail(op, ": beta must lie in (0, 1], got ", beta);
-  check_step("alpha_q", alpha_q);
-  check_step("alpha_k", alpha_k);
-  check_step("alpha_a", alpha_a);
-  const double root = std::sqrt(static_cast<double>(p.d));
-  p.divide = !scaling;
-  p.scale = static_cast<float>(scaling ? *scaling : root);
-  p.gap = static_cast<float>(std::log(1 / beta));
-  if (p.rule != AttentionRule::elastic) return;
-  const double product = static_cast<double>(step_of(alpha_q)) * static_cast<double>(step_of(alpha_k));
-  p.slope = scaling ? product * *scaling : product / root;
-  p.threshold = static_cast<double>(step_of(alpha_a)) / 2;
-}
 
 // Where each sequence's rows begin: of `sequences` of n rows, or of these lengths; `of` names what has the rows.
 inline std::vector<int64_t> first_rows(int64_t sequences, int64_t n) {
@@ -178,9 +174,10 @@ inline std::vector<int64_t> first_rows(int64_t sequences, int64_t n) {
   return first;
 }
 
-inline std::vector<int64_t> first_rows(const char* op, const Tensor& lengths, int64_t rows, const char* of) {
+template <class Call>
+std::vector<int64_t> first_rows(const Call& call, const char* op, const Tensor& lengths, int64_t rows, const char* of) {
   if (lengths.dim() != 1) fail(op, ": lengths must have shape [sequences], got ", to_string(sizes_of(lengths)));
-  const Tensor counts = checked(op, "lengths", lengths, ScalarType::Long, sizes_of(lengths));
+  const Tensor counts = call.on_host(call.checked("lengths", lengths, ScalarType::Long, sizes_of(lengths)));
   std::vector<int64_t> first = {0};
   for (int64_t i = 0; i < counts.size(0); ++i) {
     const int64_t length = data<int64_t>(counts)[i];

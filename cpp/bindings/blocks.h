@@ -249,14 +249,17 @@ inline SelfAttention::SelfAttention(const char* op, const Rows& rows, SelfAttent
     weights.push_back(binary_weight(op, a.weight[i], entry_of(a.weight_nonzero, i), columns, k));
     shifts[i] = checked(op, "shift", entry_of(a.shift, i), ScalarType::Float, {k});
   }
-  first = a.lengths ? first_rows(op, *a.lengths, m, "x") : first_rows(rows.leading[0], rows.leading[1]);
+  const CpuCall call(op, "x", rows.x);
+  first = a.lengths ? first_rows(call, op, *a.lengths, m, "x") : first_rows(rows.leading[0], rows.leading[1]);
   const int64_t sequences = static_cast<int64_t>(first.size()) - 1;
   p.batch = sequences * a.heads;
   p.n = p.m = a.lengths ? longest(first) : rows.leading[1];
   p.d = p.e = width / a.heads;
-  Rule{op, a.rule, a.scaling, a.beta}.apply(a.alpha_q, a.alpha_k, a.alpha_a, p);
+  const Rule rule{op, a.rule, a.scaling, a.beta};
+  rule.apply(call, a.alpha_q, a.alpha_k, a.alpha_a, p);
+  rule.read_steps(a.alpha_q, a.alpha_k, a.alpha_a, p);
   if (a.mask) {
-    attended = mask_view(op, *a.mask, {sequences, a.heads, p.n, p.m});
+    attended = mask_view(call, op, *a.mask, {sequences, a.heads, p.n, p.m});
     p.mask = attended->mask;
   }
 }

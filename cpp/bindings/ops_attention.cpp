@@ -1,182 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU ops of binary attention: check, allocate, call. Schemas: python/bitmill/ops/binary_attention.py and
-// binary_attention_bits.py.
-#include <algorithm>
-#include <functional>
-#include <numeric>
-
-#include "attention_checks.h"
-#include "binary_attention.h"
+// Binary attention on the CPU. Schemas: python/bitmill/ops/binary_attention.py and binary_attention_bits.py.
+#include "attention_ops.h"
 #include "boxing.h"
-#include "checks.h"
 
 namespace bitmill {
 namespace {
 
-Tensor binary_attention_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, std::string rule,
-                            std::optional<double> scaling, double beta, std::string zero, std::optional<Tensor> alpha_q,
-                            std::optional<Tensor> alpha_k, std::optional<Tensor> alpha_v, std::optional<Tensor> alpha_a,
-                            std::optional<Tensor> value_addend) {
-  const char* op = "binary_attention";
-  BinaryAttentionParams p;
-  rule_of(op, rule);
-  if (zero != "torch" && zero != "plus") fail(op, ": zero must be \"torch\" or \"plus\", got \"", zero, "\"");
-  p.zeros = zero == "torch";
-  p.dtype = float_dtype(op, q, "q must be float32, bfloat16 or float16");
-  const int64_t dims = q.dim();
-  if (dims < 2 || k.dim() != dims || v.dim() != dims || q.size(dims - 1) != k.size(dims - 1) || q.size(dims - 1) == 0) {
-    fail(op, ": expected q [..., n, d], k [..., m, d] and v [..., m, e] with d > 0, got ", to_string(sizes_of(q)), ", ",
-         to_string(sizes_of(k)), " and ", to_string(sizes_of(v)));
-  }
-  const Sizes leading = without_last_two(sizes_of(q));
-  p.n = q.size(dims - 2);
-  p.d = q.size(dims - 1);
-  p.m = k.size(dims - 2);
-  p.e = v.size(dims - 1);
-  p.batch = std::accumulate(leading.begin(), leading.end(), int64_t{1}, std::multiplies<>());
-  if (std::max(p.d, p.m) > kMaxColumns) {
-    fail(op, ": d and m must be at most ", kMaxColumns, ", got ", p.d, " and ", p.m);
-  }
-  check_like(op, q, "k", k, with_last(with_last(leading, p.m), p.d));
-  check_like(op, q, "v", v, with_last(with_last(leading, p.m), p.e));
-  const Rule chosen{op, rule, scaling, beta};
-  chosen.apply(alpha_q, alpha_k, alpha_a, p);
-  chosen.check_step("alpha_v", alpha_v);
-  if (p.rule == AttentionRule::elastic) p.step = step_of(alpha_a) * step_of(alpha_v);
-  const View queries = view_of(q), keys = view_of(k), values = view_of(v);
-  p.q = queries.matrices;
-  p.k = keys.matrices;
-  p.v = values.matrices;
-  std::optional<MaskView> attended;
-  if (mask) {
-    attended = mask_view(op, *mask, with_last(with_last(leading, p.n), p.m));
-    p.mask = attended->mask;
-  }
-  std::optional<MaskView> addend;
-  std::vector<int64_t> addend_of;  // of every matrix of the batch
-  if (value_addend) {
-    if (p.rule != AttentionRule::elastic) fail(op, ": value_addend goes with rule \"elastic\", got \"", rule, "\"");
-    if (value_addend->scalar_type() != ScalarType::Float) {
-      fail(op, ": value_addend must be float32, got ", dtype_name(value_addend->scalar_type()));
-    }
-    addend = broadcast_view(op, "value_addend", *value_addend, with_last(with_last(leading, p.m), 1));
-    for (const int64_t matrix : addend->of) addend_of.push_back(addend->offset[static_cast<size_t>(matrix)]);
-    p.value_addend = addend->mask.values;
-    p.value_addend.offset = addend_of.data();
-    p.addend_step = step_of(alpha_a);
-  }
-  const Tensor context = new_context(leading, p.n, p.e, q.scalar_type());
-  const View out = view_of(context);
-  p.out = context.mutable_data_ptr();
-  p.out_offset = out.offset.data();
-  p.out_row_stride = out.matrices.row_stride;
-  p.parallel_for = torch_parallel_for;
-  require(op, binary_attention(p));
-  return context;
-}
+class CpuAttention : public CpuCall {
+ public:
+  using CpuCall::CpuCall;
 
-// Rows of packed heads.
-struct PackedHeads {
-  Tensor sign;
-  std::optional<Tensor> nonzero;
-  int64_t words = 0;  // of a row
+  // Where the kernels can find matrices: anywhere.
+  static Tensor placed(const Tensor& t) { return t; }
 
-  AttentionRows rows() const {
-    return {sign.stride(sign.dim() - 2), data<int32_t>(sign), data_or_null<int32_t>(nonzero)};
+  static Status attend(BinaryAttentionParams& p, const Rule& rule, const LearnedSteps& steps) {
+    rule.read_steps(steps.q, steps.k, steps.a, p);
+    if (steps.v) p.step = step_of(steps.a) * step_of(steps.v);
+    if (steps.a) p.addend_step = step_of(steps.a);
+    p.parallel_for = torch_parallel_for;
+    return binary_attention(p);
   }
 };
-
-// Whether the rows of t lie at even distances, whole and one sequence after another; such as a third of wider ones.
-bool evenly_spaced(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.stride(last) == 1 && (last == 1 || t.stride(0) == t.size(1) * t.stride(1));
-}
-
-PackedHeads packed_heads(const char* op, const char* name, const Tensor& sign, const std::string& nonzero_name,
-                         const std::optional<Tensor>& nonzero, int64_t dims, int64_t heads) {
-  if (sign.dim() != dims) {
-    fail(op, ": ", name, " must have ", dims, " dimensions like q, got shape ", to_string(sizes_of(sign)));
-  }
-  const Sizes sizes = sizes_of(sign);
-  if (sizes.back() == 0 || sizes.back() % heads != 0) {
-    fail(op, ": ", name, " must have a positive multiple of heads = ", heads, " words a row, got ", sizes.back());
-  }
-  check(op, name, sign, ScalarType::Int, sizes);
-  if (nonzero) check(op, nonzero_name.c_str(), *nonzero, ScalarType::Int, sizes);
-  const int64_t row = dims - 2;
-  if (evenly_spaced(sign) && (!nonzero || (evenly_spaced(*nonzero) && nonzero->stride(row) == sign.stride(row)))) {
-    return {sign, nonzero, sizes.back()};
-  }
-  return {as_contiguous(sign), nonzero ? std::optional(as_contiguous(*nonzero)) : std::nullopt, sizes.back()};
-}
-
-std::tuple<Tensor, Tensor> binary_attention_bits_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> q_nonzero,
-                                                     std::optional<Tensor> k_nonzero, std::optional<Tensor> v_nonzero,
-                                                     std::optional<Tensor> mask, std::optional<Tensor> lengths,
-                                                     int64_t heads, Tensor positive, std::optional<Tensor> negative,
-                                                     std::string rule, std::optional<double> scaling, double beta,
-                                                     std::optional<Tensor> alpha_q, std::optional<Tensor> alpha_k,
-                                                     std::optional<Tensor> alpha_a) {
-  const char* op = "binary_attention_bits";
-  if (heads < 1) fail(op, ": heads must be at least 1, got ", heads);
-  if (lengths && mask) fail(op, ": mask and lengths exclude each other, got both");
-  const int64_t dims = lengths ? 2 : 3;
-  if (q.dim() != dims) {
-    fail(op, ": q must have shape ", lengths ? "[rows, words] with lengths" : "[sequences, n, words]", ", got ",
-         to_string(sizes_of(q)));
-  }
-  const PackedHeads queries = packed_heads(op, "q", q, "q_nonzero", q_nonzero, dims, heads);
-  const PackedHeads keys = packed_heads(op, "k", k, "k_nonzero", k_nonzero, dims, heads);
-  const PackedHeads values = packed_heads(op, "v", v, "v_nonzero", v_nonzero, dims, heads);
-  Sizes expected = sizes_of(lengths ? q : k);
-  expected[0] = q.size(0);
-  expected.back() = queries.words;
-  checked(op, "k", k, ScalarType::Int, expected);
-  expected.back() = values.words;
-  checked(op, "v", v, ScalarType::Int, expected);
-
-  BinaryAttentionParams p;
-  const auto q_first = lengths ? first_rows(op, *lengths, q.size(0), "q") : first_rows(q.size(0), q.size(1));
-  const int64_t sequences = static_cast<int64_t>(q_first.size()) - 1;
-  const auto k_first = lengths ? q_first : first_rows(sequences, k.size(1));
-  p.batch = sequences * heads;
-  p.n = lengths ? longest(q_first) : q.size(1);
-  p.m = lengths ? p.n : k.size(1);
-  p.d = queries.words / heads * 32;
-  p.e = values.words / heads * 32;
-  if (std::max(p.d, p.m) > kMaxColumns) {
-    fail(op, ": d and m must be at most ", kMaxColumns, ", got ", p.d, " and ", p.m);
-  }
-  Rule{op, rule, scaling, beta}.apply(alpha_q, alpha_k, alpha_a, p);
-  const Sizes ranges = {2, heads * p.e};
-  const Tensor above = checked(op, "positive", positive, ScalarType::Int, ranges);
-  const auto below = checked(op, "negative", negative, ScalarType::Int, ranges);
-  std::optional<MaskView> attended;
-  if (mask) {
-    attended = mask_view(op, *mask, {sequences, heads, p.n, p.m});
-    p.mask = attended->mask;
-  }
-  Sizes plane = sizes_of(q);
-  plane.back() = values.words;
-  const Tensor sign = new_tensor(plane, ScalarType::Int);
-  const Tensor nonzero = new_tensor(below ? plane : Sizes{0}, ScalarType::Int);
-  p.bits.heads = heads;
-  p.bits.q = queries.rows();
-  p.bits.k = keys.rows();
-  p.bits.v = values.rows();
-  p.bits.q_first = q_first.data();
-  p.bits.k_first = k_first.data();
-  p.bits.out = {mutable_data<int32_t>(sign), below ? mutable_data<int32_t>(nonzero) : nullptr, data<int32_t>(above),
-                data_or_null<int32_t>(below)};
-  p.parallel_for = torch_parallel_for;
-  require(op, binary_attention(p));
-  return {sign, nonzero};
-}
 
 }  // namespace
 }  // namespace bitmill
 
 STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) {
-  m.impl("binary_attention", BITMILL_BOX(bitmill::binary_attention_cpu));
-  m.impl("binary_attention_bits", BITMILL_BOX(bitmill::binary_attention_bits_cpu));
+  m.impl("binary_attention", BITMILL_BOX(bitmill::binary_attention_op<bitmill::CpuAttention>));
+  m.impl("binary_attention_bits", BITMILL_BOX(bitmill::binary_attention_bits_op<bitmill::CpuAttention>));
 }

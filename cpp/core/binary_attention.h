@@ -23,6 +23,9 @@ enum class AttentionRule {
 // An additive mask drops a key from here down.
 inline constexpr float kDropped = -1e4f;
 
+// No learned step counts as less.
+inline constexpr float kAttentionStepFloor = 1e-5f;
+
 // Matrices whose elements may lie anywhere; all distances are in elements.
 struct Matrices {
   const void* data = nullptr;

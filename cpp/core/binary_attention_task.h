@@ -50,7 +50,7 @@ struct AttentionTask {
   }
 };
 
-static inline float attention_score(const BinaryAttentionParams& p, int32_t dot) {
+static constexpr float attention_score(const BinaryAttentionParams& p, int32_t dot) {
   return p.divide ? static_cast<float>(dot) / p.scale : static_cast<float>(dot) * p.scale;
 }
 

@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "binary_attention.h"
 #include "binary_matmul.h"
 #include "bitpack.h"
 #include "codebook4.h"
@@ -28,6 +29,22 @@ Status launch_binary_matmul(const BinaryMatmulParams& params, Stream stream);
 // Each product is exact and sums are of floats, in another order than core's. `out` is of `out_dtype`, if one is named.
 Status launch_binary_weight_matmul(const BinaryWeightMatmulParams& params, Stream stream,
                                    std::optional<Dtype> out_dtype = std::nullopt);
+
+// The learned steps of the elastic rule, each a number on the device: slope, threshold and steps are made of them
+// there, with slope = step of q times that of k, times `scaling` or divided by it. Null: those of the Params count.
+struct AttentionSteps {
+  const float *q = nullptr, *k = nullptr, *a = nullptr, *v = nullptr;  // v null: no step of the context
+  double scaling = 1.0;
+  bool divide = false;
+};
+
+// Words of scratch memory that a call needs.
+int64_t binary_attention_scratch(const BinaryAttentionParams& params);
+// The offsets in the Params lie on the host, each at no more than two even distances: bad_argument otherwise. Sequences
+// of unequal lengths are launched one by one. The elastic rule's weights are those of the device's exp, which may
+// differ from the host's in the last place of a double.
+Status launch_binary_attention(const BinaryAttentionParams& params, int32_t* scratch, Stream stream,
+                               const AttentionSteps& steps = {});
 
 // NanPolicy::error alone waits for the GPU, and needs a number on the device, `found`.
 Status launch_fp4_cast(const Fp4CastParams& params, Stream stream, int32_t* found = nullptr);
