@@ -136,7 +136,12 @@ Status launch_binary_matmul(const BinaryMatmulParams& p, Stream stream) {
   const bool grouped = !p.dot && !p.bits.sign && p.group_size > 0 && p.group_size < p.k;
   // From compute capability 10 on the tensor cores have no 1-bit product, and what replaces it is slower than counting.
   const int capability = p.m > kCountedRows ? current_device().compute_capability : 0;
-  if (!grouped && !p.weight_nonzero && (capability == 8 || capability == 9)) return launch_binary_matmul_mma(p, stream);
+  if (!grouped && !p.weight_nonzero && (capability == 8 || capability == 9)) {
+#ifdef BITMILL_WGMMA
+    if (capability == 9 && multiplies_wgmma(p)) return launch_binary_matmul_wgmma(p, stream);
+#endif
+    return launch_binary_matmul_mma(p, stream);
+  }
   switch (p.operand) {
     case Operand::sign:
       return count<Operand::sign>(p, stream, grouped);

@@ -181,26 +181,7 @@ __global__ void __launch_bounds__(kThreads) binary_matmul_mma_kernel(BinaryMatmu
   }
   __syncthreads();
 
-  const int32_t k = static_cast<int32_t>(p.k);
-  for (int i = thread; i < Shape::kRows * Shape::kColumns; i += kThreads) {  // a warp has 32 columns of a row
-    const int r = i / Shape::kColumns, c = i % Shape::kColumns;
-    const int64_t row = first_row + r, column = first_column + c;
-    const int32_t count = shared.sum[r][c], of_row = shared.row_count[r];
-    const int32_t dot =
-        operand == Operand::sign ? k - 2 * (of_row + shared.column_count[c]) + 4 * count : 2 * count - of_row;
-    const bool inside = row < p.m && column < p.n;
-    if (!p.bits.sign) {
-      if (inside) store_dot(p, row, column, dot);
-      continue;
-    }
-    const OutputBits bits = inside ? output_bits(p.bits, p.n, column, dot) : OutputBits{false, false};
-    const uint32_t sign = __ballot_sync(kAllLanes, bits.sign), nonzero = __ballot_sync(kAllLanes, bits.nonzero);
-    if (lane == 0 && inside) {
-      const int64_t word = row * word_count(p.n) + column / 32;
-      p.bits.sign[word] = static_cast<int32_t>(sign);
-      if (p.bits.nonzero) p.bits.nonzero[word] = static_cast<int32_t>(nonzero);
-    }
-  }
+  store_counts<operand, kThreads>(p, first_row, first_column, shared.sum, shared.row_count, shared.column_count);
 }
 
 template <Operand operand, int m_fragments, int n_fragments>

@@ -113,6 +113,12 @@ int main() {
       multiplies({10, 33, 4200, operand, true, 128}, off);
     }
   }
+  // Large enough for Hopper's kernel: partial blocks, a partial word, more stages than there are places for.
+  for (const bool backwards : {false, true}) {
+    emulation::last_to_first = backwards;
+    multiplies({260, 300, 2150, Operand::sign, false, 0}, false);
+    multiplies({130, 260, 6000, Operand::bool_, false, 0}, false);
+  }
   emulation::compute_capability = 10;
   multiplies({40, 50, 200, Operand::sign, false, 0}, false);
 

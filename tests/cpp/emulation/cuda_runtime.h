@@ -75,6 +75,7 @@ inline int compute_capability = 9;
 
 void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& kernel);
 void wait(Barrier& barrier);
+void pause();  // lets the others run
 void finish_copies(size_t groups_left);
 
 // Shows `value` to the warp and answers what `read` makes of it: read(of) where of(lane) is the value of a lane.
@@ -98,6 +99,7 @@ auto exchange(const T& value, const Read& read) {
 #define blockIdx (emulation::block->index)
 
 inline void __syncthreads() { emulation::wait(emulation::block->barrier); }
+inline void __syncwarp() { emulation::wait(emulation::block->thread->warp->barrier); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {

@@ -86,6 +86,13 @@ __attribute__((no_sanitize_address)) void enter() {
   std::abort();
 }
 
+void leave() {
+  StackChange change;
+  change.begin(scheduler_stack, scheduler_stack_size);
+  emulation_switch(&current->pointer, scheduler);
+  change.end(&scheduler_stack, &scheduler_stack_size);
+}
+
 void resume(Fiber& fiber) {
   current = &fiber;
   block->thread = &fiber.thread;
@@ -140,13 +147,14 @@ void wait(Barrier& barrier) {
     ++barrier.passed;
     return;
   }
-  Fiber& fiber = *current;
-  fiber.barrier = &barrier;
-  fiber.passed = barrier.passed;
-  StackChange change;
-  change.begin(scheduler_stack, scheduler_stack_size);
-  emulation_switch(&fiber.pointer, scheduler);
-  change.end(&scheduler_stack, &scheduler_stack_size);
+  current->barrier = &barrier;
+  current->passed = barrier.passed;
+  leave();
+}
+
+void pause() {
+  current->barrier = nullptr;
+  leave();
 }
 
 void finish_copies(size_t groups_left) {
