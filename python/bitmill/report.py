@@ -19,7 +19,7 @@ from .config import BinaryConfig, FP4Config, Int8Config, OneBitConfig, SalientCo
 from .convert import LATENT, PACKED
 from .nn import PackedBinaryEmbedding, PackedFP4Embedding, PackedInt8Embedding, PackedZonedLinear
 from .nn._module import PackedModule
-from .ops._library import has_compiled_kernel
+from .ops._cuda import kernel_on_cuda
 from .ops._machine import kernel_of
 
 
@@ -187,7 +187,7 @@ def _kernel(module: nn.Module) -> str:
     device = next(module.buffers()).device.type
     if device == "cpu":
         return kernel_of(module.kernel)
-    return device if has_compiled_kernel(module.kernel, device.upper()) else "torch"
+    return kernel_on_cuda(module.kernel) if device == "cuda" else "torch"
 
 
 def _cost(module: nn.Module) -> float:
