@@ -310,8 +310,8 @@ def test_places_are_looked_at_before_the_model_is_read(
     for device in ("nowhere", "meta"):
         said = complaint(*start, tmp_path / "out", "--device", device)
         assert f"device must be one to compute on here, got {device!r}: " in said
-    start[3] = tmp_path
-    assert complaint(*start, tmp_path / "out") == f"bitmill quantize: {tmp_path}: Is a directory"
+    start[3] = tmp_path / "none"
+    assert complaint(*start, tmp_path / "out") == f"bitmill quantize: {start[3]}: No such file or directory"
 
 
 def test_a_damaged_text_is_one_sentence(model: Path, tmp_path: Path, complaint: Callable[..., str]) -> None:

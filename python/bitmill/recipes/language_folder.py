@@ -296,7 +296,7 @@ def _check_places(out: Path, text: Path | None, device: str) -> None:
     """Before a model is read, which takes long: that the folder, the text and the device are some."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"quantize: out must be a folder, got the file {out}")
-    if text is not None:
+    if text is not None and not text.is_dir():  # images may be a folder
         text.open("rb").close()
     try:
         torch.zeros(1, device=device).item()
