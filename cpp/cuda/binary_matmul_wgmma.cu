@@ -17,9 +17,7 @@ constexpr int kThreads = 32 * (kMultiplyWarps + kCountWarps + 1);
 constexpr int kOutputs = 128, kRows = 128;
 constexpr int kWords = 32;  // columns of a stage, in words: as wide as the swizzle of 128 bytes
 constexpr int kStages = 4;
-constexpr int kSteps = kWords / 8;  // of 256 columns
 constexpr int kTiles = kOutputs / static_cast<int>(kTileRows);
-constexpr unsigned kRowBytes = kRows * kWords * 4;
 
 struct Stage {
   uint32_t rows[kRows][kWords];  // 16 bytes at place c of row r are at c ^ r % 8; begins at a multiple of 1024 bytes
@@ -37,6 +35,9 @@ struct Shared {
 constexpr size_t kAlignment = 1024;
 
 #ifdef BITMILL_ON_HOPPER
+
+constexpr int kSteps = kWords / 8;  // of 256 columns
+constexpr unsigned kRowBytes = kRows * kWords * 4;
 
 // Which stage is meant, and the parity of its phase.
 struct Place {
