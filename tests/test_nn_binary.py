@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill import BinaryConfig
-from bitmill.binarize import set_epoch
+from bitmill.binarize import method_names, set_epoch
 from bitmill.nn import BinaryLinear
 from bitmill.ops._library import has_compiled_kernel
 from nn_binary_inputs import FLOATS, K, N, assert_agree, assert_close, every_config, every_method, inputs, name, trained
@@ -180,14 +180,13 @@ def test_unsigned_levels_of_an_empty_batch(act_bits: int) -> None:
         assert module(inputs(0, K)).shape == (0, N)
 
 
-@every_method
-@pytest.mark.parametrize("group_size", [None, 32])
-def test_constant_rows_and_scattered_zeros_pack_exactly(config: BinaryConfig, group_size: int | None) -> None:
-    if group_size:
-        try:
-            config = BinaryConfig(config.method, group_size=group_size)
-        except ValueError:
-            pytest.skip("this method has no groups")
+# Their scales are of the whole weight, learned, or of codes.
+UNGROUPED = {"bit", "bivit_pws", "bnn", "xnorpp", "recu", "llmqat", "n2uq", "statsq", "binarydm"}
+GROUPED = [BinaryConfig(m, group_size=32) for m in method_names() if m not in UNGROUPED]
+
+
+@pytest.mark.parametrize("config", [*(BinaryConfig(m) for m in method_names()), *GROUPED], ids=name)
+def test_constant_rows_and_scattered_zeros_pack_exactly(config: BinaryConfig) -> None:
     linear = nn.Linear(64, 20)
     with torch.no_grad():
         linear.weight[0] = 0
