@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
 
-    demo = commands.add_parser("demo", help="quantise a real language model six ways: perplexity, bytes, speed, text")
+    demo = commands.add_parser("demo", help="quantise a real language model five ways: perplexity, bytes, speed, text")
     demo.add_argument("--json", action="store_true", help="print JSON")
     demo.add_argument("--save", metavar="DIR", type=Path, help="keep the model files here")
     demo.add_argument("--plot", metavar="FILE", type=Path, help="write a PNG of perplexity against file size")
