@@ -63,3 +63,19 @@ def test_demo_failure_is_exit_code_1(capsys: pytest.CaptureFixture[str], tmp_pat
     blocked.write_text("")
     assert cli.main(["demo", "--tokens", "600", "--save", str(blocked / "below")]) == 1
     assert capsys.readouterr().err.startswith("bitmill demo: ")
+
+
+WRONG = {
+    **{f"--threads={n}": f"expected a whole number from 1 to 1024, got {n!r}" for n in ("0", "-1", "100000000", "two")},
+    **{f"--seed={n}": f"expected a whole number of 64 bits, got {n!r}" for n in (str(2**64), "1.5")},
+}
+
+
+@pytest.mark.parametrize("option", WRONG)
+def test_numbers_that_cannot_be_are_wrong_usage(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [["quantize", "m", "--out", "o"], ["generate", "m", "--prompt", "p"], ["eval", "m", "--text", "t"]]
+    for command in commands[:2] if "seed" in option else commands:
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command, option])
+        assert end.value.code == 2
+        assert WRONG[option] in capsys.readouterr().err

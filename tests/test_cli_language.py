@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import json
 import math
 import os
@@ -312,31 +311,6 @@ def test_places_are_looked_at_before_the_model_is_read(
         assert f"device must be one to compute on here, got {device!r}: " in said
     start[3] = tmp_path / "none"
     assert complaint(*start, tmp_path / "out") == f"bitmill quantize: {start[3]}: No such file or directory"
-
-
-def test_a_damaged_text_is_one_sentence(model: Path, tmp_path: Path, complaint: Callable[..., str]) -> None:
-    data = bytearray(gzip.compress(TEXT.encode() * 20))
-    data[20] ^= 0xFF
-    for name, written in (("a.gz", bytes(data)), ("b.gz", data[:-9]), ("c.gz", b"text"), ("d.txt", b"\xff")):
-        (tmp_path / name).write_bytes(written)
-        said = complaint("eval", model, "--text", tmp_path / name)
-        assert f"{tmp_path / name} must be UTF-8 text, gzip-ed in a .gz: " in said
-
-
-WRONG = {
-    **{f"--threads={n}": f"expected a whole number from 1 to 1024, got {n!r}" for n in ("0", "-1", "100000000", "two")},
-    **{f"--seed={n}": f"expected a whole number of 64 bits, got {n!r}" for n in (str(2**64), "1.5")},
-}
-
-
-@pytest.mark.parametrize("option", WRONG)
-def test_numbers_that_cannot_be_are_wrong_usage(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    commands = [["quantize", "m", "--out", "o"], ["generate", "m", "--prompt", "p"], ["eval", "m", "--text", "t"]]
-    for command in commands[:2] if "seed" in option else commands:
-        with pytest.raises(SystemExit) as end:
-            cli.main([*command, option])
-        assert end.value.code == 2
-        assert WRONG[option] in capsys.readouterr().err
 
 
 def test_models_that_cannot_be_quantised_are_one_sentence(

@@ -95,3 +95,12 @@ def test_texts_are_utf8(tmp_path: Path) -> None:
     for path in (broken, cut):
         with pytest.raises(ValueError, match="must be UTF-8 text, gzip-ed in a"):
             read_ids(path, Letters())
+
+
+def test_a_damaged_text_is_one_sentence(tmp_path: Path) -> None:
+    data = bytearray(gzip.compress(b"the cat saw the tree . " * 20))
+    data[20] ^= 0xFF
+    for name, written in (("a.gz", bytes(data)), ("b.gz", data[:-9]), ("c.gz", b"text"), ("d.txt", b"\xff")):
+        (tmp_path / name).write_bytes(written)
+        with pytest.raises(ValueError, match=f"read_ids: .*{name} must be UTF-8 text, gzip-ed in a .gz: "):
+            read_ids(tmp_path / name, None)
