@@ -9,12 +9,13 @@
 namespace bitmill::detail {
 namespace {
 
-// `grouped`: every group of a row has a scale of its own.
-template <bool grouped>
+// `grouped`: every group of a row has a scale of its own. `words`: Path's kWords.
+template <bool grouped, int words>
 struct Int8Path {
   using Input = int8_t;
   using Sum = __m512i;
   using Values = __m512i;
+  static constexpr int kWords = words;
   static constexpr int kSteps = 2;  // step j takes columns 8 w + j, + 2, + 4, + 6 of word w
   __m512i table;                    // 4 times: vpermb takes 6 bits
   float unit;
@@ -60,7 +61,7 @@ struct Int8Path {
   }
 
   void single(const Fp4Task& task, int64_t row, int64_t tile, const float* x) const {
-    block<Int8Path<grouped>, 1, kChunkTiles>(task, *this, row, tile, x);
+    block<Int8Path<grouped, words>, 1, kChunkTiles>(task, *this, row, tile, x);
   }
 };
 
@@ -94,14 +95,18 @@ void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& p, const Fp4Integer
   alignas(16) uint8_t table[16];
   for (int i = 0; i < 16; ++i) table[i] = static_cast<uint8_t>(integers.value[i] + offset);
   const __m512i values = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
-  if (p.grouped_rows) {
-    float* row_scale = new float[numbers]();
-    for (int64_t i = 0; i < p.m * groups; ++i) row_scale[i % groups * rows + i / groups] = p.row_scale[i];
-    multiply_tiles(p, Int8Path<true>{values, integers.unit, rows, first_sum, row_scale}, begin, end);
-    delete[] row_scale;
-  } else {
-    multiply_tiles(p, Int8Path<false>{values, integers.unit, rows, first_sum, nullptr}, begin, end);
-  }
+  float* row_scale = p.grouped_rows ? new float[numbers]() : nullptr;
+  for (int64_t i = 0; row_scale && i < p.m * groups; ++i) row_scale[i % groups * rows + i / groups] = p.row_scale[i];
+  const auto multiply = [&]<bool grouped, int words>() {
+    multiply_tiles(p, Int8Path<grouped, words>{values, integers.unit, rows, first_sum, row_scale}, begin, end);
+  };
+  const auto multiply_groups = [&]<bool grouped>() {
+    if (width == kMxBlock) return multiply.template operator()<grouped, 4>();
+    if (width == 16) return multiply.template operator()<grouped, 2>();
+    multiply.template operator()<grouped, 0>();
+  };
+  p.grouped_rows ? multiply_groups.template operator()<true>() : multiply_groups.template operator()<false>();
+  delete[] row_scale;
   delete[] first_sum;
 }
 

@@ -5,6 +5,7 @@
 //   Input                   what activations are
 //   Sum, Values             16 sums, and what a lookup gives
 //   kSteps                  lookups a word of 8 codes; a step takes one 32-bit element of each activation row
+//   kWords                  words of a group, if that is known; 0 otherwise
 //   fours(rows)             how many of the last rows, fewer than 8, are taken in fours; the others one by one
 //   elements(x, k, first)   16 elements of a row of k activations, zeros past its end
 //   lookup(codes)           what the lowest bits of each lane stand for
@@ -91,6 +92,7 @@ template <class T>
 struct FloatSums {
   using Input = T;
   using Sum = __m512;
+  static constexpr int kWords = 0;
   static constexpr float unit = 1.0f;
 
   static Sum start(int64_t, int64_t) { return _mm512_setzero_ps(); }
@@ -155,8 +157,7 @@ static void block(const Fp4Task& task, const Path& path, int64_t row, int64_t ti
 #pragma GCC unroll 8
       for (int t = 0; t < tiles; ++t) sum[r][t] = path.start(row + r, group);
     }
-    const int64_t end = task.group_end(group);
-    for (int64_t w = group * task.group_words; w < end; ++w) {
+    const auto add_word = [&](int64_t w) __attribute__((always_inline)) {
       const int64_t ahead = prefetched_word(task, w, tiles);
       __m512i bits[tiles];
 #pragma GCC unroll 8
@@ -180,6 +181,13 @@ static void block(const Fp4Task& task, const Path& path, int64_t row, int64_t ti
           for (int t = 0; t < tiles; ++t) sum[r][t] = Path::multiply_add(sum[r][t], broadcast, values[t]);
         }
       }
+    };
+    const int64_t begin = group * task.group_words, end = task.group_end(group);
+    if (Path::kWords > 0 && end - begin == Path::kWords) {  // the end of so short a loop would be predicted wrongly
+#pragma GCC unroll 4
+      for (int i = 0; i < Path::kWords; ++i) add_word(begin + i);
+    } else {
+      for (int64_t w = begin; w < end; ++w) add_word(w);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < tiles; ++t) {
