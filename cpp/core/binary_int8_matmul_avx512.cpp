@@ -1,146 +1,225 @@
 // SPDX-License-Identifier: Apache-2.0
-// int8 activations times bits by table lookup. A word of a tile is two 16-bit lanes of one output; vpermw fetches, for
-// 4 columns in either half, the sum of the activations whose bit is set from a table of 2 x 16 sums. 16-bit sums hold
-// 16 words; then a multiply-add by 1 joins the halves to 32 bits. 8 rows share the prepared bits of 2 tiles.
+// int8 activations times bits by table lookup. The words of two tiles become vectors of 16-bit lanes: 16 columns of 32
+// outputs. A lane's bits are three numbers of 6, 5 and 5 bits, and vpermi2w and vpermw fetch for each the sum of those
+// activations whose bit is set, from tables of 64, 32 and 32 sums. 8 rows share the prepared bits of 2 pairs of tiles.
+// The tables of a span of columns fit the first-level cache; all tiles are multiplied with them before the next span.
 #include "binary_int8_avx512.h"
 
 namespace bitmill::detail {
 namespace {
 
-constexpr int64_t kTables = 4;                   // tables a word
-constexpr int64_t kTableEntries = 32 * kTables;  // int16 entries of tables a word
-constexpr int64_t kWordsBeforeOverflow = 16;     // 16 words x 4 lookups x 4 x 127 < 2^15
+constexpr int64_t kSpanWords = 6;    // 12 x 16 x 127 < 2^15, and tables of 24 KiB
+constexpr int64_t kVector = 32;      // entries of tables in a vector
+constexpr int64_t kHalfVectors = 4;  // vectors of tables of 16 columns: 2 for the first 6 columns, 1 for 5, 1 for 5
+constexpr int kRows = 8;             // of activations, that are multiplied together
+constexpr int kPairTiles = 2;        // tiles whose outputs share a vector
+constexpr int kBlockTiles = 2 * kPairTiles;
 
-// The tables of one row, [words][4][32]: entry i of table j is the sum of columns 4j ... 4j + 3 of the word whose bit
-// in i is set, entry 16 + i the same of columns 16 + 4j ... . Columns from `count` on are 0.
-void build_tables(const int8_t* q, int64_t k, int16_t* tables) {
-  alignas(64) int8_t low_bits[64], high_bits[64];  // of a lane's number: bits 0, 1 and bits 2, 3, one a byte
-  for (int lane = 0; lane < 32; ++lane) {
-    for (int bit = 0; bit < 2; ++bit) {
-      low_bits[2 * lane + bit] = static_cast<int8_t>((lane >> bit) & 1);
-      high_bits[2 * lane + bit] = static_cast<int8_t>((lane >> (bit + 2)) & 1);
+struct Span {
+  int64_t group, first, words;
+};
+
+// The tables of a span for 8 rows, [half word][kHalfVectors][8][32]: vector v of 8 rows lies side by side.
+class Tables {
+ public:
+  Tables() {
+    alignas(64) int8_t low[64], high[64];
+    for (int entry = 0; entry < kVector; ++entry) {
+      for (int bit = 0; bit < 2; ++bit) {
+        low[2 * entry + bit] = static_cast<int8_t>((entry >> bit) & 1);
+        high[2 * entry + bit] = static_cast<int8_t>((entry >> (bit + 2)) & 1);
+      }
+    }
+    low_ = _mm512_load_si512(low), high_ = _mm512_load_si512(high);
+  }
+
+  // q: [count, k]. Columns past k count as zeros; what the tables of missing rows hold does not matter.
+  void build(const int8_t* q, int64_t count, int64_t k, const Span& span) {
+    const int64_t begin = 32 * span.first, end = begin + 32 * span.words < k ? begin + 32 * span.words : k;
+    for (int64_t row = 0; row < count; ++row) {
+      alignas(64) int8_t columns[32 * kSpanWords] = {};
+      alignas(64) int16_t wide[32 * kSpanWords];  // the same, to be broadcast from memory
+      __builtin_memcpy(columns, q + row * k + begin, static_cast<size_t>(end - begin));
+      for (int64_t i = 0; i < 32 * span.words; i += 32) {
+        const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(columns + i));
+        _mm512_store_si512(wide + i, _mm512_cvtepi8_epi16(bytes));
+      }
+      int16_t* out = entries_ + row * kVector;
+      for (int64_t column = 0; column < 32 * span.words; column += 16, out += kHalfVectors * kRows * kVector) {
+        const int8_t* x = columns + column;
+        const int16_t* y = wide + column;
+        const __m512i first = sums_of(x, y);
+        _mm512_store_si512(out, first);
+        _mm512_store_si512(out + kRows * kVector, _mm512_add_epi16(first, broadcast(y + 5)));
+        _mm512_store_si512(out + 2 * kRows * kVector, sums_of(x + 6, y + 6));
+        _mm512_store_si512(out + 3 * kRows * kVector, sums_of(x + 11, y + 11));
+      }
     }
   }
-  const __m512i low = _mm512_load_si512(low_bits), high = _mm512_load_si512(high_bits);
-  // 16-bit pairs of the row's 32 bytes: pair 2j (columns 4j, 4j + 1) for entries 0 ... 15, pair 8 + 2j for the others.
-  const __m512i halves = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(8), 1);
-  for (int64_t column = 0; column < k; column += 32) {
-    const int64_t left = k - column;
-    const __mmask32 bytes = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
-    const __m512i pairs = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(bytes, q + column));
-    for (int j = 0; j < kTables; ++j) {
-      const __m512i index = _mm512_add_epi16(halves, _mm512_set1_epi16(static_cast<int16_t>(2 * j)));
-      const __m512i first = _mm512_permutexvar_epi16(index, pairs);
-      const __m512i second = _mm512_permutexvar_epi16(_mm512_add_epi16(index, _mm512_set1_epi16(1)), pairs);
-      const __m512i sums = _mm512_add_epi16(_mm512_maddubs_epi16(low, first), _mm512_maddubs_epi16(high, second));
-      _mm512_store_si512(tables + (column / 32) * kTableEntries + 32 * j, sums);
-    }
+
+  const int16_t* entries() const { return entries_; }
+
+ private:
+  // Two bytes to all lanes from memory: the compiler would take two pairs through a general register.
+  static __m512i broadcast(const void* pair) {
+    __m512i lanes;
+    asm("vpbroadcastw %1, %0" : "=v"(lanes) : "m"(*static_cast<const int16_t*>(pair)));
+    return lanes;
   }
-}
 
-constexpr int kTilePair = 2;
+  // Entry i: the sum of those of 5 columns whose bit in i is set. y: x as int16.
+  __m512i sums_of(const int8_t* x, const int16_t* y) const {
+    const __m512i two = _mm512_maddubs_epi16(low_, broadcast(x));
+    const __m512i four = _mm512_add_epi16(two, _mm512_maddubs_epi16(high_, broadcast(x + 2)));
+    return _mm512_mask_add_epi16(four, 0xFFFF0000u, four, broadcast(y + 4));
+  }
 
-struct Pair {  // 16-bit sums of one row and two tiles; named, not an array: g++ keeps indexed accumulators in memory
+  __m512i low_, high_;  // bits 0, 1 and bits 2, 3 of the numbers of entries, one a byte
+  alignas(64) int16_t entries_[2 * kSpanWords * kHalfVectors * kRows * kVector];
+};
+
+struct Pair {  // of vectors, for two pairs of tiles; named, not an array: g++ keeps indexed ones in memory
   __m512i s0, s1;
 };
 
-void look_up(Pair& sum, const int16_t* table, __m512i index0, __m512i index1) {
-  __m512i entries = _mm512_load_si512(table);
-  asm volatile("" : "+v"(entries));  // loaded once, not by both lookups
-  sum.s0 = _mm512_add_epi16(sum.s0, _mm512_permutexvar_epi16(index0, entries));
-  sum.s1 = _mm512_add_epi16(sum.s1, _mm512_permutexvar_epi16(index1, entries));
+// Adds the sums that the lowest 6 bits of `index` select from two vectors.
+template <int pairs>
+void look_up6(Pair& sum, const int16_t* table, const Pair& index) {
+  __m512i low = _mm512_load_si512(table), high = _mm512_load_si512(table + kRows * kVector);
+  asm volatile("" : "+v"(low), "+v"(high));  // loaded once, not by both lookups
+  sum.s0 = _mm512_add_epi16(sum.s0, _mm512_permutex2var_epi16(low, index.s0, high));
+  if constexpr (pairs == 2) sum.s1 = _mm512_add_epi16(sum.s1, _mm512_permutex2var_epi16(low, index.s1, high));
   asm volatile("" : "+v"(sum.s0), "+v"(sum.s1));  // keeps lookup and sum together; otherwise registers run out
 }
 
-// Two tiles side by side; 32-bit sums of a row are kept in memory between the pauses of the 16-bit ones.
-struct alignas(64) Joined {
-  int32_t plus[kTilePair][kTileRows];
+// The lowest 5 bits, one vector.
+template <int pairs>
+void look_up5(Pair& sum, const int16_t* table, const Pair& index) {
+  __m512i entries = _mm512_load_si512(table);
+  asm volatile("" : "+v"(entries));
+  sum.s0 = _mm512_add_epi16(sum.s0, _mm512_permutexvar_epi16(index.s0, entries));
+  if constexpr (pairs == 2) sum.s1 = _mm512_add_epi16(sum.s1, _mm512_permutexvar_epi16(index.s1, entries));
+  asm volatile("" : "+v"(sum.s0), "+v"(sum.s1));
+}
 
-  void add(Pair sum, bool first) {
-    const __m512i ones = _mm512_set1_epi16(1), zero = _mm512_setzero_si512();
-    const __m512i before0 = first ? zero : _mm512_load_si512(plus[0]);
-    const __m512i before1 = first ? zero : _mm512_load_si512(plus[1]);
-    _mm512_store_si512(plus[0], _mm512_add_epi32(before0, _mm512_madd_epi16(sum.s0, ones)));
-    _mm512_store_si512(plus[1], _mm512_add_epi32(before1, _mm512_madd_epi16(sum.s1, ones)));
+// The low or high 16 columns of two tiles: their outputs take turns.
+__m512i half_of(const int32_t* tile0, const int32_t* tile1, bool high) {
+  const __m512i a = _mm512_loadu_si512(tile0), b = _mm512_loadu_si512(tile1);
+  return high ? _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(a, 16), b)
+              : _mm512_mask_blend_epi16(0xAAAAAAAAu, a, _mm512_slli_epi32(b, 16));
+}
+
+// What a block of tiles keeps of a row from span to span.
+struct alignas(64) Kept {
+  int32_t plus[kBlockTiles][kTileRows];   // of the group
+  float partial[kBlockTiles][kTileRows];  // of the groups before
+
+  // 16-bit sums of a span.
+  template <int pairs>
+  void add(const Pair& sum, bool begins) {
+    add(plus, sum.s0, begins);
+    if constexpr (pairs == 2) add(plus + kPairTiles, sum.s1, begins);
+  }
+
+ private:
+  static void add(int32_t (*tiles)[kTileRows], __m512i sum, bool begins) {
+    for (int t = 0; t < kPairTiles; ++t) {
+      const __m512i of_tile = _mm512_madd_epi16(sum, _mm512_set1_epi32(t == 0 ? 1 : 1 << 16));
+      const __m512i before = begins ? _mm512_setzero_si512() : _mm512_load_si512(tiles[t]);
+      _mm512_store_si512(tiles[t], _mm512_add_epi32(before, of_tile));
+    }
   }
 };
 
-// The two tiles of `count` rows, whole, as float32 and with one group.
-void finish_whole(const Int8Task& task, int64_t row, int64_t count, int64_t tile, const Joined* joined) {
+// Tiles of `count` rows, whole, as float32 and with one group.
+void finish_whole(const Int8Task& task, int64_t row, int64_t count, int64_t tile, int tiles, const Kept* kept) {
   const BinaryInt8MatmulParams& p = task.p;
-  const int64_t column = tile * kTileRows;
   const __m512 none = _mm512_set1_ps(-0.0f);  // x + -0 is x, for every x
-  const __m512 scale0 = _mm512_loadu_ps(p.scale + column), scale1 = _mm512_loadu_ps(p.scale + column + kTileRows);
-  const __m512 bias0 = p.bias ? _mm512_loadu_ps(p.bias + column) : none;
-  const __m512 bias1 = p.bias ? _mm512_loadu_ps(p.bias + column + kTileRows) : none;
-  for (int64_t r = 0; r < count; ++r) {
-    const __m512 factor = _mm512_set1_ps(p.row_scale[row + r]);
-    const __m512 dot0 = to_dot(task, row + r, 0, _mm512_load_si512(joined[r].plus[0]));
-    const __m512 dot1 = to_dot(task, row + r, 0, _mm512_load_si512(joined[r].plus[1]));
-    float* out = static_cast<float*>(p.out) + (row + r) * p.n + column;
-    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_mul_ps(_mm512_mul_ps(scale0, factor), dot0), bias0));
-    _mm512_storeu_ps(out + kTileRows, _mm512_add_ps(_mm512_mul_ps(_mm512_mul_ps(scale1, factor), dot1), bias1));
+  for (int t = 0; t < tiles; ++t) {
+    const int64_t column = (tile + t) * kTileRows;
+    const __m512 scale = _mm512_loadu_ps(p.scale + column), bias = p.bias ? _mm512_loadu_ps(p.bias + column) : none;
+    float* out = static_cast<float*>(p.out) + row * p.n + column;
+    for (int64_t r = 0; r < count; ++r, out += p.n) {
+      const __m512 dot = to_dot(task, row + r, 0, _mm512_load_si512(kept[r].plus[t]));
+      const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(p.row_scale[row + r]));
+      _mm512_storeu_ps(out, _mm512_add_ps(_mm512_mul_ps(factor, dot), bias));
+    }
   }
 }
 
-template <int rows>
-[[gnu::noinline]] void block(const Int8Task& task, int64_t row, int64_t count, int64_t tile, const int16_t* tables,
-                             Joined* joined) {
-  static_assert(rows == 8 || rows == 4);
-  const int32_t *weight0 = task.tile(tile), *weight1 = task.tile(tile + 1);
-  const int64_t stride = task.words * kTableEntries;
-  const __m512i nibble = _mm512_set1_epi16(15), upper = _mm512_set1_epi32(16 << 16);
-  const __m512i sixteenth = _mm512_set1_epi16(1 << 12), zero = _mm512_setzero_si512();
-  const bool whole = task.groups == 1 && task.p.out_dtype == Dtype::f32 && tile + kTilePair <= task.end &&
-                     (tile + kTilePair) * kTileRows <= task.p.n;
-  float partial[rows][kTilePair][kTileRows];
-  if (whole) {  // the lines that this block is going to write arrive while it is computed
+// Adds a span to a block of tiles; at the end of a group its results follow.
+template <int rows, int pairs>
+[[gnu::noinline]] void block(const Int8Task& task, int64_t row, int64_t count, int64_t tile, const Span& span,
+                             const int16_t* table, Kept* kept) {
+  static_assert((rows == 8 || rows == 4) && (pairs == 1 || pairs == 2));
+  constexpr int tiles = pairs * kPairTiles;
+  const bool begins = span.first == span.group * task.group_words;
+  const bool ends = span.first + span.words == task.group_end(span.group);
+  const bool whole = task.groups == 1 && task.p.out_dtype == Dtype::f32 && tile + tiles <= task.end &&
+                     (tile + tiles) * kTileRows <= task.p.n;
+  if (ends && whole) {  // the lines that this block is going to write arrive while it is computed
     const float* out = static_cast<const float*>(task.p.out) + row * task.p.n + tile * kTileRows;
     for (int64_t r = 0; r < count; ++r, out += task.p.n) {
-      __builtin_prefetch(out, 1);
-      __builtin_prefetch(out + kTileRows, 1);
+      for (int t = 0; t < tiles; ++t) __builtin_prefetch(out + t * kTileRows, 1);
     }
   }
-  for (int64_t group = 0; group < task.groups; ++group) {
-    const int64_t begin = group * task.group_words, end = task.group_end(group);
-    for (int64_t w = begin; w < end;) {
-      const int64_t pause = w + kWordsBeforeOverflow < end ? w + kWordsBeforeOverflow : end;
-      const bool first = w == begin;
-      Pair r0{zero, zero}, r1 = r0, r2 = r0, r3 = r0, r4 = r0, r5 = r0, r6 = r0, r7 = r0;
-      for (; w < pause; ++w) {
-        __m512i word0 = _mm512_loadu_si512(weight0 + w * kTileRows);
-        __m512i word1 = _mm512_loadu_si512(weight1 + w * kTileRows);
-        const int16_t *table = tables + w * kTableEntries, *last = table + kTableEntries;
-        for (; table != last; table += 32) {
-          // 4 bits of either half, and a 16 in the upper one
-          const __m512i index0 = _mm512_ternarylogic_epi32(word0, nibble, upper, 0xEA);  // (word & nibble) | upper
-          const __m512i index1 = _mm512_ternarylogic_epi32(word1, nibble, upper, 0xEA);
-          // this shift by 4 is a high product, which leaves the units of the lookups to the lookups
-          word0 = _mm512_mulhi_epu16(word0, sixteenth);
-          word1 = _mm512_mulhi_epu16(word1, sixteenth);
-          look_up(r0, table, index0, index1);
-          look_up(r1, table + stride, index0, index1);
-          look_up(r2, table + 2 * stride, index0, index1);
-          look_up(r3, table + 3 * stride, index0, index1);
-          if constexpr (rows == 8) {
-            look_up(r4, table + 4 * stride, index0, index1);
-            look_up(r5, table + 5 * stride, index0, index1);
-            look_up(r6, table + 6 * stride, index0, index1);
-            look_up(r7, table + 7 * stride, index0, index1);
-          }
-        }
-      }
-      joined[0].add(r0, first), joined[1].add(r1, first), joined[2].add(r2, first), joined[3].add(r3, first);
+  const int64_t first = span.first * kTileRows;
+  const int32_t *w0 = task.tile(tile) + first, *w1 = task.tile(tile + 1) + first;
+  const int32_t *w2 = task.tile(tile + 2) + first, *w3 = task.tile(tile + 3) + first;
+  const __m512i zero = _mm512_setzero_si512();
+  Pair r0{zero, zero}, r1 = r0, r2 = r0, r3 = r0, r4 = r0, r5 = r0, r6 = r0, r7 = r0;
+  for (int64_t half = 0; half < 2 * span.words; ++half) {
+    const int64_t at = half / 2 * kTileRows;
+    Pair index{half_of(w0 + at, w1 + at, half % 2 != 0), zero};
+    if constexpr (pairs == 2) index.s1 = half_of(w2 + at, w3 + at, half % 2 != 0);
+    look_up6<pairs>(r0, table, index);
+    look_up6<pairs>(r1, table + kVector, index);
+    look_up6<pairs>(r2, table + 2 * kVector, index);
+    look_up6<pairs>(r3, table + 3 * kVector, index);
+    if constexpr (rows == 8) {
+      look_up6<pairs>(r4, table + 4 * kVector, index);
+      look_up6<pairs>(r5, table + 5 * kVector, index);
+      look_up6<pairs>(r6, table + 6 * kVector, index);
+      look_up6<pairs>(r7, table + 7 * kVector, index);
+    }
+    table += 2 * kRows * kVector;
+    for (int field = 0; field < 2; ++field, table += kRows * kVector) {
+      // Shifts right by 6, then 5, as high products, which leave the units of the lookups to the lookups.
+      const __m512i shift = _mm512_set1_epi16(field == 0 ? 1 << 10 : 1 << 11);
+      index = {_mm512_mulhi_epu16(index.s0, shift), _mm512_mulhi_epu16(index.s1, shift)};
+      look_up5<pairs>(r0, table, index);
+      look_up5<pairs>(r1, table + kVector, index);
+      look_up5<pairs>(r2, table + 2 * kVector, index);
+      look_up5<pairs>(r3, table + 3 * kVector, index);
       if constexpr (rows == 8) {
-        joined[4].add(r4, first), joined[5].add(r5, first), joined[6].add(r6, first), joined[7].add(r7, first);
+        look_up5<pairs>(r4, table + 4 * kVector, index);
+        look_up5<pairs>(r5, table + 5 * kVector, index);
+        look_up5<pairs>(r6, table + 6 * kVector, index);
+        look_up5<pairs>(r7, table + 7 * kVector, index);
       }
     }
-    if (whole) return finish_whole(task, row, count, tile, joined);
-    for (int r = 0; r < count; ++r) {
-      for (int t = 0; t < kTilePair; ++t) {
-        finish(task, row + r, tile + t, group, _mm512_load_si512(joined[r].plus[t]), partial[r][t]);
-      }
+  }
+  kept[0].add<pairs>(r0, begins), kept[1].add<pairs>(r1, begins);
+  kept[2].add<pairs>(r2, begins), kept[3].add<pairs>(r3, begins);
+  if constexpr (rows == 8) {
+    kept[4].add<pairs>(r4, begins), kept[5].add<pairs>(r5, begins);
+    kept[6].add<pairs>(r6, begins), kept[7].add<pairs>(r7, begins);
+  }
+  if (!ends) return;
+  if (whole) return finish_whole(task, row, count, tile, tiles, kept);
+  for (int r = 0; r < count; ++r) {
+    for (int t = 0; t < tiles; ++t) {
+      finish(task, row + r, tile + t, span.group, _mm512_load_si512(kept[r].plus[t]), kept[r].partial[t]);
     }
+  }
+}
+
+void multiply_span(const Int8Task& task, int64_t row, int64_t count, int64_t begin, const Span& span,
+                   const int16_t* table, Kept* kept) {
+  for (int64_t tile = begin; tile < task.end; tile += kBlockTiles, kept += kRows) {
+    const bool both = tile + kPairTiles < task.end;
+    auto* multiply = count > 4 ? (both ? block<8, 2> : block<8, 1>) : (both ? block<4, 2> : block<4, 1>);
+    multiply(task, row, count, tile, span, table, kept);
   }
 }
 
@@ -150,17 +229,21 @@ void binary_int8_matmul_tiles_avx512(const BinaryInt8MatmulParams& p, int64_t be
   const int64_t groups = p.group_size > 0 ? ceil_div(p.k, p.group_size) : 1;
   int32_t* total = new int32_t[p.m * groups];
   const Int8Task task = make_int8_task(p, end, total);
-  const int64_t stride = task.words * kTableEntries;
-  int16_t* tables = new (std::align_val_t{64}) int16_t[8 * stride]();
-  Joined joined[8];
-  for (int64_t row = 0; row < p.m; row += 8) {
-    const int64_t count = p.m - row < 8 ? p.m - row : 8;
-    for (int64_t r = 0; r < count; ++r) build_tables(p.q + (row + r) * p.k, p.k, tables + r * stride);
-    for (int64_t tile = begin; tile < end; tile += kTilePair) {  // rows that are missing are not stored
-      count > 4 ? block<8>(task, row, count, tile, tables, joined) : block<4>(task, row, count, tile, tables, joined);
+  Tables* tables = new Tables;
+  Kept* kept = new Kept[ceil_div(end - begin, kBlockTiles) * kRows];
+  for (int64_t row = 0; row < p.m; row += kRows) {  // rows that are missing are not stored
+    const int64_t count = p.m - row < kRows ? p.m - row : kRows;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t last = task.group_end(group);
+      for (int64_t w = group * task.group_words; w < last; w += kSpanWords) {
+        const Span span{group, w, w + kSpanWords < last ? kSpanWords : last - w};
+        tables->build(p.q + row * p.k, count, p.k, span);
+        multiply_span(task, row, count, begin, span, tables->entries(), kept);
+      }
     }
   }
-  ::operator delete[](tables, std::align_val_t{64});
+  delete[] kept;
+  delete tables;
   delete[] total;
 }
 

@@ -19,16 +19,26 @@ struct Sums {
 struct Blocks {
   const int8_t* q;
   int64_t size, count;
+  const float* next;  // where the sign plane's part of the next tile begins, [rows][n]
+  int64_t rows, n;
+
+  // Those lines, far apart, arrive while this tile is computed: a part for each of its 16 outputs.
+  void prefetch_next(int64_t lane) const {
+    for (int64_t row = lane * rows / kTileRows; row < (lane + 1) * rows / kTileRows; ++row) {
+      __builtin_prefetch(next + row * n, 1);
+    }
+  }
 };
 
-// Adds 4 x `fours` entries to the sums of one output. Columns lie `stride` apart, their codes in words that lie
-// `word_stride` apart. q: a block.
+// Adds 4 x `fours` entries to the sums of one output, which begin there or go on. Columns lie `stride` apart, their
+// codes in words that lie `word_stride` apart. q: a block.
 void add_entries(const int32_t* column, int64_t stride, const int32_t* codes, int64_t word_stride, int64_t fours,
-                 const int8_t* q, int32_t* code, int32_t* plain) {
-  __m512i c0 = _mm512_load_si512(code), c1 = _mm512_load_si512(code + 16);
-  __m512i c2 = _mm512_load_si512(code + 32), c3 = _mm512_load_si512(code + 48);
-  __m512i t0 = _mm512_load_si512(plain), t1 = _mm512_load_si512(plain + 16);
-  __m512i t2 = _mm512_load_si512(plain + 32), t3 = _mm512_load_si512(plain + 48);
+                 const int8_t* q, bool begins, int32_t* code, int32_t* plain) {
+  const auto before = [begins](const int32_t* sums) {
+    return begins ? _mm512_setzero_si512() : _mm512_load_si512(sums);
+  };
+  __m512i c0 = before(code), c1 = before(code + 16), c2 = before(code + 32), c3 = before(code + 48);
+  __m512i t0 = before(plain), t1 = before(plain + 16), t2 = before(plain + 32), t3 = before(plain + 48);
   const __m512i ones = _mm512_set1_epi8(1);
   for (int64_t i = 0; i < fours; ++i, column += 4 * stride) {
     const auto load = [&](int64_t j) { return _mm512_load_si512(q + int64_t{column[j * stride]} * kBlockRows); };
@@ -50,9 +60,10 @@ void add_entries(const int32_t* column, int64_t stride, const int32_t* codes, in
 }
 
 void add_entries(const int32_t* column, int64_t stride, const int32_t* codes, int64_t word_stride, int64_t fours,
-                 const Blocks& blocks, int64_t lane, Sums* sums) {
+                 const Blocks& blocks, int64_t lane, bool begins, Sums* sums) {
+  blocks.prefetch_next(lane);
   for (int64_t i = 0; i < blocks.count; ++i) {
-    add_entries(column, stride, codes, word_stride, fours, blocks.q + i * blocks.size, sums[i].code[lane],
+    add_entries(column, stride, codes, word_stride, fours, blocks.q + i * blocks.size, begins, sums[i].code[lane],
                 sums[i].plain[lane]);
   }
 }
@@ -62,7 +73,9 @@ void add_list(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums* 
   const __m512i zeros = _mm512_set1_epi32(static_cast<int>(w.k));  // the row of zeros after the last column
   __m256i column = _mm256_set1_epi16(-1);
   alignas(64) int32_t columns[kChunkSteps][kTileRows], codes[kChunkSteps / 4][kTileRows];
-  for (int64_t step = w.start[tile]; step < w.start[tile + 1];) {
+  int64_t step = w.start[tile];
+  bool begins = true;
+  do {
     int64_t fours = 0;
     for (; fours < kChunkSteps / 4 && step < w.start[tile + 1]; ++fours) {
       __m128i bytes[4];
@@ -90,9 +103,10 @@ void add_list(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums* 
       _mm_store_si128(out + 3, _mm_unpackhi_epi16(b, d));
     }
     for (int64_t lane = 0; lane < kTileRows; ++lane) {
-      add_entries(columns[0] + lane, kTileRows, codes[0] + lane, kTileRows, fours, blocks, lane, sums);
+      add_entries(columns[0] + lane, kTileRows, codes[0] + lane, kTileRows, fours, blocks, lane, begins, sums);
     }
-  }
+    begins = false;
+  } while (step < w.start[tile + 1]);
 }
 
 // `every`: 0, 1, 2, ... up to the width.
@@ -100,7 +114,7 @@ void add_columns(const SalientInt8Rows& rows, int64_t tile, const Blocks& blocks
   const int64_t words = rows.width / 4;
   const int32_t* value = static_cast<const int32_t*>(rows.task.weight.value) + tile * words * kTileRows;
   for (int64_t lane = 0; lane < kTileRows; ++lane) {
-    add_entries(every, 1, value + lane, kTileRows, words, blocks, lane, sums);
+    add_entries(every, 1, value + lane, kTileRows, words, blocks, lane, true, sums);
   }
 }
 
@@ -110,7 +124,8 @@ void add_bitmap(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums
   for (int64_t lane = 0; lane < kTileRows && tile * kTileRows + lane < w.n; ++lane) {
     const int64_t row = tile * kTileRows + lane;
     int64_t entry = w.start[row];
-    for (int64_t word = 0; word < words; word += kSegmentWords) {
+    int64_t word = 0;
+    do {
       const int64_t end = word + kSegmentWords < words ? word + kSegmentWords : words;
       int64_t count = columns_of_words(w, tile, lane, word, end, column);
       if (count > w.start[row + 1] - entry) count = w.start[row + 1] - entry;  // contradictory arrays
@@ -121,9 +136,10 @@ void add_bitmap(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums
         const __mmask64 here = count - i < 64 ? (__mmask64{1} << (count - i)) - 1 : ~__mmask64{0};
         _mm512_store_si512(codes + i / 4, _mm512_maskz_loadu_epi8(here, value + i));
       }
-      add_entries(column, 1, codes, 1, fours, blocks, lane, sums);
+      add_entries(column, 1, codes, 1, fours, blocks, lane, word == 0, sums);
       entry += count;
-    }
+      word = end;
+    } while (word < words);
   }
 }
 
@@ -195,7 +211,8 @@ void salient_many_rows_avx512vnni(const SalientInt8Rows& rows, int64_t begin, in
   Sums* sums = new_scratch<Sums>(together);
   for (int64_t row = 0; row < task.m; row += together * kBlockRows) {
     const int64_t left = ceil_div(task.m - row, kBlockRows);
-    const Blocks blocks{q, size, left < together ? left : together};
+    Blocks blocks{q, size, left < together ? left : together, task.signs + row * w.n, 0, w.n};
+    blocks.rows = blocks.count * kBlockRows < task.m - row ? blocks.count * kBlockRows : task.m - row;
     const auto rows_of = [&](int64_t i) {
       const int64_t rest = task.m - row - i * kBlockRows;
       return rest < kBlockRows ? rest : kBlockRows;
@@ -205,7 +222,7 @@ void salient_many_rows_avx512vnni(const SalientInt8Rows& rows, int64_t begin, in
     }
     for (int64_t tile = begin; tile < end; ++tile) {
       factors.load(task, tile);
-      for (int64_t i = 0; i < blocks.count; ++i) sums[i] = Sums{};
+      blocks.next = task.signs + row * w.n + (tile + 1) * kTileRows;
       if (columns) {
         add_columns(rows, tile, blocks, every, sums);
       } else {

@@ -126,9 +126,9 @@ bool row_is_consistent(const SalientWeight& w, int64_t row) {
   return !signs;
 }
 
-// Rows of x as float32, or as int8, and the sign plane's part of the product.
+// Rows of x as float32, or as int8.
 struct Rows {
-  std::vector<float> values, scale, signs;
+  std::vector<float> values, scale;
   std::vector<int8_t> q;
   std::vector<int32_t> total;
 };
@@ -142,9 +142,9 @@ void widen(Dtype dtype, const void* x, int64_t count, float* out) {
   });
 }
 
-Status multiply_signs(const SalientMatmulParams& p, const void* x, int64_t m, bool as_floats, Rows& rows) {
+// The sign plane's part of the product, to `out`.
+Status multiply_signs(const SalientMatmulParams& p, const void* x, int64_t m, bool as_floats, Rows& rows, float* out) {
   const SalientWeight& w = p.weight;
-  rows.signs.resize(m * w.n);
   if (!p.int8) {
     BinaryWeightMatmulParams signs;
     if (p.dtype != Dtype::f32) {
@@ -155,7 +155,7 @@ Status multiply_signs(const SalientMatmulParams& p, const void* x, int64_t m, bo
     signs.weight = w.sign;
     signs.m = m, signs.n = w.n, signs.k = w.k;
     signs.scale = w.alpha, signs.group_size = w.group_size;
-    signs.out = rows.signs.data();
+    signs.out = out;
     signs.parallel_for = p.parallel_for;
     return binary_weight_matmul(signs);
   }
@@ -172,7 +172,7 @@ Status multiply_signs(const SalientMatmulParams& p, const void* x, int64_t m, bo
   signs.weight = w.sign;
   signs.m = m, signs.n = w.n, signs.k = w.k;
   signs.scale = w.alpha, signs.group_size = w.group_size;
-  signs.out = rows.signs.data();
+  signs.out = out;
   signs.parallel_for = p.parallel_for;
   return binary_int8_matmul(signs);
 }
@@ -312,12 +312,16 @@ Status salient_matmul(const SalientMatmulParams& p) {
   const Kernel kernel = choose_kernel(p);
   const bool spreads = w.value_scale && w.code_bits == 4 && kernel.tiles != detail::salient_tiles_generic;
   const int64_t row_bytes_of_x = w.k * bytes_of(p.dtype), row_bytes = w.n * bytes_of(p.dtype);
+  std::unique_ptr<float[]> narrow_signs;  // float32 results begin as the sign plane's part; others have no room for it
+  if (p.dtype != Dtype::f32) narrow_signs = std::make_unique_for_overwrite<float[]>(std::min(kRowBlock, p.m) * w.n);
   for (int64_t row = 0; row < p.m; row += kRowBlock) {
     const int64_t m = std::min(kRowBlock, p.m - row);
     const char* x = static_cast<const char*>(p.x) + row * row_bytes_of_x;
+    char* out = static_cast<char*>(p.out) + row * row_bytes;
+    float* signs = p.dtype == Dtype::f32 ? reinterpret_cast<float*>(out) : narrow_signs.get();
     Rows rows;
-    const Status signs = multiply_signs(p, x, m, p.int8 && !kernel.reads_int8, rows);
-    if (signs != Status::ok) return signs;
+    const Status multiplied = multiply_signs(p, x, m, p.int8 && !kernel.reads_int8, rows, signs);
+    if (multiplied != Status::ok) return multiplied;
     const bool direct = !p.int8 && p.dtype == Dtype::f32;
     const detail::SalientTask task{w,
                                    m,
@@ -327,10 +331,10 @@ Status salient_matmul(const SalientMatmulParams& p) {
                                    p.int8 ? rows.q.data() : nullptr,
                                    p.int8 ? rows.scale.data() : nullptr,
                                    p.int8 ? rows.total.data() : nullptr,
-                                   rows.signs.data(),
+                                   signs,
                                    p.bias,
                                    p.dtype,
-                                   static_cast<char*>(p.out) + row * row_bytes};
+                                   out};
     const double salient = (salient_weights(w) / static_cast<double>(w.n) + 2.0) * kTileRows;
     split(p.parallel_for, tile_count(w.n), salient * static_cast<double>(m + 4) * kernel.nanoseconds,
           [&](int64_t begin, int64_t end) {

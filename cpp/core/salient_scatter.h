@@ -68,7 +68,7 @@ struct SalientTask {
   const int8_t* q;         // [m, k] or null
   const float* row_scale;  // [m] or null: 1
   const int32_t* total;    // [m] or null: sums of rows of q
-  const float* signs;      // [m, n]: sum_g alpha_g S_g, times row_scale
+  const float* signs;      // [m, n]: sum_g alpha_g S_g, times row_scale; may be `out` itself
   const float* bias;
   Dtype dtype;
   void* out;

@@ -64,9 +64,9 @@ struct TileFactors {
   }
 };
 
-// One row and one tile: sum of the salient part to the result. `totals`: X_g of the row.
-static inline void finish(const SalientTask& task, int64_t row, int64_t tile, __m512 sum, const TileFactors& factors,
-                          const float* totals) {
+// One row and one tile: sum of the salient part to the result, before rounding. `totals`: X_g of the row.
+static inline __m512 finished(const SalientTask& task, int64_t row, int64_t tile, __m512 sum,
+                              const TileFactors& factors, const float* totals) {
   const SalientWeight& w = task.weight;
   const int64_t column = tile * kTileRows;
   const __mmask16 lanes = lanes_of_tile(w, tile);
@@ -74,19 +74,32 @@ static inline void finish(const SalientTask& task, int64_t row, int64_t tile, __
     sum = _mm512_fmadd_ps(_mm512_loadu_ps(factors.mu + group * kTileRows), _mm512_set1_ps(totals[group]), sum);
   }
   if (task.row_scale) sum = _mm512_mul_ps(sum, _mm512_set1_ps(task.row_scale[row]));
-  __m512 value = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, task.signs + row * w.n + column), sum);
-  if (task.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, task.bias + column));
-  with_dtype(task.dtype, task.out, [&](auto* out) { store16(out + row * w.n + column, lanes, value); });
+  const __m512 value = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, task.signs + row * w.n + column), sum);
+  return task.bias ? _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, task.bias + column)) : value;
 }
 
-// The same for `count` <= 16 rows whose sums lie output by output, `stride` apart. `totals`: [count][groups].
+static inline void store_tile(const SalientTask& task, int64_t row, int64_t tile, __m512 value) {
+  const SalientWeight& w = task.weight;
+  const __mmask16 lanes = lanes_of_tile(w, tile);
+  with_dtype(task.dtype, task.out, [&](auto* out) { store16(out + row * w.n + tile * kTileRows, lanes, value); });
+}
+
+static inline void finish(const SalientTask& task, int64_t row, int64_t tile, __m512 sum, const TileFactors& factors,
+                          const float* totals) {
+  store_tile(task, row, tile, finished(task, row, tile, sum, factors, totals));
+}
+
+// The same for `count` <= 16 rows whose sums lie output by output, `stride` apart. `totals`: [count][groups]. All rows
+// are read before one is written: rows 4 KiB apart, or multiples of that, would wait for one another.
 static inline void finish_rows(const SalientTask& task, int64_t row, int64_t count, int64_t tile, const float* sums,
                                int64_t stride, const TileFactors& factors, const float* totals) {
   alignas(64) float turned[16 * kTileRows];
   transpose16(sums, stride, turned, kTileRows);
   for (int64_t r = 0; r < count; ++r) {
-    finish(task, row + r, tile, _mm512_load_ps(turned + r * kTileRows), factors, totals + r * task.groups);
+    float* value = turned + r * kTileRows;
+    _mm512_store_ps(value, finished(task, row + r, tile, _mm512_load_ps(value), factors, totals + r * task.groups));
   }
+  for (int64_t r = 0; r < count; ++r) store_tile(task, row + r, tile, _mm512_load_ps(turned + r * kTileRows));
 }
 
 // How many blocks of rows, each of `bytes`, are multiplied together, so that a salient weight is decoded once for all:

@@ -15,15 +15,16 @@ namespace {
 uint32_t state = 1;
 uint32_t next() { return state = state * 1664525u + 1013904223u; }
 
-void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bias) {
+// `extreme`: all bits set, and all activations the largest, which is where sums of 16 bits would overflow first.
+void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bias, bool extreme = false) {
   const int64_t words = word_count(k), groups = group_size > 0 ? ceil_div(k, group_size) : 1;
   std::vector<int32_t> weight(static_cast<size_t>(tile_count(n) * words * kTileRows));
   for (size_t i = 0; i < weight.size(); ++i) {
     const int64_t word = static_cast<int64_t>(i) / kTileRows % words, columns = k - 32 * word;
-    weight[i] = static_cast<int32_t>(columns >= 32 ? next() : next() & ((1u << columns) - 1));
+    weight[i] = static_cast<int32_t>((extreme ? ~0u : next()) & (columns >= 32 ? ~0u : (1u << columns) - 1));
   }
   std::vector<int8_t> q(static_cast<size_t>(m * k));
-  for (int8_t& value : q) value = static_cast<int8_t>(static_cast<int>(next() >> 8) % 128);
+  for (int8_t& value : q) value = static_cast<int8_t>(extreme ? 127 : static_cast<int>(next() >> 8) % 128);
   std::vector<float> scale(static_cast<size_t>(n * groups)), rows(static_cast<size_t>(m)),
       offset(static_cast<size_t>(n));
   for (auto* values : {&scale, &rows, &offset}) {
@@ -73,6 +74,9 @@ int main() {
       }
     }
   }
+  compare(9, 100, 400, 0, true);
+  compare(9, 100, 400, 0, true, true);
+  compare(4, 36, 1056, 512, false, true);
   BinaryInt8MatmulParams p;
   p.k = -1;
   CHECK(binary_int8_matmul(p) == Status::bad_size);
