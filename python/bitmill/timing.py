@@ -21,7 +21,7 @@ from typing import NamedTuple
 Sample = Callable[[], float]
 
 ROUNDS = 31  # the fewest that a median and quartiles are taken from
-SHORTEST = 1e-4  # seconds; a faster call is repeated within a sample
+SHORTEST = 5e-4  # seconds; a faster call is repeated within a sample, until what ran before it hardly matters
 LONG = 0.1  # seconds; a slower call needs no other before it that warms the caches
 HARMLESS = 5  # preemptions a second, which take 2 % of the time at 4 ms each
 COLD_BYTES = 200 << 20  # of weights in rotation: more than caches hold
@@ -90,7 +90,7 @@ def stopwatch(call: Callable[[], object]) -> Sample:
         start = time.perf_counter()
         call()
         once = min(once, time.perf_counter() - start)
-        if once > 10 * SHORTEST:  # it will not be repeated
+        if once > 2 * SHORTEST:  # it will not be repeated
             break
     repeat = max(1, math.ceil(SHORTEST / max(once, 1e-7)))
 
