@@ -70,6 +70,7 @@ HEADS = (
     ("x fp32", 7, 0),
     ("x bf16", 7, 0),
     ("x int8", 7, 0),
+    ("x one thread", 12, 0),
     ("GMAC/s", 7, 0),
     ("GB/s", 6, 100),
     ("%", 4, 0),
@@ -83,6 +84,7 @@ def cells(row: Row) -> tuple[str, ...]:
         number(row.x_fp32, 2),
         number(row.x_bf16, 2),
         number(row.x_int8, 2),
+        number(row.x_one_thread, 2),
         number(row.gmacs),
         number(row.gigabytes),
         number(row.percent_of_peak, 0),
@@ -92,7 +94,8 @@ def cells(row: Row) -> tuple[str, ...]:
 def table(family: Family, rows: Sequence[Row], width: int | None = None) -> str:
     """One family as aligned text that fits `width` (default: the terminal's); some columns need a wide one."""
     width = max(80, width or shutil.get_terminal_size((120, 24)).columns)
-    keep = [i for i, (_, _, needed) in enumerate(HEADS) if width >= needed]
+    empty = () if any(row.x_one_thread for row in rows) else ("x one thread",)
+    keep = [i for i, (head, _, needed) in enumerate(HEADS) if width >= needed and head not in empty]
     fixed = sum(HEADS[i][1] + 1 for i in keep) + len("  popcount, cold")
     names = min(max(len(row.variant) for row in rows), width - fixed)
 
@@ -117,8 +120,8 @@ def table(family: Family, rows: Sequence[Row], width: int | None = None) -> str:
 
 LEGEND = """\
 us: median, and quartiles, of interleaved rounds. x fp32, x bf16, x int8: times faster than torch's F.linear (attention:
-scaled_dot_product_attention, conv: conv2d) in that dtype and than torch._int_mm, in the same run. %: of the peak named
-beside it, measured between the rounds.
+scaled_dot_product_attention, conv: conv2d) in that dtype and than torch._int_mm, in the same run. x one thread: than
+the same on one thread, in the same run. %: of the peak named beside it, measured between the rounds.
 cold: weights come from memory (copies of more than 200 MB in rotation), for every variant.
 {threads} thread(s); peaks at the start of the run:
 {peaks}"""

@@ -17,6 +17,7 @@ from bitmill.timing import COLD_ROWS, Sample, Spread, copies_for, interleave, ro
 from .peaks import Peaks
 from .shapes import Problem
 
+ALONE = ": one thread"  # what the name of a variant's sample on one thread ends with
 INTERRUPTED = "not measured: another process took the CPU during every sample"
 
 
@@ -136,6 +137,7 @@ class Row:
     x_fp32: float | None = None
     x_bf16: float | None = None
     x_int8: float | None = None
+    x_one_thread: float | None = None  # of bitmill and torch on several threads: against themselves on one
     weight_bytes: int | None = None
     gmacs: float | None = None
     gigabytes: float | None = None
@@ -195,6 +197,20 @@ def make_ready(row: Row, variant: Variant, case: Case, macs: bool) -> Ready:
     return Ready(row, prepared, sample, units)
 
 
+def on_one_thread(sample: Sample) -> Sample:
+    """The same with one of torch's threads."""
+
+    def alone() -> float:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return sample()
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
+
+
 def refusal(error: Exception) -> str:
     """What the table says instead of numbers."""
     text = " ".join(str(error).split())[:200]
@@ -205,7 +221,7 @@ def refusal(error: Exception) -> str:
 
 def finish(ready: Ready, times: dict[str, Spread], macs: int, baselines: dict[str, Ready]) -> Row:
     """The row with its numbers; `baselines` are those of the same problem."""
-    row, taken = ready.row, times[ready.row.variant]
+    row, taken, alone = ready.row, times[ready.row.variant], times.get(ready.row.variant + ALONE)
     macs *= ready.prepared.multiplies
     if taken.samples == 0:  # what is left measures the other process
         return dataclasses.replace(row, status=INTERRUPTED, disturbed=taken.disturbed)
@@ -226,6 +242,7 @@ def finish(ready: Ready, times: dict[str, Spread], macs: int, baselines: dict[st
         low=taken.low * 1e6,
         high=taken.high * 1e6,
         **ratios,
+        x_one_thread=alone.median / taken.median if alone and alone.samples else None,
         gmacs=macs / taken.median / 1e9 if macs else None,
         gigabytes=row.moved / taken.median / 1e9,
         intensity=macs / row.moved if macs else None,
@@ -248,6 +265,9 @@ def measure(
         except Exception as error:  # whatever a peer raises; it must not stop the run
             rows[variant.name] = dataclasses.replace(rows[variant.name], status=refusal(error))
     samples = {name: one.sample for name, one in ready.items()}
+    if peaks.threads > 1:  # other engines have their own ways to be told
+        follow = [name for name, one in ready.items() if one.row.origin in ("bitmill", "torch")]
+        samples |= {name + ALONE: on_one_thread(samples[name]) for name in follow}
     for unit in sorted({unit for one in ready.values() for unit in one.units}):
         samples[f"peak {unit}"] = peaks.sample(unit, case.x.nbytes)
     times = interleave(samples, seconds, progress)

@@ -283,6 +283,27 @@ def test_shapes_are_those_of_the_tests() -> None:
         shapes.select("GPT-9", None)
 
 
+def test_several_threads_are_held_against_one_in_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StillPeaks, "threads", 2)
+    shared = constant("shared", 0.0, sample=lambda: 1e-3 * (1.0 if torch.get_num_threads() == 1 else 0.6))
+    peer = dataclasses.replace(constant("other", 1e-3), origin="peer")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        rows = measure(shared, peer)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert rows["shared"].microseconds == pytest.approx(600) and rows["other"].x_one_thread is None
+    assert rows["shared"].x_one_thread == pytest.approx(1 / 0.6)
+    for several in (True, False):
+        lines = report.table(families.FAMILIES[1], [*ROWS, *rows.values()] if several else ROWS, 80).splitlines()
+        assert ("x one thread" in lines[1]) == several and all(len(line) <= 80 for line in lines[1:])
+    assert measure(shared)["shared"].x_one_thread is not None
+    monkeypatch.setattr(StillPeaks, "threads", 1)
+    assert measure(shared)["shared"].x_one_thread is None
+
+
 def test_peaks_of_several_threads_add_up() -> None:
     one, two = peaks.Peaks(1), peaks.Peaks(2)
     for unit in peaks.UNITS:
