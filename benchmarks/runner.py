@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.bench.layers import relative_error
-from bitmill.timing import COLD_ROWS, Sample, Spread, copies_for, interleave, rotated, stopwatch
+from bitmill.timing import COLD_ROWS, Sample, Spread, copies_for, interleave, on_one_thread, rotated, stopwatch
 
 from .peaks import Peaks
 from .shapes import Problem
@@ -195,20 +195,6 @@ def make_ready(row: Row, variant: Variant, case: Case, macs: bool) -> Ready:
     units = ["read"] * cold + [prepared.bound] * (prepared.bound is not None) if macs else ["copy"]
     row = dataclasses.replace(row, cold=cold, copies=len(calls), moved=moved, weight_bytes=prepared.weight_bytes)
     return Ready(row, prepared, sample, units)
-
-
-def on_one_thread(sample: Sample) -> Sample:
-    """The same with one of torch's threads."""
-
-    def alone() -> float:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return sample()
-        finally:
-            torch.set_num_threads(threads)
-
-    return alone
 
 
 def refusal(error: Exception) -> str:

@@ -56,7 +56,7 @@ def test_every_variant_is_measured(name: str, method: str) -> None:
         assert row["status"] == "ok" and 0 < row["low"] <= row["milliseconds"] <= row["high"]
         assert row["x_float32"] == pytest.approx(rows["torch float32"]["milliseconds"] / row["milliseconds"])
         assert row["x_bfloat16"] == pytest.approx(rows["torch bfloat16"]["milliseconds"] / row["milliseconds"])
-        assert row["padding"] is None
+        assert row["padding"] is None and row["x_one_thread"] is None
     assert [rows[name]["error"] for name in OURS] == [None, None] and rows["torch float32"]["error"] == 0
     assert 0 < rows["torch bfloat16"]["error"] < 0.1 and 0 < rows["torch dynamic int8"]["error"] < 0.3
     assert result["training_form"] == "equal"
@@ -64,6 +64,19 @@ def test_every_variant_is_measured(name: str, method: str) -> None:
     text = models.render(result)
     assert f"{name}, {method}, 2 x 17 tokens" in text and "against the training form: equal" in text
     assert sum(line.startswith(variant) for line in text.splitlines() for variant in rows) == 5
+
+
+@pytest.mark.usefixtures("small")
+def test_two_threads_are_held_against_one_in_the_same_run() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        result = models.run("minilm", tokens=17)
+    finally:
+        torch.set_num_threads(threads)
+    assert result["threads"] == 2 and all(row["x_one_thread"] > 0 for row in result["variants"])
+    heads, *lines = models.render(result).splitlines()[3:]
+    assert heads.endswith("x one thread") and all(len(line) == len(heads) for line in lines[:5])
 
 
 @pytest.mark.usefixtures("small")
@@ -189,7 +202,18 @@ def test_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(capsys.readouterr().out)
     assert result["cpu"] == cli.cpu_name() and result["method"] == "bibert" and result["lengths"] == [2, 9]
     assert set(result["variants"][0]) == {
-        *("name", "status", "error", "milliseconds", "low", "high", "x_float32", "x_bfloat16", "padding")
+        *(
+            "name",
+            "status",
+            "error",
+            "milliseconds",
+            "low",
+            "high",
+            "x_float32",
+            "x_bfloat16",
+            "x_one_thread",
+            "padding",
+        )
     }
 
 

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
+
 Sample = Callable[[], float]
 
 ROUNDS = 31  # the fewest that a median and quartiles are taken from
@@ -103,6 +105,20 @@ def stopwatch(call: Callable[[], object]) -> Sample:
         return (time.perf_counter() - start) / repeat
 
     return sample
+
+
+def on_one_thread(sample: Sample) -> Sample:
+    """The same with one of torch's threads."""
+
+    def alone() -> float:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return sample()
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
 
 
 def rotated(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

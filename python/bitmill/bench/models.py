@@ -19,7 +19,7 @@ from ..checkpoint import file_size
 from ..convert import pack_
 from ..integrations.transformers import transformers
 from ..recipes import bibert, bipft, bit, bivit
-from ..timing import Spread, interleave, stopwatch
+from ..timing import Spread, interleave, on_one_thread, stopwatch
 from . import memory as memory_of
 from . import peers as other_engines
 from . import stages as stages_of
@@ -48,6 +48,7 @@ METHODS: dict[str, Callable[[nn.Module], list[str]]] = {
 ELASTIC = ("bit", "bipft")  # whose first training batch sets the steps
 CHAINED, LAYERS = "bitmill, chained", "bitmill, layer by layer"
 FLOAT32, BFLOAT16 = "torch float32", "torch bfloat16"
+ALONE = ": one thread"  # what the name of a variant's sample on one thread ends with
 
 DEFAULT_TOKENS, DEFAULT_TEXTS = 128, 16  # texts of a batch of mixed lengths
 MOST_TOKENS = 1 << 16  # in a batch: a few seconds a call in float32
@@ -129,6 +130,9 @@ def run(
             calls |= {f"{variant} without padding": bind(same) for variant, bind in variants.items()}
         with tqdm(desc="timing", unit=" rounds", leave=False, disable=None if progress else True) as bar:
             samples = {key: stopwatch(call) for key, call in calls.items()}
+            if torch.get_num_threads() > 1:  # other engines have their own ways to be told
+                follow = [key for key in calls if key in variants and key not in other_engines.PEERS]
+                samples |= {key + ALONE: on_one_thread(samples[key]) for key in follow}
             times = interleave(samples, seconds, bar.update)
         stages = stages_of.measure(chained, calls[CHAINED], times[CHAINED].median) if profile else None
 
@@ -279,9 +283,10 @@ def _row(
 ) -> dict[str, Any]:
     """What the JSON holds for a variant; `share` is real tokens of the padded batch / tokens of the other."""
     row: dict[str, Any] = {"name": variant, "status": failure or "ok", "error": error}
-    numbers = dict.fromkeys(("milliseconds", "low", "high", "x_float32", "x_bfloat16", "padding"))
+    numbers = dict.fromkeys(("milliseconds", "low", "high", "x_float32", "x_bfloat16", "x_one_thread", "padding"))
     if failure is None:
         time, baselines = times[variant], {"x_float32": times.get(FLOAT32), "x_bfloat16": times.get(BFLOAT16)}
+        baselines["x_one_thread"] = times.get(variant + ALONE)
         numbers.update(milliseconds=1e3 * time.median, low=1e3 * time.low, high=1e3 * time.high)
         numbers.update({key: base and base.median / time.median for key, base in baselines.items()})
         if share is not None:
@@ -301,9 +306,10 @@ def render(result: dict[str, Any]) -> str:
         f"Packed outputs, chained and layer by layer, against the training form: {result['training_form']}.",
         "",
         f"{'variant':<24} {'ms':>9} {'quartiles':>17} {'x float32':>10} {'x bfloat16':>11} {'error':>8}"
+        + (f" {'x one thread':>13}" if result["threads"] > 1 else "")
         + (f" {'padding':>8}" if result["lengths"] else ""),
     ]
-    lines += [_line(row) for row in result["variants"]]
+    lines += [_line(row, result["threads"]) for row in result["variants"]]
     if result["lengths"]:
         lines.append("padding: time for a real token, padded batch / batch of about as many tokens without padding")
     if result["stages"]:
@@ -320,11 +326,13 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any], threads: int) -> str:
     if row["status"] != "ok":
         return f"{row['name']:<24} {row['status']}"
     error = "exact" if row["error"] is None else f"{row['error']:.1e}" if row["error"] else "0"
     ratios = (f"{row[key]:.2f}" if row[key] else "-" for key in ("x_float32", "x_bfloat16"))
     line = f"{row['name']:<24} {row['milliseconds']:>9,.2f} {row['low']:>8,.2f}-{row['high']:<8,.2f}"
     line += " {:>10} {:>11}".format(*ratios) + f" {error:>8}"
+    if threads > 1:
+        line += f" {row['x_one_thread']:>13.2f}" if row["x_one_thread"] else f" {'-':>13}"
     return line if row["padding"] is None else f"{line} {row['padding']:>8.2f}"
