@@ -173,9 +173,10 @@ inline Sizes with_last(const Sizes& leading, int64_t last) {
 
 inline Sizes tile_sizes(int64_t n, int64_t k, int bits = 1) { return {tile_count(n), word_count(k, bits), kTileRows}; }
 
-inline int64_t group_count(const char* op, int64_t k, int64_t group_size) {
-  if (group_size < 0 || group_size % 32 != 0) {
-    fail(op, ": group_size must be 0 or a positive multiple of 32, got ", group_size);
+// Groups of group_size columns, or the one of all columns for 0.
+inline int64_t group_count(const char* op, int64_t k, int64_t group_size, int64_t multiple = 32) {
+  if (group_size < 0 || group_size % multiple != 0) {
+    fail(op, ": group_size must be 0 or a positive multiple of ", multiple, ", got ", group_size);
   }
   return group_size > 0 ? ceil_div(k, group_size) : 1;
 }
@@ -235,20 +236,14 @@ inline void require(const char* op, Status status) {
   if (status != Status::ok) fail(op, ": ", describe(status));
 }
 
-// One call of an op on the CPU, for what is written once for every device; CudaCall in cuda_call.h is its counterpart.
-class CpuCall {
+// What a call of an op is on every device; Call::check_device says where tensors have to be.
+template <class Call>
+class DeviceCall {
  public:
-  // `first`, the argument `name`, says the device of all others.
-  CpuCall(const char* op, const char* name, const Tensor& first) : op_(op), name_(name) { check_device(name, first); }
-
-  void check_device(const char* name, const Tensor& t) const {
-    if (!t.is_cpu()) fail(op_, ": ", name, " must be on the CPU like ", name_, ", got another device");
-  }
-
-  // A tensor of this dtype and these sizes on the CPU, made contiguous.
+  // A tensor of this dtype and these sizes on the call's device, made contiguous.
   Tensor checked(const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes,
                  const char* remedy = "") const {
-    check_device(name, t);
+    static_cast<const Call&>(*this).check_device(name, t);
     check_form(op_, name, t, dtype, sizes, remedy);
     return as_contiguous(t);
   }
@@ -256,6 +251,24 @@ class CpuCall {
                                 const char* remedy = "") const {
     if (!t) return std::nullopt;
     return checked(name, *t, dtype, sizes, remedy);
+  }
+
+ protected:
+  // The argument `name` says the device of all others.
+  DeviceCall(const char* op, const char* name) : op_(op), name_(name) {}
+
+  const char* op_;
+  const char* name_;
+};
+
+// One call of an op on the CPU, for what is written once for every device; CudaCall in cuda_call.h is its counterpart.
+class CpuCall : public DeviceCall<CpuCall> {
+ public:
+  // `first`, the argument `name`, says the device of all others.
+  CpuCall(const char* op, const char* name, const Tensor& first) : DeviceCall(op, name) { check_device(name, first); }
+
+  void check_device(const char* name, const Tensor& t) const {
+    if (!t.is_cpu()) fail(op_, ": ", name, " must be on the CPU like ", name_, ", got another device");
   }
 
   Tensor new_tensor(const Sizes& sizes, ScalarType dtype) const { return bitmill::new_tensor(sizes, dtype); }
@@ -267,10 +280,6 @@ class CpuCall {
   Tensor on_host(const Tensor& t) const { return as_contiguous(t); }
 
   void require(Status status) const { bitmill::require(op_, status); }
-
- private:
-  const char* op_;
-  const char* name_;
 };
 
 }  // namespace bitmill

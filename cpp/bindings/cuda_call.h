@@ -16,11 +16,11 @@
 
 namespace bitmill {
 
-class CudaCall {
+class CudaCall : public DeviceCall<CudaCall> {
  public:
   // `first`, the argument `name`, says the device of all others.
   CudaCall(const char* op, const char* name, const Tensor& first)
-      : op_(op), name_(name), index_(index_of(op, name, first)), guard_(index_) {}
+      : DeviceCall(op, name), index_(index_of(op, name, first)), guard_(index_) {}
 
   cuda::Stream stream() const {
     void* stream = nullptr;
@@ -32,19 +32,6 @@ class CudaCall {
     if (t.is_cuda() && t.get_device_index() == index_) return;
     fail(op_, ": ", name, " must be on cuda:", index_, " like ", name_, ", got ", device_name(t),
          "; move the layer or its input");
-  }
-
-  // A tensor of this dtype and these sizes on the call's device, made contiguous.
-  Tensor checked(const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes,
-                 const char* remedy = "") const {
-    check_device(name, t);
-    check_form(op_, name, t, dtype, sizes, remedy);
-    return as_contiguous(t);
-  }
-  std::optional<Tensor> checked(const char* name, const std::optional<Tensor>& t, ScalarType dtype, const Sizes& sizes,
-                                const char* remedy = "") const {
-    if (!t) return std::nullopt;
-    return checked(name, *t, dtype, sizes, remedy);
   }
 
   // Packed tiles; a view may begin where the kernels cannot read 16 bytes at once, and is copied then.
@@ -94,8 +81,6 @@ class CudaCall {
     return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : t.is_cpu() ? "the CPU" : "another device";
   }
 
-  const char* op_;
-  const char* name_;
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
 };
