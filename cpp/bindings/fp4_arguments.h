@@ -9,6 +9,8 @@
 
 namespace bitmill {
 
+inline constexpr int64_t kFp4GroupMultiple = 8;  // the codes of a word
+
 inline Fp4Format format_of(const char* op, const std::string& format) {
   if (format == "e2m1") return kE2M1;
   if (format == "e1m2") return kE1M2;

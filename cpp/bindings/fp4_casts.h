@@ -131,14 +131,14 @@ struct Fp4Casts {
     }
     Codebook4QuantizeParams p;
     const Rows rows = read(op, x, p);
-    check_group_size(op, group_size);
+    const int64_t groups = group_count(op, rows.k, group_size, kFp4GroupMultiple);
     const Tensor table = device.checked("codebook", codebook, ScalarType::Float, {16});
     p.codebook = data<float>(table);
     p.group_size = group_size;
     p.stochastic = rounding == "stochastic";
     p.random = stream_of(seed, offset);
     const Tensor packed = device.new_tensor(with_last(rows.leading, ceil_div(rows.k, 2)), ScalarType::Byte);
-    const Tensor scale = device.new_tensor(with_last(rows.leading, p.groups()), ScalarType::Float);
+    const Tensor scale = device.new_tensor(with_last(rows.leading, groups), ScalarType::Float);
     p.packed = mutable_data<uint8_t>(packed);
     p.scale = mutable_data<float>(scale);
     device.require(device.run(p));
@@ -149,9 +149,8 @@ struct Fp4Casts {
     const char* op = "codebook4_dequantize";
     const Device device(op, "packed", packed);
     const Rows rows = packed_rows(op, device, packed, k);
-    check_group_size(op, group_size);
+    const int64_t groups = group_count(op, k, group_size, kFp4GroupMultiple);
     const Tensor table = device.checked("codebook", codebook, ScalarType::Float, {16});
-    const int64_t groups = group_size > 0 ? ceil_div(k, group_size) : 1;
     const Tensor factors = device.checked("scale", scale, ScalarType::Float, with_last(rows.leading, groups));
     const Tensor values = device.new_tensor(with_last(rows.leading, k), ScalarType::Float);
     Codebook4DequantizeParams p;
@@ -186,11 +185,6 @@ struct Fp4Casts {
     }
     device.checked("packed", packed, ScalarType::Byte, sizes_of(packed));
     return rows;
-  }
-
-  static void check_group_size(const char* op, int64_t group_size) {
-    if (group_size >= 0 && group_size % 8 == 0) return;
-    fail(op, ": group_size must be 0 or a positive multiple of 8, got ", group_size);
   }
 
   template <class Params>

@@ -37,9 +37,7 @@ WeightArguments weight_arguments(const Call& call, const char* op, const Tensor&
                                  int64_t k, const std::string& format, int64_t group_size,
                                  const std::optional<Tensor>& codebook, const std::optional<Tensor>& global_scale) {
   const Fp4Table table = table_of(op, format);
-  if (group_size < 0 || group_size % 8 != 0) {
-    fail(op, ": group_size must be 0 or a positive multiple of 8, got ", group_size);
-  }
+  const int64_t groups = group_count(op, k, group_size, kFp4GroupMultiple);
   const ScalarType dtype = scale.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::Byte) {
     fail(op, ": scale must be float32, or uint8 for E8M0, got ", dtype_name(dtype));
@@ -47,7 +45,7 @@ WeightArguments weight_arguments(const Call& call, const char* op, const Tensor&
   if (global_scale && dtype != ScalarType::Byte) {
     fail(op, ": scale must be uint8, E4M3, with a global_scale, got ", dtype_name(dtype));
   }
-  const Tensor scales = call.checked("scale", scale, dtype, {n, group_size > 0 ? ceil_div(k, group_size) : 1});
+  const Tensor scales = call.checked("scale", scale, dtype, {n, groups});
   const Tensor tiles = call.checked("weight", weight, ScalarType::Int, tile_sizes(n, k, 4),
                                     "; pack the weight with bitmill.ops.tile_pack");
   return {tiles, scales, call.checked("codebook", codebook, ScalarType::Float, {16}),

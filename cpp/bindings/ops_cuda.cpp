@@ -8,17 +8,6 @@
 namespace bitmill {
 namespace {
 
-BitpackParams packing(const char* op, const Rows& rows, const std::optional<Tensor>& shift, Levels levels) {
-  BitpackParams p;
-  p.x = rows.x.const_data_ptr();
-  p.dtype = float_dtype(op, rows.x);
-  p.m = rows.m;
-  p.k = p.row_stride = rows.k;
-  p.shift = data_or_null<float>(shift);
-  p.levels = levels;
-  return p;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> bitpack_cuda(Tensor x, std::optional<Tensor> shift, std::string levels,
                                                         double threshold, bool mean) {
   const char* op = "bitpack";
@@ -26,8 +15,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bitpack_cuda(Tensor x, std::optional<
   const Levels kind = levels_of(op, levels);
   const Rows rows = any_rows_of(op, x);
   const auto shift_row = call.checked("shift", shift, ScalarType::Float, {rows.k});
-  BitpackParams p = packing(op, rows, shift_row, kind);
-  p.threshold = static_cast<float>(threshold);
+  BitpackParams p = pack_rows(op, rows, shift_row, kind, threshold);
   const Sizes plane = with_last(rows.leading, word_count(rows.k));
   const bool two_planes = kind == Levels::sign;
   const Tensor sign = call.new_tensor(plane, ScalarType::Int), count = call.new_tensor(rows.leading, ScalarType::Int);
@@ -142,8 +130,7 @@ Tensor binary_linear_cuda(Tensor x, Tensor weight, Tensor scale, std::optional<T
   const auto bias_row = call.checked("bias", bias, ScalarType::Float, {n});
   const auto step = call.checked("alpha", alpha, ScalarType::Float, {});
   const auto shift_row = call.checked("shift", shift, ScalarType::Float, {k});
-  BitpackParams pack = packing(op, rows, shift_row, kind);
-  pack.threshold = 0.5f;  // of a step of 1
+  BitpackParams pack = pack_rows(op, rows, shift_row, kind, 0.5);  // of a step of 1
   const Sizes plane = {rows.m, word_count(k)};
   const bool two_planes = kind == Levels::sign;
   const Tensor sign = call.new_tensor(plane, ScalarType::Int);
@@ -184,14 +171,6 @@ Tensor binary_weight_linear_cuda(Tensor x, Tensor weight, Tensor scale, std::opt
   return out;
 }
 
-struct CudaChecks {
-  const CudaCall& call;
-  template <class T>
-  T operator()(const char* name, const T& t, ScalarType dtype, const Sizes& sizes, const char* remedy = "") const {
-    return call.checked(name, t, dtype, sizes, remedy);
-  }
-};
-
 Tensor salient_linear_cuda(Tensor x, Tensor weight, Tensor index, Tensor value, std::optional<Tensor> start,
                            Tensor alpha, std::optional<Tensor> mu, std::optional<Tensor> value_scale,
                            std::optional<Tensor> value_zero, std::optional<Tensor> bias, int64_t group_size,
@@ -200,8 +179,8 @@ Tensor salient_linear_cuda(Tensor x, Tensor weight, Tensor index, Tensor value, 
   const CudaCall call(op, "x", x);
   call.require_float_activations(activations);
   const Rows rows = any_rows_of(op, x);
-  SalientArrays arrays = salient_arrays(op, CudaChecks{call}, weight, index, value, start, alpha, mu, value_scale,
-                                        value_zero, rows.k, group_size, code_bits);
+  SalientArrays arrays = salient_arrays(call, op, weight, index, value, start, alpha, mu, value_scale, value_zero,
+                                        rows.k, group_size, code_bits);
   const int64_t n = arrays.view.n;
   const Tensor sign = call.tiles("weight", arrays.weight, n, rows.k, 1);
   arrays.view.sign = data<int32_t>(sign);

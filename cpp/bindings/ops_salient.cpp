@@ -9,23 +9,14 @@
 namespace bitmill {
 namespace {
 
-// Of CPU tensors.
-struct CpuChecks {
-  const char* op;
-  template <class T>
-  T operator()(const char* name, const T& t, ScalarType dtype, const Sizes& sizes, const char* remedy = "") const {
-    return checked(op, name, t, dtype, sizes, remedy);
-  }
-};
-
 Tensor salient_linear_cpu(Tensor x, Tensor weight, Tensor index, Tensor value, std::optional<Tensor> start,
                           Tensor alpha, std::optional<Tensor> mu, std::optional<Tensor> value_scale,
                           std::optional<Tensor> value_zero, std::optional<Tensor> bias, int64_t group_size,
                           std::string activations, int64_t code_bits) {
   const char* op = "salient_linear";
   const Rows rows = rows_of(op, x);
-  const SalientArrays arrays = salient_arrays(op, CpuChecks{op}, weight, index, value, start, alpha, mu, value_scale,
-                                              value_zero, rows.k, group_size, code_bits);
+  const SalientArrays arrays = salient_arrays(CpuCall(op, "x", x), op, weight, index, value, start, alpha, mu,
+                                              value_scale, value_zero, rows.k, group_size, code_bits);
   const int64_t n = arrays.view.n;
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
   SalientMatmulParams p;
@@ -47,8 +38,8 @@ Tensor salient_weight_cpu(Tensor weight, Tensor index, Tensor value, std::option
                           int64_t k, int64_t group_size, int64_t code_bits) {
   const char* op = "salient_weight";
   if (k < 0 || k > kMaxColumns) fail(op, ": k must be in [0, ", kMaxColumns, "], got ", k);
-  const SalientArrays arrays = salient_arrays(op, CpuChecks{op}, weight, index, value, start, alpha, mu, value_scale,
-                                              value_zero, k, group_size, code_bits);
+  const SalientArrays arrays = salient_arrays(CpuCall(op, "weight", weight), op, weight, index, value, start, alpha, mu,
+                                              value_scale, value_zero, k, group_size, code_bits);
   const Tensor dense = new_tensor({arrays.view.n, k}, ScalarType::Float);
   require(op, salient_dequantize(arrays.view, mutable_data<float>(dense), torch_parallel_for));
   return dense;

@@ -23,9 +23,8 @@ inline SalientEncoding encoding_of(const char* op, const Tensor& index) {
        dtype_name(kind), " of shape ", to_string(sizes_of(index)));
 }
 
-// checks(name, tensor, dtype, sizes, remedy) answers the tensor, contiguous, on the device of the call.
-template <class Checks>
-SalientArrays salient_arrays(const char* op, const Checks& checks, const Tensor& weight, const Tensor& index,
+template <class Call>
+SalientArrays salient_arrays(const Call& call, const char* op, const Tensor& weight, const Tensor& index,
                              const Tensor& value, const std::optional<Tensor>& start, const Tensor& alpha,
                              const std::optional<Tensor>& mu, const std::optional<Tensor>& value_scale,
                              const std::optional<Tensor>& value_zero, int64_t k, int64_t group_size,
@@ -51,18 +50,18 @@ SalientArrays salient_arrays(const char* op, const Checks& checks, const Tensor&
     fail(op, ": start must be given for a bitmap or a list and only then, got index of shape ",
          to_string(sizes_of(index)));
   }
-  SalientArrays a{checks("weight", weight, ScalarType::Int, tiles, remedy),
-                  checks("index", index, index.scalar_type(),
-                         columns ? Sizes{length}
-                         : list  ? Sizes{length, kTileRows}
-                                 : tiles,
-                         remedy),
-                  checks("value", value, kind, values),
-                  checks("alpha", alpha, ScalarType::Float, scales),
-                  checks("start", start, ScalarType::Int, {(list ? tile_count(n) : n) + 1}),
-                  checks("mu", mu, ScalarType::Float, scales),
-                  checks("value_scale", value_scale, ScalarType::Float, {n}),
-                  checks("value_zero", value_zero, ScalarType::Float, {n}),
+  SalientArrays a{call.checked("weight", weight, ScalarType::Int, tiles, remedy),
+                  call.checked("index", index, index.scalar_type(),
+                               columns ? Sizes{length}
+                               : list  ? Sizes{length, kTileRows}
+                                       : tiles,
+                               remedy),
+                  call.checked("value", value, kind, values),
+                  call.checked("alpha", alpha, ScalarType::Float, scales),
+                  call.checked("start", start, ScalarType::Int, {(list ? tile_count(n) : n) + 1}),
+                  call.checked("mu", mu, ScalarType::Float, scales),
+                  call.checked("value_scale", value_scale, ScalarType::Float, {n}),
+                  call.checked("value_zero", value_zero, ScalarType::Float, {n}),
                   {}};
   a.view.sign = data<int32_t>(a.weight);
   a.view.encoding = encoding;
