@@ -5,6 +5,9 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
+#include <bit>
+
 #include "floats.h"
 
 namespace bitmill::cuda {
@@ -35,7 +38,9 @@ inline void load_matrices(uint32_t (&words)[4], const void* shared_row) {
   });
 }
 
-inline void multiply_bits(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// Every sum of a lane, of the eight words of its row of a and its column of b in their order: add(sum, left, right).
+template <class Sum, class Add>
+void multiply_words(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Add add) {
   struct Operands {
     uint32_t a[4], b[2];
   };
@@ -45,51 +50,29 @@ inline void multiply_bits(int32_t (&sum)[4], const uint32_t (&a)[4], const uint3
       const int row = group + i / 2 * 8, column = 2 * in_group + i % 2;
       for (int word = 0; word < 8; ++word) {
         const uint32_t left = of(row % 8 * 4 + word % 4).a[row / 8 + word / 4 * 2];
-        sum[i] += std::popcount(left & of(column * 4 + word % 4).b[word / 4]);
+        add(sum[i], left, of(column * 4 + word % 4).b[word / 4]);
       }
     }
     return 0;
   });
 }
 
+inline void multiply_bits(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply_words(sum, a, b, [](int32_t& s, uint32_t left, uint32_t right) { s += std::popcount(left & right); });
+}
+
 inline void multiply_int8(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  struct Operands {
-    int8_t a[4][4], b[2][4];
-  };
-  Operands mine;
-  std::memcpy(mine.a, a, sizeof a);
-  std::memcpy(mine.b, b, sizeof b);
-  const int lane = emulation::block->thread->lane, group = lane / 4, in_group = lane % 4;
-  emulation::exchange(mine, [&](auto of) {
-    for (int i = 0; i < 4; ++i) {
-      const int row = group + i / 2 * 8, column = 2 * in_group + i % 2;
-      for (int k = 0; k < 32; ++k) {
-        const int8_t left = of(row % 8 * 4 + k % 16 / 4).a[row / 8 + k / 16 * 2][k % 4];
-        sum[i] += left * of(column * 4 + k % 16 / 4).b[k / 16][k % 4];
-      }
-    }
-    return 0;
+  multiply_words(sum, a, b, [](int32_t& s, uint32_t left, uint32_t right) {
+    const auto x = std::bit_cast<std::array<int8_t, 4>>(left), y = std::bit_cast<std::array<int8_t, 4>>(right);
+    for (size_t i = 0; i < x.size(); ++i) s += x[i] * y[i];
   });
 }
 
 template <class Half>
 inline void multiply_halves(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  struct Operands {
-    Half a[4][2], b[2][2];
-  };
-  Operands mine;
-  std::memcpy(mine.a, a, sizeof a);
-  std::memcpy(mine.b, b, sizeof b);
-  const int lane = emulation::block->thread->lane, group = lane / 4, in_group = lane % 4;
-  emulation::exchange(mine, [&](auto of) {
-    for (int i = 0; i < 4; ++i) {
-      const int row = group + i / 2 * 8, column = 2 * in_group + i % 2;
-      for (int k = 0; k < 16; ++k) {
-        const Half left = of(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2][k % 2];
-        sum[i] += to_float(left) * to_float(of(column * 4 + k % 8 / 2).b[k / 8][k % 2]);
-      }
-    }
-    return 0;
+  multiply_words(sum, a, b, [](float& s, uint32_t left, uint32_t right) {
+    const auto x = std::bit_cast<std::array<Half, 2>>(left), y = std::bit_cast<std::array<Half, 2>>(right);
+    for (size_t i = 0; i < x.size(); ++i) s += to_float(x[i]) * to_float(y[i]);
   });
 }
 
