@@ -93,6 +93,15 @@ def test_rows_and_channels_of_zeros() -> None:
     assert search_layer(weight * 0, inputs).error == 0
 
 
+def test_a_candidate_whose_products_are_no_numbers_is_not_taken() -> None:
+    weight, inputs = torch.tensor([[0.0, 1.0]]), torch.tensor([[torch.finfo(torch.float32).max, 1.0]])
+    for metric in ("l1", "l2"):
+        search = Search(shift=False, metric=metric, activation_formats=("e1m2",))
+        casts, errors = _Layer(weight, inputs, inputs[0], search).search_activations(Cast("e1m2", torch.ones(1, 1)))
+        assert casts["e1m2"](inputs).isfinite().all()  # the first candidate's largest value is infinite
+        assert errors == {"e1m2": 1.0}  # the small channel is lost in the steps of the large one
+
+
 def test_the_packed_layer_is_what_was_found() -> None:
     linear, (_, inputs) = nn.Linear(40, 24), layer()
     for search in (Search(), Search(shift=False, activation_formats=("e3m0",)), Search("int8"), Search("float")):

@@ -252,7 +252,6 @@ class _Layer:
         casts: dict[str, Cast] = {}
         errors: dict[str, float] = {}
         for format in self.search.activation_formats:
-            errors[format] = math.inf
             for scale in self.search.scales(self.amax.max(), format):
                 cast = self.activation_cast(format, self.amax.max(), scale)
                 error = self._activation_error(cast, values)
@@ -265,8 +264,9 @@ class _Layer:
         return {format: self._activation_error(cast, values) for format, cast in casts.items()}
 
     def _activation_error(self, cast: Cast, values: Tensor) -> float:
-        error = _error(self.outputs, cast(self.inputs) @ values.T, self.search.metric, 1)
-        return error.double().mean().item()
+        """Infinite for NaN, which comes of values too large for float32 and compares with nothing."""
+        error = _error(self.outputs, cast(self.inputs) @ values.T, self.search.metric, 1).double().mean().item()
+        return math.inf if math.isnan(error) else error
 
     def error(self, weight: Cast, activation: Cast | None) -> float:
         """|y - y^| / |y|, 0 for y = 0."""
