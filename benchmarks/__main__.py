@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bitmill import strict_json
 from bitmill.cli.arguments import parse_shape, parse_threads
 from bitmill.timing import COLD_ROWS
 
@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.families = [known[name] for name in options.family or known]
     try:
         options.problems = shapes.select(options.model, options.shape)
-        options.earlier = [json.loads(path.read_text()) for path in options.load or ()]
+        options.earlier = [strict_json.read(path) for path in options.load or ()]
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return options
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         facts = report.machine(options.threads, peaks, command(options))
         rows = run(options, peaks)
     if options.json:
-        options.json.write_text(json.dumps(report.as_json(facts, rows), indent=1))
+        strict_json.write(options.json, report.as_json(facts, rows))
     for family in FAMILIES:
         mine = [row for row in rows if row.family == family.name]
         if mine:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import platform
 import sys
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import __version__, strict_json
 from . import language
 from .arguments import parse_count, parse_lengths, parse_shape, parse_threads
 
@@ -95,7 +94,7 @@ def _sentence(error: Exception) -> str:
 def _info(options: argparse.Namespace) -> None:
     facts = collect_info()
     if options.json:
-        print(json.dumps(facts, indent=2))
+        print(strict_json.dumps(facts, indent=2))
         return
     for key in ("bitmill", "python", "torch", "numpy", "safetensors", "platform", "cpu"):
         print(f"{key:<16} {facts[key]}")
@@ -170,7 +169,7 @@ def _demo(options: argparse.Namespace) -> None:
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib, which is not installed: pip install matplotlib")
     result = run(tokens=options.tokens, save_dir=options.save, progress=not options.json)
-    print(json.dumps(result, indent=2) if options.json else render(result))
+    print(strict_json.dumps(result, indent=2) if options.json else render(result))
     if options.plot:
         plot(result, options.plot)
 
@@ -201,7 +200,7 @@ def _bench(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     result, text = _bench_model(options) if options.model else _bench_layers(options)
     result = {"cpu": cpu_name(), **result}
-    print(json.dumps(result, indent=2) if options.json else f"{result['cpu']}\n{text}")
+    print(strict_json.dumps(result, indent=2) if options.json else f"{result['cpu']}\n{text}")
 
 
 def _bench_layers(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from .. import strict_json
 from .arguments import parse_seed, parse_threads
 
 FP4_FORMATS = ("mxfp4", "nvfp4", "nf4", "bnb-fp4")
@@ -166,7 +166,7 @@ def _quantize(options: argparse.Namespace) -> None:
     settings = Settings(**{key: value for key, value in vars(options).items() if key in Settings.__annotations__})
     result = quantize_folder(options.model, options.out, settings, options.calibration, options.device)
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(strict_json.dumps(result, indent=2))
         return
     print(
         f"{options.out}: {result['bits_per_weight']:.3f} bits a weight in the decoder blocks, file"
@@ -185,7 +185,7 @@ def _eval(options: argparse.Namespace) -> None:
         scores = evaluate_task(options.model, options.task, options.data, options.activations)
         first = next(name for name in scores if name != "task")
         print(
-            json.dumps(scores, indent=2)
+            strict_json.dumps(scores, indent=2)
             if options.json
             else f"{options.task}: {first} {scores[first]:.2f} % on {scores['examples']:,} examples"
         )
@@ -193,7 +193,7 @@ def _eval(options: argparse.Namespace) -> None:
     windows = options.length, options.stride, options.windows, options.bos
     result = evaluate_folder(options.model, options.text, *windows, options.activations)
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(strict_json.dumps(result, indent=2))
         return
     print(
         f"perplexity {result['perplexity']:.4f} of {options.text.name}: {result['windows']} windows of"

@@ -8,7 +8,6 @@ is whole; the same run again goes on from there, or, if all is done, only answer
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import resource
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import FP4Config, Int8Config, SalientConfig, pack_, quantize_, summary
+from .. import FP4Config, Int8Config, SalientConfig, pack_, quantize_, strict_json, summary
 from ..integrations.four_bit import is_four_bit, read_four_bit
 from ..integrations.language import (
     PACKED_FILE,
@@ -221,14 +220,14 @@ def quantize_folder(
         windows = [w.to(device) for w in _windows(text, settings, model, tokenizer)] if text else []
         blocks, _ = decoder_blocks(model)
         out.mkdir(parents=True, exist_ok=True)
-        _write(out, run)
+        strict_json.write(out / RUN_FILE, run)
         errors = METHODS[settings.method](model, windows, settings, out / BLOCKS)
         if settings.tables == "int8":
             int8_tables_(model, Int8Config(settings.head_activations))
         save_pretrained(model, tokenizer, out)
         times = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         result = {**_facts(model, blocks, out), **times, "errors": errors}
-        _write(out, {**run, "result": result})
+        strict_json.write(out / RUN_FILE, {**run, "result": result})
     shutil.rmtree(out / BLOCKS, ignore_errors=True)
     return result
 
@@ -331,18 +330,12 @@ def _known(out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        known = json.loads(file.read_text())
+        known = strict_json.read(file)
         if isinstance(known["settings"], dict):
             return known
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ValueError(f"quantize: {file} must say what the folder is of, it is damaged; take another folder")
-
-
-def _write(out: Path, run: dict[str, Any]) -> None:
-    temporary = out / f"{RUN_FILE}.tmp"
-    temporary.write_text(json.dumps(run, indent=1) + "\n")
-    os.replace(temporary, out / RUN_FILE)
 
 
 def _windows(text: Path, settings: Settings, model: Any, tokenizer: Any) -> list[Tensor]:

@@ -10,7 +10,6 @@ only the first batch is computed.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .. import strict_json
 from .._checkpoint_file import digest
 from ..checkpoint import load, save
 from ..convert import Filter, replace_modules, require_bare
@@ -259,7 +259,7 @@ class _Folder:
 
     def _read(self) -> dict[str, Any]:
         try:
-            run = json.loads(self.file.read_text())
+            run = strict_json.read(self.file)
             if isinstance(run["blocks"], list):
                 return run
         except (ValueError, KeyError, TypeError):
@@ -286,9 +286,7 @@ class _Folder:
     def keep(self, block: nn.Module, original: str, errors: dict[str, float]) -> None:
         save(block, self.path / f"block-{len(self.run['blocks']):03}.safetensors")
         self.run["blocks"].append({"original": original, "errors": errors})
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.run))
-        os.replace(temporary, self.file)
+        strict_json.write(self.file, self.run)
 
 
 def _digest_of(**tensors: Tensor) -> str:

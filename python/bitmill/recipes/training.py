@@ -8,7 +8,6 @@ its checkpoint with the same losses, to the last bit on a CPU with the same numb
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -21,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from .. import strict_json
 
 
 class BertAdam(torch.optim.Optimizer):
@@ -223,12 +224,12 @@ class Run:
             _set_random_state(state["random"])
         if log.exists():
             lines = log.read_text().splitlines()
-            known = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+            known = [line for line in lines if line.endswith("}") and strict_json.loads(line)["step"] <= self.step]
             log.write_text("".join(line + "\n" for line in known))
 
     def log(self, **values: Any) -> None:
         with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **values}) + "\n")
+            file.write(strict_json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **values}) + "\n")
 
 
 def fit(

@@ -10,11 +10,10 @@ besides, trained on the labels alone.
 
 from __future__ import annotations
 
-import json
-
 import torch
 from torch import Tensor
 
+from ... import strict_json
 from ...integrations.transformers import Projections
 from .. import bibert
 from .common import Batch, export, load_model, parser, read_splits, start, train
@@ -54,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     for projections in inner:
         if projections is not None:
             projections.remove()
-    print(json.dumps(export(args, task, student, examples[1], tokenizer)))
+    print(strict_json.dumps(export(args, task, student, examples[1], tokenizer)))
     return 0
 
 

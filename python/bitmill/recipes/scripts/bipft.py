@@ -9,11 +9,10 @@ torch.save); without it the student starts from the full-precision model.
 
 from __future__ import annotations
 
-import json
-
 import torch
 from torch import Tensor, nn
 
+from ... import strict_json
 from .. import bipft
 from .common import Batch, export, load_model, model_folder, parser, read_splits, start, train
 
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         return nn.functional.mse_loss(logits.squeeze(-1), labels)
 
     train(args, task, model, loss, examples)
-    print(json.dumps(export(args, task, model, examples[1], tokenizer)))
+    print(strict_json.dumps(export(args, task, model, examples[1], tokenizer)))
     return 0
 
 

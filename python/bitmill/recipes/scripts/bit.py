@@ -9,7 +9,6 @@ teacher of the binary one; "single" all of them on the binary student.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import strict_json
 from .. import bit
 from ..bibert import outputs_of
 from .common import Batch, export, load_model, parser, read_splits, start, train
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         loss = distillation(student, teacher.to(args.device))
         train(args, task, student, loss, examples, place, args.epochs / len(stages), bit.STEP_LR)
         teacher = student
-    print(json.dumps(export(args, task, teacher, examples[1], tokenizer)))
+    print(strict_json.dumps(export(args, task, teacher, examples[1], tokenizer)))
     return 0
 
 

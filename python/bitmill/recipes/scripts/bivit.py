@@ -12,7 +12,6 @@ stopped goes on when the same command is given again.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import pack_, save, summary
+from ... import pack_, save, strict_json, summary
 from ...integrations.transformers import register_attention, transformers
 from .. import binaryvit, bivit
 from ..bibert import sign_softmax_attention
@@ -130,7 +129,7 @@ def train(
         return {"accuracy": accuracy(logits_of(lambda x: logits(model, x), test), test)}
 
     run = Run(folder, model, optimizer, bivit.cosine_schedule(optimizer, steps))
-    print(json.dumps({"run": str(folder), **fit(run, batches, loss, steps, evaluate, args.every)}))
+    print(strict_json.dumps({"run": str(folder), **fit(run, batches, loss, steps, evaluate, args.every)}))
 
 
 def export(folder: Path, model: Any, test: Images) -> dict[str, float]:
@@ -152,7 +151,7 @@ def export(folder: Path, model: Any, test: Images) -> dict[str, float]:
         "file_bytes": path.stat().st_size,
         "bits_per_weight": summary(model).bits_per_weight,
     }
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    strict_json.write(folder / "result.json", result)
     return result
 
 
@@ -179,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         elif rules is not None:
             bivit.binarize_(model, groups, args.mlp_act_bits, *rules, args.row_scale)
         train(out / "-".join(groups), model, data, args, args.epochs / len(stages), teacher)
-    print(json.dumps(export(out, model, data[1])))
+    print(strict_json.dumps(export(out, model, data[1])))
     return 0
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import pack_, save, summary
+from ... import pack_, save, strict_json, summary
 from ...integrations.transformers import transformers
 from ..glue import TASKS, Examples, Task, predict, read_examples, scores
 from ..training import Batches, BertAdam, Run, fit, linear_schedule, parameter_groups
@@ -51,11 +50,11 @@ def prepare(args: argparse.Namespace) -> None:
     record = Path(args.out) / "arguments.json"
     record.parent.mkdir(parents=True, exist_ok=True)
     now = {key: value for key, value in vars(args).items() if key not in ("out", "threads", "device")}
-    before = json.loads(record.read_text()) if record.exists() else now
+    before = strict_json.read(record) if record.exists() else now
     changed = [f"--{key.replace('_', '-')}" for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         raise SystemExit(f"{args.out} holds a run with other values of {', '.join(changed)}; choose another --out")
-    record.write_text(json.dumps(now, indent=1) + "\n")
+    strict_json.write(record, now)
 
 
 def model_folder(path: str, out: str) -> str:
@@ -143,5 +142,5 @@ def export(args: argparse.Namespace, task: Task, model: Any, dev: Examples, toke
         "file_bytes": path.stat().st_size,
         "bits_per_weight": facts.bits_per_weight,
     }
-    (Path(args.out) / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    strict_json.write(Path(args.out) / "result.json", result)
     return result

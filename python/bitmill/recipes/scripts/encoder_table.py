@@ -12,7 +12,6 @@ of sentences, or logits) and those of the float32 model.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from ... import strict_json
 from ..encoder_folder import TASKS, evaluate
 from ..language_folder import Settings, open_folder, quantize_folder
 from .language_table import ORIGINAL, float_facts
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace, name: str, wanted: Tensor | None) -> tuple
     """The row, from its file if it is there, and the outputs of float32, which `wanted` are for other rows."""
     file = args.out / f"{name}.json"
     asked = {"windows": args.windows, "length": args.length, "task": args.task}
-    if wanted is not None and file.exists() and (row := json.loads(file.read_text()))["asked"] == asked:
+    if wanted is not None and file.exists() and (row := strict_json.read(file))["asked"] == asked:
         return row, wanted
     if name == ORIGINAL:
         model, tokenizer = open_folder(args.model)
@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace, name: str, wanted: Tensor | None) -> tuple
     cosine = cosine_similarity(found.outputs.double(), wanted.double()).mean().item()
     row = {"name": name, "asked": asked, **facts, **found.scores, "score": next(iter(found.scores.values()))}
     row["cosine"] = cosine
-    file.write_text(json.dumps(row, indent=1) + "\n")
+    strict_json.write(file, row)
     return row, wanted
 
 

@@ -8,11 +8,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from ... import strict_json
 from .common import Batch, load_model, model_folder, parser, read_splits, start, train
 
 
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     result = train(args, task, model, loss, examples)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    (Path(args.out) / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    strict_json.write(Path(args.out) / "result.json", result)
+    print(strict_json.dumps(result))
     return 0
 
 

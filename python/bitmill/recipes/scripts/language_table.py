@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 import textwrap
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ... import FP4Config
+from ... import FP4Config, strict_json
 from ...bench.folders import measure as measure_folders
 from ...bench.folders import takes_int8
 from ...bench.language import DEFAULT_TOKENS, FLOAT32
@@ -145,7 +144,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """The row: from its folder if it is there, otherwise it is made."""
     file = args.out / f"{name}.json"
     asked = {"windows": args.windows, "length": args.length, "eval_windows": args.eval_windows}
-    if file.exists() and (row := json.loads(file.read_text()))["asked"] == asked:
+    if file.exists() and (row := strict_json.read(file))["asked"] == asked:
         return row
     if name == ORIGINAL:
         folder, facts = args.model, float_facts(read_pretrained(args.model).model)
@@ -170,7 +169,7 @@ def measure_int8(args: argparse.Namespace, row: dict[str, Any]) -> None:
 
 
 def _write(out: Path, row: dict[str, Any]) -> None:
-    (out / f"{row['name']}.json").write_text(json.dumps(row, indent=1) + "\n")
+    strict_json.write(out / f"{row['name']}.json", row)
 
 
 def float_facts(model: nn.Module) -> dict[str, Any]:
@@ -233,7 +232,7 @@ def _lines(row: dict[str, Any]) -> list[list[str]]:
 def _perplexity(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if math.isfinite(value) else "inf"
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _speeds(found: dict[str, Any] | None) -> list[str]:

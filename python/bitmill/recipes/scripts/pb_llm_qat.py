@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import SalientConfig, load, pack_, save, summary
+from ... import SalientConfig, load, pack_, save, strict_json, summary
 from ...demo.model import BOS, load_stories
 from ...demo.run import DEFAULT_TOKENS
 from ...demo.text import encode_pieces, read_text, split_stories
@@ -181,8 +180,8 @@ def main(argv: list[str] | None = None) -> int:
         companion.save_pretrained(out)
     facts = {"perplexity": result, "file_bytes": (out / "packed.safetensors").stat().st_size}
     facts["bits_per_weight"] = summary(model).bits_per_weight
-    (out / "result.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts))
+    strict_json.write(out / "result.json", facts)
+    print(strict_json.dumps(facts))
     return 0
 
 

@@ -9,9 +9,10 @@ A folder's stages (`w1a2` of a multi-distilled run) come before it on the same l
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
+
+from ... import strict_json
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -21,7 +22,7 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
         if not log.exists():
             continue
         last = found[-1] if found else {"step": 0, "seconds": 0.0}
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = [strict_json.loads(line) for line in log.read_text().splitlines()]
         for line in lines:
             if "best" in line:
                 total = {key: line[key] + last[key] for key in ("step", "seconds")}
@@ -36,7 +37,7 @@ def table(folders: list[Path]) -> str:
         lines, path = evaluations(folder), folder / "result.json"
         if not lines:
             continue
-        result = json.loads(path.read_text()) if path.exists() else {}
+        result = strict_json.read(path) if path.exists() else {}
         last = lines[-1]
         packed = f"{result['packed'][last['metric']]:.1f}" if "packed" in result else "-"
         bits = f"{result['bits_per_weight']:.3f}" if "packed" in result else "-"
