@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from bitmill import cli, strict_json
 from vision_inputs import write_images
 
 
@@ -40,3 +42,28 @@ def one_thread() -> Iterator[None]:
 def idx_folder(tmp_path: Path) -> Path:
     """Pictures of 8 x 8 in four classes, in the files of MNIST: 40 to train, 12 to test."""
     return write_images(tmp_path / "images")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """What a command of bitmill prints with --json."""
+
+    def call(*arguments: object) -> dict[str, Any]:
+        assert cli.main([*map(str, arguments), "--json"]) == 0
+        return strict_json.loads(capsys.readouterr().out)
+
+    return call
+
+
+@pytest.fixture
+def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one line that a failure of a command prints."""
+
+    def call(*arguments: object) -> str:
+        assert cli.main([*map(str, arguments)]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        said = [line for line in lines if line.startswith("bitmill ")]
+        assert len(said) == 1 and lines[-1] == said[0], lines
+        return said[0]
+
+    return call

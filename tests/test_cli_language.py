@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import math
-import os
 import shutil
 import signal
 import subprocess
@@ -17,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from bitmill import cli, timing
 from bitmill.nn import PackedFP4Linear, PackedInt8Embedding, PackedInt8Linear, PackedSalientLinear
 from bitmill.nn._module import PackedModule
+from language_inputs import WORDS, write_model, write_text
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="needs transformers 5")
 tokenizers = pytest.importorskip("tokenizers")
@@ -33,30 +30,7 @@ from bitmill.recipes.language import perplexity, read_ids  # noqa: E402
 from bitmill.recipes.language_folder import open_folder  # noqa: E402
 from bitmill.recipes.scripts import language_table  # noqa: E402
 
-TEXT = " ".join(f"the {a} saw the {b} ." for a in ("cat", "dog", "bird") for b in ("tree", "house")) + " "
-WORDS = ["<unk>", "<s>", *sorted(set(TEXT.split()))]
 Run = Callable[..., dict[str, Any]]
-
-
-def write_model(folder: Path, kind: str = "llama", **options: Any) -> Path:
-    """A random model and a tokenizer of words."""
-    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>")
-    tokenizer.save_pretrained(folder)
-    sizes: dict[str, Any] = {"vocab_size": len(WORDS), "bos_token_id": 1, "eos_token_id": None}
-    if kind == "gpt2":
-        config = transformers.GPT2Config(**sizes, n_positions=32, n_embd=32, n_layer=2, n_head=4, **options)
-    else:
-        sizes |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        config = transformers.LlamaConfig(**sizes, max_position_embeddings=32, **options)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)  # far enough from uniform that quantising shows
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -66,31 +40,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    (tmp_path / "text.txt").write_text(TEXT * 20)
-    return tmp_path / "text.txt"
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> dict[str, Any]:
-        assert cli.main([*map(str, arguments), "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
-
-    return call
-
-
-@pytest.fixture
-def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The one line that a failure prints."""
-
-    def call(*arguments: object) -> str:
-        assert cli.main([*map(str, arguments)]) == 1
-        lines = capsys.readouterr().err.splitlines()
-        said = [line for line in lines if line.startswith("bitmill ")]
-        assert len(said) == 1 and lines[-1] == said[0], lines
-        return said[0]
-
-    return call
+    return write_text(tmp_path / "text.txt")
 
 
 MINMAX = ["--search", "minmax", "--format", "e1m2", "--no-shift"]
@@ -234,102 +184,6 @@ def test_kill_and_again_gives_the_same_file(model: Path, text: Path, run: Run, t
     assert (killed / "blocks" / "block-000.safetensors").exists() and not (killed / "packed.safetensors").exists()
     run(*arguments, killed)
     assert (killed / "packed.safetensors").read_bytes() == (whole / "packed.safetensors").read_bytes()
-
-
-def test_wrong_input_is_one_sentence(
-    model: Path, text: Path, tmp_path: Path, complaint: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    start = ["quantize", model, "--out", out]
-    assert "a calibration text must be given for method 'pb-llm', got none" in complaint(*start)
-    assert not out.exists()
-    assert "fraction must be a number in [0, 1], got 2.0" in complaint(*start, "--salient", 2, "--calibration", text)
-    assert "No such file" in complaint(*start, "--calibration", tmp_path / "none.txt")
-    (tmp_path / "short.txt").write_text("the cat")
-    short = complaint(*start, "--calibration", tmp_path / "short.txt")
-    assert "at least 32 tokens, got [2]; take more text or shorter windows" in short
-    assert "at least 32 tokens, got [2]" in complaint("eval", model, "--text", tmp_path / "short.txt")
-    assert "must be a folder with config.json and safetensors, or a .gguf file" in complaint(
-        "eval", tmp_path / "nothing", "--text", text
-    )
-    assert "the text must have from 1 to 32 tokens, got 45" in complaint(
-        "generate", model, "--prompt", "the cat saw the dog", "--tokens", 40
-    )
-    assert not out.exists()
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    monkeypatch.setitem(sys.modules, "accelerate", None)
-    assert "needs accelerate, which is not installed: pip install accelerate" in complaint(
-        "eval", tmp_path / "m.gguf", "--text", text
-    )
-
-
-def test_folders_in_a_wrong_state_are_one_sentence(
-    model: Path, text: Path, run: Run, tmp_path: Path, complaint: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, other = tmp_path / "out", tmp_path / "other"
-    start = ["quantize", model, "--out", out, "--method", "fp4"]
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def fail(*_: object, **__: object) -> None:
-        raise full
-
-    with monkeypatch.context() as patch:
-        patch.setattr("bitmill.integrations.language.save", fail)
-        assert "No space left on device" in complaint(*start)
-    assert "packed.safetensors is missing; run `bitmill quantize` to its end" in complaint("eval", out, "--text", text)
-    run(*start)  # the same again goes on
-    assert f"{out} holds a run with another format; take another folder" in complaint(*start, "--format", "e3m0")
-    assert f"{model} holds a model already" in complaint("quantize", model, "--out", model, "--method", "fp4")
-    assert "must not be quantised yet" in complaint("quantize", out, "--out", other, "--method", "fp4")
-    packed = out / "packed.safetensors"
-    packed.write_bytes(packed.read_bytes()[:-100])
-    assert "cannot be loaded" in complaint("eval", out, "--text", text)
-    (out / "config.json").write_text("{")
-    assert f"{out} cannot be read as a model" in complaint("eval", out, "--text", text)
-    (model / "tokenizer.json").unlink()
-    assert "(1)" in (said := complaint("eval", model, "--text", text)) and "(2)" in said  # a reason of several lines
-
-
-def test_a_damaged_run_is_one_sentence(model: Path, tmp_path: Path, complaint: Callable[..., str]) -> None:
-    for i, written in enumerate(("x", "[]", "null", "{}", '{"settings": 3}')):
-        (out := tmp_path / f"run-{i}").mkdir()
-        (out / "run.json").write_text(written)
-        said = complaint("quantize", model, "--method", "fp4", "--out", out)
-        assert said.startswith(f"bitmill quantize: {out / 'run.json'} must say what the folder is of, it is damaged")
-    (out / "run.json").write_text('{"settings": {}, "new": 1}')
-    said = complaint("quantize", model, "--method", "fp4", "--out", out)
-    assert f"{out} holds a run with another model, " in said and ", new; take another folder" in said
-
-
-def test_places_are_looked_at_before_the_model_is_read(
-    text: Path, tmp_path: Path, complaint: Callable[..., str]
-) -> None:
-    start = ["quantize", tmp_path / "nothing", "--calibration", text, "--out"]
-    assert complaint(*start, text) == f"bitmill quantize: out must be a folder, got the file {text}"
-    for device in ("nowhere", "meta"):
-        said = complaint(*start, tmp_path / "out", "--device", device)
-        assert f"device must be one to compute on here, got {device!r}: " in said
-    start[3] = tmp_path / "none"
-    assert complaint(*start, tmp_path / "out") == f"bitmill quantize: {start[3]}: No such file or directory"
-
-
-def test_models_that_cannot_be_quantised_are_one_sentence(
-    text: Path, tmp_path: Path, complaint: Callable[..., str]
-) -> None:
-    model = write_model(tmp_path / "model")
-    file = model / "model.safetensors"
-    state = load_file(file)
-    state["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
-    save_file(state, file, {"format": "pt"})
-    arguments = ["quantize", model, "--out", tmp_path / "out", "--calibration", text, "--windows", 2]
-    assert "model.layers.1.mlp" in (said := complaint(*arguments)) and "finite" in said
-    assert "model.layers.1.mlp.up_proj" in complaint("quantize", model, "--out", tmp_path / "b", "--method", "fp4")
-    config = transformers.MambaConfig(vocab_size=len(WORDS), hidden_size=16, state_size=4, num_hidden_layers=0)
-    bare = write_model(tmp_path / "bare")
-    transformers.MambaForCausalLM(config).save_pretrained(bare)
-    assert "must keep blocks with nn.Linear layers in one nn.ModuleList" in complaint(
-        "quantize", bare, "--out", tmp_path / "c", "--method", "fp4"
-    )
 
 
 @pytest.fixture

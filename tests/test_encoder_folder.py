@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from bitmill import cli
 from bitmill.nn import PackedFP4Linear, PackedInt8Embedding
 from bitmill.nn._module import PackedModule
 
@@ -81,15 +79,6 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> dict[str, Any]:
-        assert cli.main([*map(str, arguments), "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
-
-    return call
-
-
 KINDS = {"bert": "stsb", "sst2": "sst2", "vit": "images"}
 METHODS = {
     "nvfp4": [],
@@ -144,13 +133,8 @@ def test_windows_of_a_text_have_its_special_tokens(data: Path) -> None:
     assert all(batch[0, 0] == 1 and batch[0, -1] == 2 and (batch[0, 1:-1] > 2).all() for batch in batches)
 
 
-def test_what_does_not_go_together(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_go_together(data: Path, tmp_path: Path, complaint: Callable[..., str]) -> None:
     bert, vit, sst2 = (write_model(tmp_path / kind, kind) for kind in ("bert", "vit", "sst2"))
-
-    def complaint(*arguments: object) -> str:
-        assert cli.main([*map(str, arguments)]) == 1
-        return capsys.readouterr().err
-
     assert "must be a causal language model for method 'pb-llm', got BertModel; take one of llm-fp4" in complaint(
         "quantize", bert, "--out", tmp_path / "x", "--rounding", "rtn", "--metric", "magnitude"
     )
