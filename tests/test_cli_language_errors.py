@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from bitmill import strict_json
 from language_inputs import WORDS, write_model, write_text
 
 transformers = pytest.importorskip("transformers", minversion="5", reason="needs transformers 5")
@@ -99,6 +100,25 @@ def test_a_damaged_run_is_one_sentence(model: Path, tmp_path: Path, complaint: C
     (out / "run.json").write_text('{"settings": {}, "new": 1}')
     said = complaint("quantize", model, "--method", "fp4", "--out", out)
     assert f"{out} holds a run with another model, " in said and ", new; take another folder" in said
+
+
+def test_a_folder_knows_the_contents_that_it_was_made_of(
+    model: Path, text: Path, run: Run, tmp_path: Path, complaint: Callable[..., str]
+) -> None:
+    out, file = tmp_path / "out", model / "model.safetensors"
+    start = ["quantize", model, "--out", out, "--method", "arb-rc", "--windows", 2, "--calibration", text]
+    result, weights, words = run(*start), file.read_bytes(), text.read_text()
+    file.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert complaint(*start).endswith(f"{out} holds a run with another model; take another folder")
+    file.write_bytes(weights)
+    text.write_text(f"{words}the dog")
+    assert complaint(*start).endswith(f"{out} holds a run with another calibration; take another folder")
+    text.write_text(words)
+    assert run(*start) == result
+    known = strict_json.read(out / "run.json")
+    strict_json.write(out / "run.json", {key: value for key, value in known.items() if not key.endswith("_digest")})
+    file.write_bytes(b"")
+    assert run(*start) == result  # a folder of an earlier version, without digests
 
 
 def test_an_infinite_perplexity_is_kept_as_json(

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """`bitmill quantize`: a model's folder or GGUF file to a packed folder, resumable at every moment.
 
-The folder of a run says in run.json what it is of. Finished decoder blocks are kept in `blocks` until the packed file
-is whole; the same run again goes on from there, or, if all is done, only answers what it found.
+The folder of a run says in run.json what it is of, by digests where files could have changed. Finished decoder blocks
+are kept in `blocks` until the packed file is whole; the same run again goes on from there, or, if all is done, only
+answers what it found.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +207,13 @@ def quantize_folder(
             f"quantize: a calibration text must be given for method {settings.method!r}, got none; name one, or take"
             " rounding 'rtn' and metric 'magnitude' of pb-llm"
         )
-    run = {"model": source.name, "settings": dataclasses.asdict(settings), "calibration": text and text.name}
+    run = {
+        "model": source.name,
+        "model_digest": _digest(_model_files(source)),
+        "settings": dataclasses.asdict(settings),
+        "calibration": text and text.name,
+        "calibration_digest": text and _digest([text] if text.is_file() else text.glob("*")),
+    }
     result = _known(out, run)
     if result is None:
         _check_places(out, text, device)
@@ -318,14 +326,32 @@ def _known(out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     if (out / RUN_FILE).exists():
         known = _read(out / RUN_FILE)
         result = known.pop("result", None)
+        for key in ("model_digest", "calibration_digest"):  # which older folders do not have
+            known.setdefault(key, run[key])
         if known != run:
-            old, new = ({**facts, **facts.get("settings", {})} for facts in (known, run))
+            old, new = ({**facts, **facts["settings"]} for facts in (known, run))
             changed = [key for key in {**new, **old} if key != "settings" and old.get(key) != new.get(key)]
-            raise ValueError(f"quantize: {out} holds a run with another {', '.join(changed)}; take another folder")
+            names = dict.fromkeys(key.removesuffix("_digest") for key in changed)
+            raise ValueError(f"quantize: {out} holds a run with another {', '.join(names)}; take another folder")
         return result
     if (out / PACKED_FILE).exists() or (out / "config.json").exists():
         raise ValueError(f"quantize: {out} holds a model already; take another folder")
     return None
+
+
+def _model_files(source: Path) -> Iterable[Path]:
+    return [source] if source.is_file() else (*source.glob("config.json"), *source.glob("*.safetensors"))
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """Of the names and contents of files; folders among them are left out."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in files if path.is_file()):
+        total.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                total.update(part)
+    return total.hexdigest()
 
 
 def _read(file: Path) -> dict[str, Any]:
