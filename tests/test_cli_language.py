@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import signal
@@ -223,6 +224,24 @@ def test_the_table_keeps_what_is_finished(
     with pytest.raises(SystemExit):
         table("--plot", picture, "--rows", *rows)
     assert "--plot needs matplotlib, which is not installed: pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("perplexities", [(30.0, 1e6), (30.0, 31.0), (20.0, 20.0)])
+def test_labels_of_the_plot_lie_apart(
+    perplexities: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    figure, text = (pytest.importorskip(f"matplotlib.{name}") for name in ("figure", "text"))
+    monkeypatch.setattr(figure.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    names = [name for name in language_table.ROWS if name.endswith(("-a4", *language_table.FOUR_BITS))]
+    values = torch.linspace(*perplexities, len(names)).tolist()
+    rows = [{"name": n, "perplexity": v, "file_bytes": 8.2e7} for n, v in zip(names, values, strict=True)]
+    language_table.plot(rows, tmp_path / "t.png", "")
+    figures[0].draw_without_rendering()
+    labels = figures[0].axes[0].texts
+    assert {label.get_text() for label in labels} == {*names}
+    boxes = [text.Text.get_window_extent(label) for label in labels]  # without their lines
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 def test_the_table_measures_speed_and_memory(

@@ -77,7 +77,7 @@ class Family(NamedTuple):
     way: str | tuple[str, ...]
     marker: str
     colour: str
-    side: str  # of a point where its label stands
+    side: str  # of a point where its label stands, or "column"
 
     def label(self, row: str) -> str:
         """The salient percentage, or the name of the format, or the family's."""
@@ -87,13 +87,14 @@ class Family(NamedTuple):
 
 
 FOUR_BITS = ("fp4", "nf4", "int4", *(f"mxfp4-{rule}" for rule in FP4Config.SCALE_RULES))
-# The sides keep labels apart: at one file size the three of PB-LLM stand in this order, from above.
+# The sides keep labels apart: at one file size the three of PB-LLM stand in this order, from above. 4-bit formats are
+# too close to each other for that, and share a column.
 FAMILIES = (
     Family("PB-LLM, rounded", "-rtn", "o", "tab:blue", "above"),
     Family("PB-LLM, GPTQ, by magnitude", "-gptq-magnitude", "s", "tab:orange", "right"),
     Family("PB-LLM, GPTQ, by the Hessian", "-gptq-hessian", "^", "tab:green", "below"),
-    Family("4-bit weights", FOUR_BITS, "D", "tab:purple", "left"),
-    Family("activations of 4 bits too", ("-a4",), "X", "tab:pink", "left"),
+    Family("4-bit weights", FOUR_BITS, "D", "tab:purple", "column"),
+    Family("activations of 4 bits too", ("-a4",), "X", "tab:pink", "column"),
     Family("BiLLM", "billm", "v", "tab:red", "left"),
     Family("ARB-RC", "arb-rc", "P", "tab:brown", "left"),
 )
@@ -104,6 +105,7 @@ SIDES = {
     "left": ((-8, 0), "right", "center"),
     "right": ((7, 2), "left", "bottom"),
 }
+LABEL = 8  # points high
 # Columns and their widths, at least.
 COLUMNS = {
     "": 24,
@@ -257,34 +259,66 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Perplexity over file size: a labelled point a row, joined where only the salient fraction differs."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.subplots()
     for row in rows:
         if row["name"] == ORIGINAL:
             label = f"{ORIGINAL}, {row['file_bytes'] / 1e6:.0f} MB"
             axes.axhline(row["perplexity"], color="0.5", linestyle="--", linewidth=1, label=label)
+    column: list[Point] = []
     for family in FAMILIES:
         points = sorted(
-            (row["file_bytes"] / 1e6, row["perplexity"], family.label(row["name"]))
+            Point(row["file_bytes"] / 1e6, row["perplexity"], family.label(row["name"]), family.colour)
             for row in rows
             if row["name"].endswith(family.way) and math.isfinite(row["perplexity"])
         )
         if not points:
             continue
-        sizes, values, labels = zip(*points, strict=True)
+        sizes, values, *_ = zip(*points, strict=True)
         width = 1 if isinstance(family.way, str) and len(points) > 1 else 0
         axes.plot(sizes, values, marker=family.marker, color=family.colour, linewidth=width, label=family.name)
-        offset, ha, va = SIDES[family.side]
-        style: dict[str, Any] = {"ha": ha, "va": va, "color": family.colour, "fontsize": 8}
-        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}  # where lines cross it
-        for size, value, label in zip(sizes, values, labels, strict=True):
-            axes.annotate(label, (size, value), offset, textcoords="offset points", **style)
+        if family.side == "column":
+            column += points
+        else:
+            for point in points:
+                _annotate(axes, point, *SIDES[family.side])
     axes.set(yscale="log", xlabel="file, MB", ylabel="perplexity, lower is better")
     axes.set_title(title, fontsize=10)
     axes.margins(x=0.1, y=0.08)
+    axes.set_ylim(bottom=1)  # the least there is
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    _annotate_column(figure, axes, column)
     figure.savefig(path, dpi=150)
+
+
+class Point(NamedTuple):
+    """Of the plot: megabytes, perplexity, and the label with its colour."""
+
+    size: float
+    value: float
+    label: str
+    colour: str
+
+
+def _annotate(axes: Any, point: Point, offset: tuple[float, float], ha: str, va: str, **line: Any) -> None:
+    """Write a label `offset` points beside its point; `line` is of the line between the two."""
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}  # where lines cross the label
+    style: dict[str, Any] = {"ha": ha, "va": va, "color": point.colour, "fontsize": LABEL, "bbox": box}
+    axes.annotate(point.label, (point.size, point.value), offset, textcoords="offset points", **style, **line)
+
+
+def _annotate_column(figure: Any, axes: Any, points: list[Point]) -> None:
+    """Labels under each other to the left of all points, each as high as its point or as the label above lets it."""
+    figure.draw_without_rendering()  # only then it is known where points are
+    places = {point: axes.transData.transform((point.size, point.value)) * 72 / figure.dpi for point in points}
+    lowest = math.inf
+    for point in sorted(points, key=lambda point: -point.value):
+        x, y = places[point]
+        lowest = min(y, lowest - 1.2 * LABEL)
+        offset = min(left for left, _ in places.values()) - 2.5 * LABEL - x, lowest - y
+        line = {"arrowstyle": "-", "color": point.colour, "linewidth": 0.5, "shrinkA": 0, "relpos": (1, 0.5)}
+        _annotate(axes, point, offset, "right", "center", arrowprops=line)
 
 
 def main(argv: list[str] | None = None) -> int:
