@@ -21,14 +21,6 @@ struct LearnedSteps {
   std::optional<Tensor> q, k, a, v;
 };
 
-// t has q's device and dtype, and these sizes.
-template <class Device>
-void check_like(const Device& device, const char* op, const Tensor& q, const char* name, const Tensor& t,
-                const Sizes& sizes) {
-  device.check_device(name, t);
-  check_form(op, name, t, q.scalar_type(), sizes);
-}
-
 template <class Device>
 Tensor binary_attention_op(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, std::string rule,
                            std::optional<double> scaling, double beta, std::string zero, std::optional<Tensor> alpha_q,
@@ -55,8 +47,8 @@ Tensor binary_attention_op(Tensor q, Tensor k, Tensor v, std::optional<Tensor> m
   if (std::max(p.d, p.m) > kMaxColumns) {
     fail(op, ": d and m must be at most ", kMaxColumns, ", got ", p.d, " and ", p.m);
   }
-  check_like(device, op, q, "k", k, with_last(with_last(leading, p.m), p.d));
-  check_like(device, op, q, "v", v, with_last(with_last(leading, p.m), p.e));
+  device.check("k", k, q.scalar_type(), with_last(with_last(leading, p.m), p.d));
+  device.check("v", v, q.scalar_type(), with_last(with_last(leading, p.m), p.e));
   const Rule chosen{op, rule, scaling, beta};
   chosen.apply(device, alpha_q, alpha_k, alpha_a, p);
   chosen.check_step(device, "alpha_v", alpha_v);
@@ -119,12 +111,8 @@ PackedHeads packed_heads(const Device& device, const char* op, const char* name,
   if (sizes.back() == 0 || sizes.back() % heads != 0) {
     fail(op, ": ", name, " must have a positive multiple of heads = ", heads, " words a row, got ", sizes.back());
   }
-  const auto check_plane = [&](const char* plane, const Tensor& t) {
-    device.check_device(plane, t);
-    check_form(op, plane, t, ScalarType::Int, sizes);
-  };
-  check_plane(name, sign);
-  if (nonzero) check_plane(nonzero_name.c_str(), *nonzero);
+  device.check(name, sign, ScalarType::Int, sizes);
+  if (nonzero) device.check(nonzero_name.c_str(), *nonzero, ScalarType::Int, sizes);
   const int64_t row = dims - 2;
   if (evenly_spaced(sign) && (!nonzero || (evenly_spaced(*nonzero) && nonzero->stride(row) == sign.stride(row)))) {
     return {sign, nonzero, sizes.back()};
@@ -155,9 +143,9 @@ std::tuple<Tensor, Tensor> binary_attention_bits_op(Tensor q, Tensor k, Tensor v
   Sizes expected = sizes_of(lengths ? q : k);
   expected[0] = q.size(0);
   expected.back() = queries.words;
-  device.checked("k", k, ScalarType::Int, expected);
+  device.check("k", k, ScalarType::Int, expected);
   expected.back() = values.words;
-  device.checked("v", v, ScalarType::Int, expected);
+  device.check("v", v, ScalarType::Int, expected);
 
   BinaryAttentionParams p;
   const auto q_first = lengths ? first_rows(device, op, *lengths, q.size(0), "q") : first_rows(q.size(0), q.size(1));

@@ -240,11 +240,16 @@ inline void require(const char* op, Status status) {
 template <class Call>
 class DeviceCall {
  public:
-  // A tensor of this dtype and these sizes on the call's device, made contiguous.
-  Tensor checked(const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes,
-                 const char* remedy = "") const {
+  // t has this dtype and these sizes, on the call's device.
+  void check(const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes, const char* remedy = "") const {
     static_cast<const Call&>(*this).check_device(name, t);
     check_form(op_, name, t, dtype, sizes, remedy);
+  }
+
+  // The same, made contiguous.
+  Tensor checked(const char* name, const Tensor& t, ScalarType dtype, const Sizes& sizes,
+                 const char* remedy = "") const {
+    check(name, t, dtype, sizes, remedy);
     return as_contiguous(t);
   }
   std::optional<Tensor> checked(const char* name, const std::optional<Tensor>& t, ScalarType dtype, const Sizes& sizes,

@@ -183,7 +183,7 @@ struct Fp4Casts {
     if (k < 0 || k > kMaxColumns || rows.k != ceil_div(k, 2)) {
       fail(op, ": packed must have ceil(k / 2) bytes in its last dimension, got k = ", k, " and ", rows.k, " bytes");
     }
-    device.checked("packed", packed, ScalarType::Byte, sizes_of(packed));
+    device.check("packed", packed, ScalarType::Byte, sizes_of(packed));
     return rows;
   }
 

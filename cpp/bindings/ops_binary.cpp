@@ -38,7 +38,7 @@ Tensor bitunpack_cpu(Tensor sign, std::optional<Tensor> nonzero, int64_t k) {
   if (k < 0 || k > kMaxColumns || rows.k != word_count(k)) {
     fail("bitunpack: sign must have ceil(k / 32) words in its last dimension, got k = ", k, " and ", rows.k, " words");
   }
-  checked("bitunpack", "sign", sign, ScalarType::Int, sizes_of(sign));
+  check("bitunpack", "sign", sign, ScalarType::Int, sizes_of(sign));
   const auto plane = checked("bitunpack", "nonzero", nonzero, ScalarType::Int, sizes_of(sign));
   const Tensor values = new_tensor(with_last(rows.leading, k), ScalarType::Char);
   require("bitunpack",
@@ -86,7 +86,7 @@ Operands operands(const char* op, const Tensor& a, const Tensor& weight, int64_t
     fail(op, ": n must be at least 0 and k between 0 and 16777216, got n = ", n, ", k = ", k);
   if (a_nonzero && kind != Levels::sign) fail(op, ": a_nonzero goes with levels=\"sign\" only, got \"", levels, "\"");
   const Rows rows = rows_of(op, a);
-  checked(op, "a", a, ScalarType::Int, with_last(rows.leading, word_count(k)));
+  check(op, "a", a, ScalarType::Int, with_last(rows.leading, word_count(k)));
   const auto nonzero = checked(op, "a_nonzero", a_nonzero, ScalarType::Int, sizes_of(a));
   Operands o{rows, nonzero, binary_weight(op, weight, weight_nonzero, n, k), {}};
   if (k > 0) check_row_padding(op, "a", o.rows.x, o.rows.m, k);

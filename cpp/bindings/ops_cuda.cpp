@@ -51,7 +51,7 @@ CudaOperands cuda_operands(const CudaCall& call, const char* op, const Tensor& a
     fail(op, ": n must be at least 0 and k between 0 and 16777216, got n = ", n, ", k = ", k);
   if (a_nonzero && kind != Levels::sign) fail(op, ": a_nonzero goes with levels=\"sign\" only, got \"", levels, "\"");
   const Rows rows = any_rows_of(op, a);
-  call.checked("a", a, ScalarType::Int, with_last(rows.leading, word_count(k)));
+  call.check("a", a, ScalarType::Int, with_last(rows.leading, word_count(k)));
   CudaOperands o{rows,
                  call.checked("a_nonzero", a_nonzero, ScalarType::Int, sizes_of(a)),
                  cuda_weight(call, weight, weight_nonzero, n, k),

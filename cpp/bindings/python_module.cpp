@@ -155,7 +155,8 @@ double copy_rate(Array<uint8_t>& to, const Array<uint8_t>& source) {
 
 PyObject* dict_at(const py::list& dicts, Py_ssize_t i) {
   PyObject* dict = PyList_GET_ITEM(dicts.ptr(), i);
-  if (!PyDict_Check(dict)) throw py::type_error("all_unchanged: dictionaries are wanted");
+  if (!PyDict_Check(dict))
+    throw py::type_error("all_unchanged: empty and tables must hold dictionaries, got another object");
   return dict;
 }
 
@@ -181,7 +182,7 @@ bool all_unchanged(const py::list& empty, const py::list& tables, const py::list
     }
     if (i < 0) continue;
     PyObject* key = PyList_GET_ITEM(keys.ptr(), i);
-    if (!PyUnicode_CheckExact(key)) throw py::type_error("all_unchanged: keys must be str");
+    if (!PyUnicode_CheckExact(key)) throw py::type_error("all_unchanged: keys must be str, got another object");
     PyObject* found = PyDict_GetItemWithError(dict_at(tables, i), key);
     if (!found && PyErr_Occurred()) throw py::error_already_set();
     if ((found ? found : Py_None) != PyList_GET_ITEM(values.ptr(), i)) return false;
