@@ -52,11 +52,11 @@ def test_fpq_errors() -> None:
         (lambda: ops.fpq_quantize(x, bias, "nf4"), "fpq_quantize: format must be"),
         (lambda: ops.fpq_bias(x, "e4m3"), "fpq_bias: format must be"),
         (lambda: ops.fpq_scale(x, "e4m3"), "fpq_scale: format must be"),
-        (lambda: ops.fpq_quantize(x, bias[:, 0]), r"bias must broadcast to shape \[4, 6\], got \[4\]"),
-        (lambda: ops.fpq_quantize(x, bias[None]), r"bias must broadcast to shape \[4, 6\], got \[1, 4, 1\]"),
+        (lambda: ops.fpq_quantize(x, bias[:, 0]), r"bias must be broadcastable to \[4, 6\], got shape \[4\]"),
+        (lambda: ops.fpq_quantize(x, bias[None]), r"bias must be broadcastable to \[4, 6\], got shape \[1, 4, 1\]"),
         (
             lambda: ops.fpq_dequantize(ops.fpq_quantize(x, bias), bias[:3], 6),
-            r"fpq_dequantize: bias must broadcast to shape \[4, 6\], got \[3, 1\]",
+            r"fpq_dequantize: bias must be broadcastable to \[4, 6\], got shape \[3, 1\]",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -20,13 +20,11 @@ and of the sum of values that have an addend.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..ops import binary_attention
-from ..ops._checks import FLOATS
+from ..ops._checks import FLOATS, check_broadcast
 from ..ops._library import without_autocast
 from .attention_maps import SELECTIONS, masked_scores, row_softmax, scaled, softmax_aware_map
 from .functions import ALPHA_FLOOR, boolean, elastic, sign
@@ -43,11 +41,6 @@ def _kernel_mask(mask: Tensor | None) -> Tensor | None:
     return mask.float() if mask is not None and mask.dtype == torch.float64 else mask
 
 
-def _broadcasts(t: Tensor, shape: Sequence[int]) -> bool:
-    pairs = zip(t.shape[::-1], shape[::-1], strict=False)
-    return t.dim() <= len(shape) and all(size in (1, whole) for size, whole in pairs)
-
-
 def _checked(
     name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,12 +52,9 @@ def _checked(
         )
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"{name}: mask must be boolean (True: attend) or additive floats, got {mask.dtype}")
-    scores = (*q.shape[:-1], k.shape[-2])
-    if mask is not None and not _broadcasts(mask, scores):
-        raise ValueError(
-            f"{name}: mask must be broadcastable to {list(scores)}, got shape {list(mask.shape)};"
-            " a mask of the keys of each batch [batch, m] becomes mask[:, None, None]"
-        )
+    if mask is not None:
+        remedy = "; a mask of the keys of each batch [batch, m] becomes mask[:, None, None]"
+        check_broadcast(name, "mask", mask, (*q.shape[:-1], k.shape[-2]), remedy)
     if scaling is not None and not scaling > 0:
         raise ValueError(f"{name}: scaling must be positive, got {scaling}")
     if q.shape[:-2] == k.shape[:-2]:

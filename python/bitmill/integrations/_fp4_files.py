@@ -21,8 +21,8 @@ from ..config import FP4Config, shorten
 from ..convert import Filter, replace_modules, require_bare
 from ..nn import PackedFP4Linear
 from ..ops import mxfp4_dequantize, nvfp4_dequantize, tile_unpack
-from ..ops._checks import FLOATS, check_one_of, require
-from ..ops.fp4 import MX_BLOCK, pack_nibbles, short_name, unpack_nibbles
+from ..ops._checks import FLOATS, check_one_of, require, short_name
+from ..ops.fp4 import MX_BLOCK, pack_nibbles, unpack_nibbles
 from ..ops.fp4_linear import scale_values
 from ..ops.nvfp4 import NV_BLOCK
 

@@ -34,8 +34,8 @@ from ..config import FP4Config, shorten
 from ..convert import Filter
 from ..nn import PackedFP4Linear
 from ..ops import code_values, codebook4_dequantize
-from ..ops._checks import ceil_div, require
-from ..ops.fp4 import short_name, unpack_nibbles
+from ..ops._checks import ceil_div, require, short_name
+from ..ops.fp4 import unpack_nibbles
 from ._fp4_files import (
     Builder,
     Source,

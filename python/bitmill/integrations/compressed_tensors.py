@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from ..convert import Filter
 from ..nn import PackedFP4Linear
-from ..ops._checks import FLOATS, check_one_of, require
-from ..ops.fp4 import short_name
+from ..ops._checks import FLOATS, check_one_of, require, short_name
 from ._fp4_files import (
     BLOCKS,
     Builder,

@@ -17,6 +17,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PACK_REMEDY = "; pack the weight with bitmill.ops.tile_pack"
 
 
+def short_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
@@ -40,24 +44,24 @@ def check_tensor(
     require(
         t.device == like.device, f"{op}: {name} must be on {like.device}, got {t.device}; move the layer or its input"
     )
-    require(t.dtype == dtype, f"{op}: {name} must be {_short(dtype)}, got {_short(t.dtype)}")
+    require(t.dtype == dtype, f"{op}: {name} must be {short_name(dtype)}, got {short_name(t.dtype)}")
     require(list(t.shape) == list(shape), f"{op}: {name} must have shape {list(shape)}, got {list(t.shape)}{remedy}")
 
 
 def check_rows(op: str, x: Tensor, name: str = "x") -> int:
     """Floating-point rows; answers k."""
     require(x.dim() >= 1, f"{op}: {name} must have at least one dimension, got a scalar")
-    require(x.dtype in FLOATS, f"{op}: {name} must be float32, bfloat16 or float16, got {_short(x.dtype)}")
+    require(x.dtype in FLOATS, f"{op}: {name} must be float32, bfloat16 or float16, got {short_name(x.dtype)}")
     k = x.shape[-1]
     require(k <= MAX_COLUMNS, f"{op}: {name} must have at most {MAX_COLUMNS} columns, got {k}")
     return k
 
 
-def check_broadcast(op: str, name: str, t: Tensor, shape: Sequence[int]) -> None:
+def check_broadcast(op: str, name: str, t: Tensor, shape: Sequence[int], remedy: str = "") -> None:
     sizes = zip(reversed(t.shape), reversed(shape), strict=False)
     require(
         t.dim() <= len(shape) and all(own in (1, size) for own, size in sizes),
-        f"{op}: {name} must broadcast to shape {list(shape)}, got {list(t.shape)}",
+        f"{op}: {name} must be broadcastable to {list(shape)}, got shape {list(t.shape)}{remedy}",
     )
 
 
@@ -66,14 +70,10 @@ def check_one_of(op: str, name: str, value: str, allowed: Sequence[str]) -> None
     require(value in allowed, f'{op}: {name} must be {choices}, got "{value}"')
 
 
-def group_count(op: str, k: int, group_size: int) -> int:
+def group_count(op: str, k: int, group_size: int, multiple: int = 32) -> int:
     """Groups of columns that share a scale; group_size 0 means one group."""
     require(
-        group_size >= 0 and group_size % 32 == 0,
-        f"{op}: group_size must be 0 or a positive multiple of 32, got {group_size}",
+        group_size >= 0 and group_size % multiple == 0,
+        f"{op}: group_size must be 0 or a positive multiple of {multiple}, got {group_size}",
     )
     return ceil_div(k, group_size) if group_size else 1
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

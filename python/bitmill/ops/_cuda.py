@@ -51,7 +51,7 @@ def _raising(name: str, reason: str) -> Any:
 
 
 def kernel_on_cuda(name: str) -> str:
-    """ "cuda", "torch" or "none (CPU only)": what runs an op on a GPU."""
+    """What runs an op on a GPU: "cuda", "torch" or "none (CPU only)"."""
     if name in CPU_ONLY:
         return "none (CPU only)"
     return "cuda" if library.has_compiled_kernel(name, "CUDA") else "torch"

@@ -8,8 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import MAX_COLUMNS, PACK_REMEDY, ceil_div, check_one_of, check_rows, check_tensor, require, tile_shape
-from .fp4 import CODEBOOKS, FORMATS, MX_BLOCK, SCALE_RULES, short_name
+from ._checks import (
+    MAX_COLUMNS,
+    PACK_REMEDY,
+    check_one_of,
+    check_rows,
+    check_tensor,
+    group_count,
+    require,
+    short_name,
+    tile_shape,
+)
+from .fp4 import CODEBOOKS, FORMATS, GROUP_MULTIPLE, MX_BLOCK, SCALE_RULES
 from .int8 import ACTIVATIONS
 from .nvfp4 import NV_BLOCK
 
@@ -37,13 +47,11 @@ class WeightArguments(NamedTuple):
             self.n >= 0 and 0 <= self.k <= MAX_COLUMNS,
             f"{op}: n must be at least 0 and k between 0 and {MAX_COLUMNS}, got n = {self.n}, k = {self.k}",
         )
-        valid = self.group_size >= 0 and self.group_size % 8 == 0
-        require(valid, f"{op}: group_size must be 0 or a positive multiple of 8, got {self.group_size}")
+        groups = group_count(op, self.k, self.group_size, GROUP_MULTIPLE)
         valid = dtype in (torch.float32, torch.uint8)
         require(valid, f"{op}: scale must be float32, or uint8 for E8M0, got {short_name(dtype)}")
         valid = self.global_scale is None or dtype == torch.uint8
         require(valid, f"{op}: scale must be uint8, E4M3, with a global_scale, got {short_name(dtype)}")
-        groups = ceil_div(self.k, self.group_size) if self.group_size else 1
         check_tensor(op, "scale", scale, dtype, [self.n, groups], like)
         check_tensor(op, "weight", self.weight, torch.int32, tile_shape(self.n, self.k, 4), like, PACK_REMEDY)
         check_tensor(op, "codebook", self.codebook, torch.float32, [16], like)
@@ -92,8 +100,7 @@ class EmbeddingArguments(NamedTuple):
         scale = self.scale
         check_one_of(op, "format", self.format, (*FORMATS, *CODEBOOKS))
         require(0 <= self.k <= MAX_COLUMNS, f"{op}: k must be between 0 and {MAX_COLUMNS}, got {self.k}")
-        valid = self.group_size >= 0 and self.group_size % 8 == 0
-        require(valid, f"{op}: group_size must be 0 or a positive multiple of 8, got {self.group_size}")
+        groups = group_count(op, self.k, self.group_size, GROUP_MULTIPLE)
         dtypes = (torch.uint8,) if self.global_scale is not None else (torch.float32, torch.uint8)
         require(
             scale.dtype in dtypes,
@@ -101,7 +108,6 @@ class EmbeddingArguments(NamedTuple):
             f" got {short_name(scale.dtype)}",
         )
         n = scale.shape[0] if scale.dim() else 0
-        groups = ceil_div(self.k, self.group_size) if self.group_size else 1
         check_tensor(op, "scale", scale, scale.dtype, [n, groups], scale)
         check_tensor(op, "ids", ids, torch.int64, ids.shape, scale)
         check_tensor(op, "weight", self.weight, torch.int32, tile_shape(n, self.k, 4), scale)

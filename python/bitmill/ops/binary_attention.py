@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _library as library
-from ._checks import FLOATS, MAX_COLUMNS, check_one_of, check_tensor, require
+from ._checks import FLOATS, MAX_COLUMNS, check_broadcast, check_one_of, check_tensor, require, short_name
 from .bitpack import binarized, sum_by_halves
 
 RULES = ("bool", "softmax_aware", "elastic")
@@ -175,16 +175,9 @@ def check_mask(op: str, q: Tensor, mask: Tensor | None, scores: list[int]) -> No
     require(mask.device == q.device, f"{op}: mask must be on {q.device}, got {mask.device}")
     require(
         mask.dtype == torch.bool or mask.dtype in FLOATS,
-        f"{op}: mask must be bool, float32, bfloat16 or float16, got {str(mask.dtype)[6:]}",
+        f"{op}: mask must be bool, float32, bfloat16 or float16, got {short_name(mask.dtype)}",
     )
     check_broadcast(op, "mask", mask, scores)
-
-
-def check_broadcast(op: str, name: str, t: Tensor, shape: list[int]) -> None:
-    fits = t.dim() <= len(shape) and all(
-        have in (1, want) for have, want in zip(reversed(t.shape), reversed(shape), strict=False)
-    )
-    require(fits, f"{op}: {name} must be broadcastable to {shape}, got shape {list(t.shape)}")
 
 
 @torch.library.register_fake("bitmill::binary_attention")

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from . import _library as library
-from ._checks import ceil_div, check_one_of, check_rows, check_tensor, require
+from ._checks import ceil_div, check_one_of, check_rows, check_tensor, group_count
 from ._fp4_codes import stochastic_words
 from ._groups import columns_of_groups
-from .fp4 import check_packed, pack_nibbles, table, unpack_nibbles
+from .fp4 import GROUP_MULTIPLE, check_packed, pack_nibbles, table, unpack_nibbles
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -31,10 +31,6 @@ library.define(
 library.define(
     "codebook4_dequantize", "(Tensor packed, Tensor scale, Tensor codebook, int k, int group_size=64) -> Tensor"
 )
-
-
-def _groups(k: int, group_size: int) -> int:
-    return ceil_div(k, group_size) if group_size else 1
 
 
 def nearest(values: Tensor, codebook: Tensor) -> Tensor:
@@ -58,9 +54,8 @@ def _stochastic(values: Tensor, codebook: Tensor, words: Tensor) -> Tensor:
 def _codebook4_quantize_reference(
     x: Tensor, codebook: Tensor, group_size: int = 64, rounding: str = "nearest", seed: int = 0, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
-    _check_codebook4_quantize(x, codebook, group_size, rounding)
-    k = x.shape[-1]
-    groups, width = _groups(k, group_size), group_size or max(k, 1)
+    groups, k = _check_codebook4_quantize(x, codebook, group_size, rounding), x.shape[-1]
+    width = group_size or max(k, 1)
 
     def blocks_of(t: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(t, (0, groups * width - k)).contiguous()
@@ -86,33 +81,31 @@ def _codebook4_dequantize_reference(
     return codebook[unpack_nibbles(packed, k).int()] * columns_of_groups(scale, k, group_size)
 
 
-def _check_groups(op: str, codebook: Tensor, group_size: int, like: Tensor) -> None:
-    check_tensor(op, "codebook", codebook, torch.float32, [16], like)
-    valid = group_size >= 0 and group_size % 8 == 0
-    require(valid, f"{op}: group_size must be 0 or a positive multiple of 8, got {group_size}")
-
-
-def _check_codebook4_quantize(x: Tensor, codebook: Tensor, group_size: int, rounding: str) -> None:
-    check_one_of("codebook4_quantize", "rounding", rounding, ROUNDINGS)
-    check_rows("codebook4_quantize", x)
-    _check_groups("codebook4_quantize", codebook, group_size, x)
+def _check_codebook4_quantize(x: Tensor, codebook: Tensor, group_size: int, rounding: str) -> int:
+    """Answers the number of groups."""
+    op = "codebook4_quantize"
+    check_one_of(op, "rounding", rounding, ROUNDINGS)
+    k = check_rows(op, x)
+    check_tensor(op, "codebook", codebook, torch.float32, [16], x)
+    return group_count(op, k, group_size, GROUP_MULTIPLE)
 
 
 def _check_codebook4_dequantize(packed: Tensor, scale: Tensor, codebook: Tensor, k: int, group_size: int) -> None:
     op = "codebook4_dequantize"
     check_packed(op, packed, k)
-    _check_groups(op, codebook, group_size, packed)
-    check_tensor(op, "scale", scale, torch.float32, [*packed.shape[:-1], _groups(k, group_size)], packed)
+    check_tensor(op, "codebook", codebook, torch.float32, [16], packed)
+    groups = group_count(op, k, group_size, GROUP_MULTIPLE)
+    check_tensor(op, "scale", scale, torch.float32, [*packed.shape[:-1], groups], packed)
 
 
 @torch.library.register_fake("bitmill::codebook4_quantize")
 def _(
     x: Tensor, codebook: Tensor, group_size: int = 64, rounding: str = "nearest", seed: int = 0, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
-    _check_codebook4_quantize(x, codebook, group_size, rounding)
+    groups = _check_codebook4_quantize(x, codebook, group_size, rounding)
     *leading, k = x.shape
     packed = x.new_empty((*leading, ceil_div(k, 2)), dtype=torch.uint8)
-    return packed, x.new_empty((*leading, _groups(k, group_size)), dtype=torch.float32)
+    return packed, x.new_empty((*leading, groups), dtype=torch.float32)
 
 
 @torch.library.register_fake("bitmill::codebook4_dequantize")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _library as library
-from ._checks import FLOATS, MAX_COLUMNS, ceil_div, check_one_of, check_rows, check_tensor, require
+from ._checks import FLOATS, MAX_COLUMNS, ceil_div, check_one_of, check_rows, check_tensor, require, short_name
 from ._fp4_codes import FORMATS, ROUNDINGS, codes, magnitudes, stochastic_words
 from ._groups import columns_of_groups
 
@@ -43,6 +43,7 @@ CODEBOOKS = {
 NAN_POLICIES = ("max", "zero", "error")
 SCALE_RULES = ("floor", "rceil", "ceil", "even")
 MX_BLOCK = 32
+GROUP_MULTIPLE = 8  # columns of a group: the codes of a word
 _INFINITY = 0x7F800000  # as the bits of a float32 magnitude; NaN lies above
 
 _ROUNDING = 'str rounding="nearest_even", SymInt seed=0, SymInt offset=0'
@@ -203,10 +204,6 @@ def _check_mxfp4_dequantize(packed: Tensor, scale: Tensor, k: int) -> None:
     check_tensor("mxfp4_dequantize", "scale", scale, torch.uint8, shape, packed)
 
 
-def short_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @torch.library.register_fake("bitmill::fp4_cast")
 def _(
     x: Tensor, format: str = "e2m1", nan: str = "max", rounding: str = "nearest_even", seed: int = 0, offset: int = 0
@@ -257,8 +254,8 @@ def fp4_cast(
     Args:
         x: float32, bfloat16 or float16 [..., k].
         format: "e2m1", "e1m2" or "e3m0".
-        nan: what NaN becomes: "max" code 7 for both signs (as cuda_fp4.h), "zero" code 0, "error" a ValueError, which
-            a GPU is waited for.
+        nan: what NaN becomes: "max" code 7 for both signs (as cuda_fp4.h), "zero" code 0, "error" a ValueError, for
+            which the host waits on a GPU.
         rounding: "nearest_even", "stochastic", "toward_zero" or "half_away".
         seed, offset: int64, of the random numbers for "stochastic"; another offset (of every step of a training, say)
             gives independent ones.

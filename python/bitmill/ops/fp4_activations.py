@@ -109,12 +109,8 @@ def _(x, *arguments):
 
 def _setup_fp4_fp4_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, of = inputs[0], FP4LinearArguments(*inputs[1:])
-    ctx.format, ctx.group_size, ctx.activations, ctx.scale_rule = (
-        of.format,
-        of.group_size,
-        of.activations,
-        of.scale_rule,
-    )
+    ctx.format, ctx.group_size = of.format, of.group_size
+    ctx.activations, ctx.scale_rule = of.activations, of.scale_rule
     ctx.save_for_backward(x, of.weight, of.scale, of.global_scale, of.input_scale, of.input_shift)
 
 
@@ -175,7 +171,7 @@ def fp4_activations(
         format: "e2m1" or "e1m2" with an input_scale, "mxfp4" or "nvfp4" without.
         input_scale: float32 [], what the format's values are multiplied with: `fpq_scale(rho, format)`.
         input_shift: uint8 [k], at most 3 (e2m1) or 1 (e1m2): channel j's scale is input_scale 2^-input_shift[j]; None
-            for 0. On a GPU, whose tensors are not looked at before, more counts as the most.
+            for 0. On a GPU, whose values are not checked, more counts as the most.
         scale_rule: of "mxfp4", as `mxfp4_quantize` has it.
     Returns:
         q int8 [..., k] and row_scale float32 [..., groups], 1 group or one for 32 or 16 columns. No gradient;

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import _library as library
-from ._checks import FLOATS, check_broadcast, check_one_of, require
+from ._checks import FLOATS, check_broadcast, check_one_of, require, short_name
 from ._fp4_codes import FORMATS, ROUNDINGS
-from .fp4 import code_values, fp4_cast, fp4_uncast, mxfp4_dequantize, mxfp4_quantize, short_name
+from .fp4 import code_values, fp4_cast, fp4_uncast, mxfp4_dequantize, mxfp4_quantize
 
 library.define(
     "fp4_fake_quant",

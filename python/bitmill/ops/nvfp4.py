@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from . import _library as library
-from ._checks import FLOATS, ceil_div, check_one_of, check_rows, check_tensor, require
+from ._checks import FLOATS, ceil_div, check_one_of, check_rows, check_tensor, require, short_name
 from ._fp4_codes import ROUNDINGS, codes, stochastic_words
 from ._groups import columns_of_groups
-from .fp4 import check_packed, pack_nibbles, short_name, table, to_blocks, unpack_nibbles
+from .fp4 import check_packed, pack_nibbles, table, to_blocks, unpack_nibbles
 
 NV_BLOCK = 16
 E4M3_MAX, _E2M1_MAX, _SMALLEST_SCALE = 448.0, 6.0, 2.0**-6
