@@ -142,6 +142,9 @@ def test_what_does_not_go_together(data: Path, tmp_path: Path, complaint: Callab
         "eval", bert, "--text", data / "text.txt"
     )
     assert "--task and --data go together" in complaint("eval", bert, "--task", "stsb")
+    assert "--windows goes with --text, got --task" in complaint(
+        "eval", bert, "--task", "stsb", "--data", data / "stsb", "--windows", 3
+    )
     assert "a model of texts has no outputs for images" in complaint(
         "eval", bert, "--task", "images", "--data", data / "images"
     )
@@ -149,6 +152,8 @@ def test_what_does_not_go_together(data: Path, tmp_path: Path, complaint: Callab
     assert "sst2 needs a model with a classification head" in complaint(
         "eval", bert, "--task", "sst2", "--data", data / "sst2"
     )
+    with pytest.raises(ValueError, match=r"eval: task must be one of sst2, .*, images, got 'qqp'"):
+        evaluate(None, None, "qqp", data)
     assert "stsb needs 1 outputs, the model has 2" in complaint("eval", sst2, "--task", "stsb", "--data", data / "stsb")
     for split in ("train", "t10k"):
         write_idx(data / "images" / f"{split}-images-idx3-ubyte.gz", torch.zeros(40 if split == "train" else 20, 6, 8))

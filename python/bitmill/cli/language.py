@@ -177,19 +177,31 @@ def _quantize(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     _start(options)
-    from ..recipes.language_folder import evaluate_folder, evaluate_task
-
     if (options.task is None) != (options.data is None):
         raise ValueError("--task and --data go together")
     if options.task:
-        scores = evaluate_task(options.model, options.task, options.data, options.activations)
-        first = next(name for name in scores if name != "task")
-        print(
-            strict_json.dumps(scores, indent=2)
-            if options.json
-            else f"{options.task}: {first} {scores[first]:.2f} % on {scores['examples']:,} examples"
-        )
+        _eval_task(options)
+    else:
+        _eval_text(options)
+
+
+def _eval_task(options: argparse.Namespace) -> None:
+    from ..recipes.language_folder import evaluate_task
+
+    given = [f"--{name}" for name in ("length", "stride", "windows", "bos") if getattr(options, name)]
+    if given:
+        raise ValueError(f"{given[0]} goes with --text, got --task")
+    scores = evaluate_task(options.model, options.task, options.data, options.activations)
+    if options.json:
+        print(strict_json.dumps(scores, indent=2))
         return
+    first = next(name for name in scores if name != "task")
+    print(f"{options.task}: {first} {scores[first]:.2f} % on {scores['examples']:,} examples")
+
+
+def _eval_text(options: argparse.Namespace) -> None:
+    from ..recipes.language_folder import evaluate_folder
+
     windows = options.length, options.stride, options.windows, options.bos
     result = evaluate_folder(options.model, options.text, *windows, options.activations)
     if options.json:

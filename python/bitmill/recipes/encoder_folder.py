@@ -72,9 +72,11 @@ def evaluate(model: Any, tokenizer: Any, task: str, data: str | os.PathLike[str]
         task: of `TASKS`.
         data: the folder of the GLUE task, or of the image set.
     Raises:
-        ValueError: for a task that the model has no outputs for.
+        ValueError: for another task, or one that the model has no outputs for.
         FileNotFoundError: if the folder does not hold the data.
     """
+    if task not in TASKS:
+        raise ValueError(f"eval: task must be one of {', '.join(TASKS)}, got {task!r}")
     if takes_images(model) != (task == IMAGES):
         raise ValueError(f"eval: a model of {'images' if takes_images(model) else 'texts'} has no outputs for {task}")
     if task == IMAGES:
@@ -83,7 +85,7 @@ def evaluate(model: Any, tokenizer: Any, task: str, data: str | os.PathLike[str]
         logits = images.logits_of(lambda x: model(pixel_values=x).logits, test, BATCH)
         return Found({"accuracy": images.accuracy(logits, test), "examples": len(test)}, logits)
     chosen = glue.TASKS[task]
-    if has_head(model):
+    if _has_head(model):
         if model.config.num_labels != chosen.outputs:
             raise ValueError(f"eval: {task} needs {chosen.outputs} outputs, the model has {model.config.num_labels}")
         found = _examples(data, chosen, model, tokenizer)
@@ -102,7 +104,7 @@ def _scores(task: glue.Task, logits: Tensor, of: glue.Examples) -> dict[str, flo
     return {**glue.scores(task, logits, of.labels), "examples": len(of.labels)}
 
 
-def has_head(model: Any) -> bool:
+def _has_head(model: Any) -> bool:
     """Whether a text model answers logits."""
     return type(model).__name__.endswith("ForSequenceClassification")
 
