@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitmill import cli, timing
+from bitmill import cli, strict_json, timing
 from bitmill.nn import PackedFP4Linear, PackedInt8Embedding, PackedInt8Linear, PackedSalientLinear
 from bitmill.nn._module import PackedModule
 from language_inputs import WORDS, write_model, write_text
@@ -224,6 +224,21 @@ def test_the_table_keeps_what_is_finished(
     with pytest.raises(SystemExit):
         table("--plot", picture, "--rows", *rows)
     assert "--plot needs matplotlib, which is not installed: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_a_table_is_of_one_model_and_text(table: Callable[..., list[str]], model: Path, tmp_path: Path) -> None:
+    rows = ["--rows", "float32", "fp4", "nf4"]
+    lines, file, weights = table(*rows), tmp_path / "table" / "fp4.json", model / "model.safetensors"
+    row = strict_json.read(file)
+    asked = {key: row["asked"].pop(key) for key in ("windows", "length", "eval_windows")}
+    assert {*row["asked"]} == {"model", "calibration", "text"}
+    strict_json.write(file, {**row, "asked": asked, "perplexity": 7.0})  # a row of an earlier version
+    assert table(*rows)[3].split()[3] == "7.00"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 0x40]))
+    assert table("--rows", "float32") != lines[:3]
+    with pytest.raises(ValueError, match="nf4 holds a run with another model; take another folder"):
+        table("--rows", "nf4")
 
 
 @pytest.mark.parametrize("perplexities", [(30.0, 1e6), (30.0, 31.0), (20.0, 20.0)])

@@ -209,14 +209,14 @@ def quantize_folder(
         )
     run = {
         "model": source.name,
-        "model_digest": _digest(_model_files(source)),
+        "model_digest": digest_of_model(source),
         "settings": dataclasses.asdict(settings),
         "calibration": text and text.name,
-        "calibration_digest": text and _digest([text] if text.is_file() else text.glob("*")),
+        "calibration_digest": text and digest_of_data(text),
     }
     result = _known(out, run)
     if result is None:
-        _check_places(out, text, device)
+        _check_places(out, device)
         wall, cpu = time.perf_counter(), time.process_time()
         model, tokenizer = read_pretrained(source, getattr(torch, settings.dtype))
         if settings.method not in FOR_ENCODERS and not is_causal(model.config):
@@ -299,18 +299,6 @@ def evaluate_folder(
     }
 
 
-def _check_places(out: Path, text: Path | None, device: str) -> None:
-    """Before a model is read, which takes long: that the folder, the text and the device are some."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"quantize: out must be a folder, got the file {out}")
-    if text is not None and not text.is_dir():  # images may be a folder
-        text.open("rb").close()
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"quantize: device must be one to compute on here, got {device!r}: {error}") from None
-
-
 def evaluate_task(
     folder: str | os.PathLike[str], task: str, data: str | os.PathLike[str], activations: str | None = None
 ) -> dict[str, Any]:
@@ -319,6 +307,40 @@ def evaluate_task(
     if is_causal(model.config):
         raise ValueError(f"eval: tasks are for encoders, got {type(model).__name__}; give a text for its perplexity")
     return {"task": task, **evaluate(model, tokenizer, task, data).scores}
+
+
+def digest_of_model(source: Path) -> str:
+    """Of the contents of a GGUF file, or of a folder's config and safetensors."""
+    return _digest([source] if source.is_file() else [*source.glob("config.json"), *source.glob("*.safetensors")])
+
+
+def digest_of_data(path: Path) -> str:
+    """Of the contents of a text, or of the files of a folder.
+
+    Raises:
+        OSError: if there is none.
+    """
+    return _digest(path.iterdir() if path.is_dir() else [path])
+
+
+def _digest(files: Iterable[Path]) -> str:
+    total = hashlib.sha256()
+    for path in sorted(path for path in files if not path.is_dir()):
+        total.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                total.update(part)
+    return total.hexdigest()
+
+
+def _check_places(out: Path, device: str) -> None:
+    """Before a model is read, which takes long: that the folder and the device are some."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"quantize: out must be a folder, got the file {out}")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"quantize: device must be one to compute on here, got {device!r}: {error}") from None
 
 
 def _known(out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
@@ -337,21 +359,6 @@ def _known(out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     if (out / PACKED_FILE).exists() or (out / "config.json").exists():
         raise ValueError(f"quantize: {out} holds a model already; take another folder")
     return None
-
-
-def _model_files(source: Path) -> Iterable[Path]:
-    return [source] if source.is_file() else (*source.glob("config.json"), *source.glob("*.safetensors"))
-
-
-def _digest(files: Iterable[Path]) -> str:
-    """Of the names and contents of files; folders among them are left out."""
-    total = hashlib.sha256()
-    for path in sorted(path for path in files if path.is_file()):
-        total.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                total.update(part)
-    return total.hexdigest()
 
 
 def _read(file: Path) -> dict[str, Any]:

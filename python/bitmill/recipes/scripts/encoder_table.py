@@ -22,7 +22,7 @@ from torch.nn.functional import cosine_similarity
 from ... import strict_json
 from ..encoder_folder import TASKS, evaluate
 from ..language_folder import Settings, open_folder, quantize_folder
-from .language_table import ORIGINAL, float_facts
+from .language_table import ORIGINAL, asked_of, float_facts, known_row
 from .language_table import ROWS as LANGUAGE_ROWS
 
 ROWS = {
@@ -51,11 +51,13 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def measure(args: argparse.Namespace, name: str, wanted: Tensor | None) -> tuple[dict[str, Any], Tensor]:
-    """The row, from its file if it is there, and the outputs of float32, which `wanted` are for other rows."""
+def measure(
+    args: argparse.Namespace, name: str, asked: dict[str, Any], wanted: Tensor | None
+) -> tuple[dict[str, Any], Tensor]:
+    """The row, from its file if that is there and of what is asked, and the outputs of float32, which `wanted` are for
+    other rows."""
     file = args.out / f"{name}.json"
-    asked = {"windows": args.windows, "length": args.length, "task": args.task}
-    if wanted is not None and file.exists() and (row := strict_json.read(file))["asked"] == asked:
+    if wanted is not None and (row := known_row(file, asked)) is not None:
         return row, wanted
     if name == ORIGINAL:
         model, tokenizer = open_folder(args.model)
@@ -85,10 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    _, wanted = measure(args, ORIGINAL, None)
+    asked = asked_of(args, ("windows", "length", "task"), ("calibration", "data"))
+    _, wanted = measure(args, ORIGINAL, asked, None)
     print(HEAD, RULE, sep="\n", flush=True)
     for name in args.rows:
-        row, _ = measure(args, name, wanted)
+        row, _ = measure(args, name, asked, wanted)
         print(render(row), flush=True)
     return 0
 

@@ -27,7 +27,14 @@ from ...bench.folders import measure as measure_folders
 from ...bench.folders import takes_int8
 from ...bench.language import DEFAULT_TOKENS, FLOAT32
 from ...integrations.language import read_pretrained
-from ..language_folder import Settings, evaluate_folder, open_folder, quantize_folder
+from ..language_folder import (
+    Settings,
+    digest_of_data,
+    digest_of_model,
+    evaluate_folder,
+    open_folder,
+    quantize_folder,
+)
 
 FRACTIONS = (50, 30, 20, 10, 5)
 PB_LLM: dict[str, dict[str, str]] = {
@@ -142,11 +149,24 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """The row: from its folder if it is there, otherwise it is made."""
-    file = args.out / f"{name}.json"
-    asked = {"windows": args.windows, "length": args.length, "eval_windows": args.eval_windows}
-    if file.exists() and (row := strict_json.read(file))["asked"] == asked:
+def asked_of(args: argparse.Namespace, settings: tuple[str, ...], data: tuple[str, ...]) -> dict[str, Any]:
+    """What makes the rows what they are: the values of settings, and the contents of the model and of the data."""
+    return {
+        **{name: getattr(args, name) for name in settings},
+        "model": digest_of_model(Path(args.model)),
+        **{name: digest_of_data(Path(getattr(args, name))) for name in data},
+    }
+
+
+def known_row(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of a file, if it is of what is asked; rows of earlier versions name no contents."""
+    row = strict_json.read(file) if file.exists() else None
+    return row if row is not None and {**asked, **row["asked"]} == asked else None
+
+
+def measure(args: argparse.Namespace, name: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """The row: from its file if that is there and of what is asked, otherwise it is made."""
+    if (row := known_row(args.out / f"{name}.json", asked)) is not None:
         return row
     if name == ORIGINAL:
         folder, facts = args.model, float_facts(read_pretrained(args.model).model)
@@ -329,9 +349,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
+    asked = asked_of(args, ("windows", "length", "eval_windows"), ("calibration", "text"))
     rows = []
     for name in args.rows:
-        rows.append(measure(args, name))
+        rows.append(measure(args, name, asked))
         if args.int8 and "int8_perplexity" not in rows[-1]:
             measure_int8(args, rows[-1])
         report(rows[-1])
