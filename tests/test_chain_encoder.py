@@ -217,6 +217,8 @@ def test_embeddings(host: Any, config: Any) -> None:
             {"input_ids": ids, "token_type_ids": types},
             {"input_ids": ids, "cache_length": 9},
             {"input_ids": ids[:, :1], "token_type_ids": types[:, :1], "cache_length": 47},
+            {"input_ids": ids, "token_type_ids": types[:1]},
+            {"input_ids": ids.int(), "token_type_ids": types.int()},
             {"input_ids": ids, "position_ids": torch.randint(48, (1, 20))},
             {"inputs_embeds": torch.randn(2, 20, 128), "token_type_ids": types},
         ):
@@ -225,6 +227,13 @@ def test_embeddings(host: Any, config: Any) -> None:
         handle = b.word_embeddings.register_forward_hook(lambda module, args, output: seen.append(output))
         assert torch.equal(b(ids), a(ids)) and torch.equal(seen[0], a.word_embeddings(ids))
         handle.remove()
+        handle = b.LayerNorm.register_forward_hook(lambda module, args, output: seen.append(output))
+        assert torch.equal(b(ids), a(ids)) and torch.equal(seen[1], a(ids))
+        handle.remove()
+        with torch.profiler.profile() as profile:
+            b(ids)
+        whole = any(event.name == "bitmill::binary_embedding_norm" for event in profile.events())
+        assert whole is (config is None)
         for message, bad in (
             ("size", torch.zeros(1, 49, dtype=torch.long)),
             ("ids must lie in", torch.full((1, 2), 300)),

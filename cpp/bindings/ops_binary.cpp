@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU ops of the bitpack and binary_matmul families: check, allocate, call. Schemas: python/bitmill/ops.
-#include "binary_embedding.h"
 #include "binary_int8_matmul.h"
 #include "binary_matmul.h"
 #include "bit_checks.h"
@@ -212,38 +211,6 @@ Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::opti
   return out;
 }
 
-Tensor binary_embedding_cpu(Tensor ids, Tensor weight, std::optional<Tensor> weight_nonzero, Tensor scale, int64_t k,
-                            int64_t group_size) {
-  const char* op = "binary_embedding";
-  if (k < 0 || k > kMaxColumns) fail(op, ": k must be between 0 and 16777216, got ", k);
-  const int64_t n = scale.dim() > 0 ? scale.size(0) : 0;
-  const auto dtype = float_dtype(op, scale, "scale must be float32, bfloat16 or float16");
-  const Tensor scales = checked(op, "scale", scale, scale.scalar_type(), {n, group_count(op, k, group_size)});
-  const Tensor places = checked(op, "ids", ids, ScalarType::Long, sizes_of(ids));
-  const BinaryWeight table = binary_weight(op, weight, weight_nonzero, n, k);
-  const Tensor out = new_tensor(with_last(sizes_of(ids), k), scale.scalar_type());
-  BinaryEmbeddingParams p;
-  p.ids = data<int64_t>(places);
-  p.count = places.numel();
-  for (int64_t i = 0; i < p.count; ++i) {
-    if (p.ids[i] < 0 || p.ids[i] >= n) {
-      throw std::out_of_range("binary_embedding: ids must lie in [0, " + std::to_string(n) + "), got " +
-                              std::to_string(p.ids[i]));
-    }
-  }
-  p.weight = data<int32_t>(table.tiles);
-  p.weight_nonzero = data_or_null<int32_t>(table.nonzero);
-  p.rows = n;
-  p.k = k;
-  p.scale = scales.const_data_ptr();
-  p.group_size = group_size;
-  p.out = out.mutable_data_ptr();
-  p.dtype = dtype;
-  p.parallel_for = torch_parallel_for;
-  require(op, binary_embedding(p));
-  return out;
-}
-
 }  // namespace
 }  // namespace bitmill
 
@@ -255,7 +222,6 @@ STABLE_TORCH_LIBRARY_IMPL(bitmill, CPU, m) {
   m.impl("binary_matmul", BITMILL_BOX(bitmill::binary_matmul_cpu));
   m.impl("binary_matmul_bits", BITMILL_BOX(bitmill::binary_matmul_bits_cpu));
   m.impl("binary_matmul_floats", BITMILL_BOX(bitmill::binary_matmul_floats_cpu));
-  m.impl("binary_embedding", BITMILL_BOX(bitmill::binary_embedding_cpu));
   m.impl("binary_linear", BITMILL_BOX(bitmill::binary_linear_cpu));
   m.impl("binary_weight_linear", BITMILL_BOX(bitmill::binary_weight_linear_cpu));
 }

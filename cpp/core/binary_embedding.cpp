@@ -26,17 +26,26 @@ void binary_embedding_rows_generic(const BinaryEmbeddingParams& p, int64_t begin
 }  // namespace detail
 
 Status binary_embedding(const BinaryEmbeddingParams& p) {
-  if (p.count < 0 || p.rows < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
+  if (p.m < 0 || p.rows < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
   if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
-  if (std::any_of(p.ids, p.ids + p.count, [&](int64_t id) { return id < 0 || id >= p.rows; })) return Status::bad_size;
+  if (std::any_of(p.ids, p.ids + p.m, [&](int64_t id) { return id < 0 || id >= p.rows; })) return Status::bad_size;
   auto* rows = detail::binary_embedding_rows_generic;
-  double nanoseconds = 1.0;  // of a value
 #ifdef BITMILL_AVX512
-  if (selected() == InstructionSet::avx512) rows = detail::binary_embedding_rows_avx512, nanoseconds = 0.1;
+  if (selected() == InstructionSet::avx512) rows = detail::binary_embedding_rows_avx512;
 #endif
-  split(p.parallel_for, p.count, static_cast<double>(p.k) * nanoseconds,
-        [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+  split(p.parallel_for, p.m, nanoseconds_per_row(p), [&](int64_t begin, int64_t end) { rows(p, begin, end); });
   return Status::ok;
+}
+
+double nanoseconds_per_row(const BinaryEmbeddingParams& p) {
+  return static_cast<double>(p.k) * (selected() == InstructionSet::avx512 ? 0.1 : 1.0);
+}
+
+BinaryEmbeddingParams rows_of(BinaryEmbeddingParams p, int64_t begin, int64_t end) {
+  p.m = end - begin;
+  p.ids += begin;
+  p.out = static_cast<char*>(p.out) + begin * p.k * bytes_of(p.dtype);
+  return p;
 }
 
 }  // namespace bitmill

@@ -14,6 +14,8 @@ constexpr int64_t kRowsAtOnce = 256;  // so many that weights are seldom read ag
 Status run(const BitpackParams& p) { return bitpack(p); }
 Status run(const BinaryMatmulParams& p) { return binary_matmul(p); }
 Status run(const LayerNormParams& p) { return layer_norm(p); }
+Status run(const BinaryEmbeddingParams& p) { return binary_embedding(p); }
+Status run(const AddRowsParams& p) { return add_rows(p); }
 
 Status run_all(std::span<const RowStep> steps) {
   Status status = Status::ok;

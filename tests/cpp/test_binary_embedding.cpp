@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of a table of bits: values from the definition, each instruction set against the generic form, bad ids.
+// Rows of a table of bits: values from the definition, each instruction set against the generic form, bad ids. Rows of
+// a table of floats added to them, alone and as steps.
 #include <cstring>
 #include <vector>
 
+#include "add_rows.h"
 #include "binary_embedding.h"
 #include "check.h"
 #include "cpu.h"
 #include "layout.h"
+#include "row_steps.h"
 
 using namespace bitmill;
 
@@ -31,7 +34,7 @@ void looks_up(Dtype dtype, int64_t k, int64_t group_size, bool zeros) {
     p.ids = ids.data();
     p.weight = weight.data();
     p.weight_nonzero = zeros ? nonzero.data() : nullptr;
-    p.count = static_cast<int64_t>(ids.size());
+    p.m = static_cast<int64_t>(ids.size());
     p.rows = rows;
     p.k = k;
     p.scale = scale.data();
@@ -63,9 +66,72 @@ void looks_up(Dtype dtype, int64_t k, int64_t group_size, bool zeros) {
   select(best());
 }
 
+void scattered_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
+  for (int64_t i = end; i > begin; --i) body(context, i - 1, i);
+}
+
+void adds_rows(int64_t m, int64_t k, bool with_ids) {
+  const int64_t words = word_count(k), rows = 21, added = 5, first = 3;
+  std::vector<int32_t> weight(static_cast<size_t>(tile_count(rows) * words * kTileRows));
+  for (size_t i = 0; i < weight.size(); ++i) weight[i] = static_cast<int32_t>(noise(static_cast<uint32_t>(i)));
+  std::vector<float> scale(static_cast<size_t>(rows), 0.75f), table(static_cast<size_t>(added * k));
+  for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<float>(noise(static_cast<uint32_t>(i)) % 999);
+  std::vector<int64_t> ids, places;
+  for (int64_t i = 0; i < m; ++i) ids.push_back(7 * i % rows), places.push_back(3 * i % added);
+  std::vector<float> words_alone(static_cast<size_t>(m * k)), got(words_alone.size());
+  BinaryEmbeddingParams p;
+  p.ids = ids.data();
+  p.weight = weight.data();
+  p.m = m;
+  p.rows = rows;
+  p.k = k;
+  p.scale = scale.data();
+  p.out = words_alone.data();
+  CHECK(binary_embedding(p) == Status::ok);
+  AddRowsParams add;
+  add.x = got.data();
+  add.m = m;
+  add.k = k;
+  add.table = table.data();
+  add.rows = added;
+  add.ids = with_ids ? places.data() : nullptr;
+  add.first = first;
+  p.out = got.data();
+  for (const ParallelFor parallel_for : {serial_for, scattered_for}) {
+    p.parallel_for = add.parallel_for = parallel_for;
+    for (const bool together : {false, true}) {
+      const RowStep steps[] = {p, add};
+      CHECK(together ? row_steps(steps) == Status::ok
+                     : binary_embedding(p) == Status::ok && add_rows(add) == Status::ok);
+      for (int64_t i = 0; i < m * k; ++i) {
+        const int64_t row = with_ids ? places[static_cast<size_t>(i / k)] : (first + i / k) % added;
+        const size_t at = static_cast<size_t>(i);
+        CHECK(got[at] == words_alone[at] + table[static_cast<size_t>(row * k + i % k)]);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  for (const int64_t m : {0, 1, 63, 64, 600}) {
+    for (const int64_t k : {0, 1, 40}) adds_rows(m, k, false), adds_rows(m, k, true);
+  }
+  const int64_t places[] = {0, 3};
+  float x[2] = {}, table[3] = {};
+  AddRowsParams beyond;
+  beyond.x = x;
+  beyond.table = table;
+  beyond.m = 2;
+  beyond.k = 1;
+  beyond.rows = 3;
+  beyond.ids = places;
+  CHECK(add_rows(beyond) == Status::bad_size);
+  beyond.ids = nullptr;
+  CHECK(add_rows(beyond) == Status::ok);
+  beyond.first = -1;
+  CHECK(add_rows(beyond) == Status::bad_size);
   for (const int64_t k : {0, 1, 16, 31, 32, 33, 64, 100}) {
     for (const int64_t group_size : {0, 32, 64}) {
       for (const bool zeros : {false, true}) {
@@ -78,10 +144,10 @@ int main() {
   const int64_t outside[] = {0, 3};
   BinaryEmbeddingParams bad;
   bad.ids = outside;
-  bad.count = 2;
+  bad.m = 2;
   bad.rows = 3;
   CHECK(binary_embedding(bad) == Status::bad_size);
-  bad.count = 0;
+  bad.m = 0;
   bad.group_size = 33;
   CHECK(binary_embedding(bad) == Status::bad_argument);
   return bitmill_test::failures() != 0;

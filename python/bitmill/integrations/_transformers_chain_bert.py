@@ -24,8 +24,9 @@ from transformers.models.bert.modeling_bert import (
 
 from ..chain import AttentionChain, MlpChain, NotChained
 from ..chained import Chained, register_chain
-from ..encoder_chain import EncoderChain, Parts
+from ..encoder_chain import EncoderChain, Parts, layer_norm_of
 from ..nn import PackedBinaryEmbedding, PackedFP4Embedding, PackedInt8Embedding
+from ..ops import binary_embedding_norm
 from ..unchanged import has_hooks
 from ._transformers_chain import ChainedAttention, Sequences, as_bool, attention_of
 
@@ -209,8 +210,8 @@ class BertEncoderMixin(Chained):
 
 
 class BertEmbeddingsMixin(Chained):
-    """The embeddings of BERT and its relatives, whose words are rows of a packed table: the rows of the two other
-    tables are added where those lie, and not to copies of them."""
+    """The embeddings of BERT and its relatives, whose words are rows of a packed table: one op if they are bits, and
+    otherwise the rows of the two other tables are added where those lie, and not to copies of them."""
 
     word_embeddings: Any
     token_type_embeddings: Any
@@ -246,12 +247,28 @@ class BertEmbeddingsMixin(Chained):
     ) -> Tensor:
         types, positions = self.token_type_embeddings.weight, self.position_embeddings.weight
         if input_ids is not None and position_ids is None and self.runs(types, positions):
+            whole = self._whole(input_ids, token_type_ids, types, positions, cache_length)
+            if whole is not None:
+                return whole
             own = positions[cache_length : cache_length + input_ids.shape[1]]
             words = self.word_embeddings(input_ids)
             if own.shape == words.shape[1:] and words.dtype == torch.float32:
                 words += types[0] if token_type_ids is None else nn.functional.embedding(token_type_ids, types)
                 return self.LayerNorm(words.add_(own))
         return self.plain.forward(self, input_ids, token_type_ids, position_ids, inputs_embeds, cache_length)
+
+    def _whole(
+        self, ids: Tensor, type_ids: Tensor | None, types: Tensor, positions: Tensor, first: int
+    ) -> Tensor | None:
+        """All in one op, or None where that does not fit."""
+        words = self.word_embeddings
+        norm = layer_norm_of(self.LayerNorm, types.shape[-1], (nn.LayerNorm,))
+        if norm is None or not isinstance(words, PackedBinaryEmbedding) or words.scale.dtype != torch.float32:
+            return None
+        typed = type_ids is None or (type_ids.dtype == torch.int64 and type_ids.shape == ids.shape)
+        if ids.dtype != torch.int64 or not typed or first + ids.shape[-1] > positions.shape[0]:
+            return None
+        return binary_embedding_norm(ids, *words.table(), types, type_ids, positions, first, norm)
 
 
 @register_chain

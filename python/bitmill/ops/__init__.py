@@ -9,7 +9,7 @@ from .binary_attention_bits import binary_attention_bits
 from .binary_bits import BitRanges, binary_matmul_bits, binary_matmul_floats, bit_ranges
 from .binary_blocks import binary_mlp, binary_self_attention
 from .binary_conv import binary_conv2d
-from .binary_embedding import binary_embedding
+from .binary_embedding import binary_embedding, binary_embedding_norm
 from .binary_encoder import BinaryEncoder, EncoderLayerArguments, binary_encoder
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
@@ -51,6 +51,7 @@ __all__ = [
     "binary_attention_bits",
     "binary_conv2d",
     "binary_embedding",
+    "binary_embedding_norm",
     "binary_encoder",
     "binary_linear",
     "binary_matmul",

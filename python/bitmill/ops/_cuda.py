@@ -25,6 +25,7 @@ COMPOSED = {
     "int8_quantize": "elementwise kernels; products with int8 activations raise",
     "layer_norm": "torch's own kernel, whose bits it has",
     "binary_embedding": "a gather of packed rows, and elementwise kernels",
+    "binary_embedding_norm": "a gather of packed rows, and torch's own kernels",
     "binary_conv2d": "torch's convolution of the levels, which is exact in TF32 too",
     "binary_mlp": "ops with kernels, which hand each other bits",
     "binary_self_attention": "ops with kernels, which hand each other bits",
