@@ -79,15 +79,14 @@ struct BinaryWeight {
     return p;
   }
 
-  // The product of rows of floats with it, into `out` [m, n] of their dtype.
-  BinaryWeightMatmulParams product(const char* op, const Rows& rows, const Tensor& scale, int64_t group_size,
-                                   const std::optional<Tensor>& bias, const Tensor& out) const {
-    BinaryWeightMatmulParams p;
-    p.x = rows.x.const_data_ptr();
-    p.dtype = float_dtype(op, rows.x);
+  // The product of m rows of more than bits with it, into `out` [m, n]; the rows are the caller's.
+  template <class Params>
+  Params product(int64_t m, const Tensor& scale, int64_t group_size, const std::optional<Tensor>& bias,
+                 const Tensor& out) const {
+    Params p;
     p.weight = data<int32_t>(tiles);
     p.weight_nonzero = data_or_null<int32_t>(nonzero);
-    p.m = rows.m;
+    p.m = m;
     p.n = n;
     p.k = k;
     p.scale = data<float>(scale);
@@ -95,6 +94,15 @@ struct BinaryWeight {
     p.bias = data_or_null<float>(bias);
     p.out = out.mutable_data_ptr();
     p.parallel_for = torch_parallel_for;
+    return p;
+  }
+
+  // The product of rows of floats with it, into `out` of their dtype.
+  BinaryWeightMatmulParams product(const char* op, const Rows& rows, const Tensor& scale, int64_t group_size,
+                                   const std::optional<Tensor>& bias, const Tensor& out) const {
+    auto p = product<BinaryWeightMatmulParams>(rows.m, scale, group_size, bias, out);
+    p.x = rows.x.const_data_ptr();
+    p.dtype = float_dtype(op, rows.x);
     return p;
   }
 };

@@ -190,20 +190,10 @@ Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::opti
   if (int8) {
     const auto q = scratch<int8_t>(rows.m * k);
     const auto row_scale = scratch<float>(rows.m);
-    BinaryInt8MatmulParams p;
+    auto p = tiles.product<BinaryInt8MatmulParams>(rows.m, scale_rows, group_size, bias_row, out);
     p.q = q.get();
     p.row_scale = row_scale.get();
-    p.weight = data<int32_t>(tiles.tiles);
-    p.weight_nonzero = data_or_null<int32_t>(tiles.nonzero);
-    p.m = rows.m;
-    p.n = n;
-    p.k = k;
-    p.scale = data<float>(scale_rows);
-    p.group_size = group_size;
-    p.bias = data_or_null<float>(bias_row);
-    p.out = out.mutable_data_ptr();
     p.out_dtype = float_dtype(op, rows.x);
-    p.parallel_for = torch_parallel_for;
     require(op, binary_int8_linear(int8_rows(op, rows, q.get(), row_scale.get()), p));
     return out;
   }
