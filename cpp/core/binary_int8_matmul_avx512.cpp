@@ -12,6 +12,7 @@ constexpr int64_t kSpanWords = 6;    // 12 x 16 x 127 < 2^15, and tables of 24 K
 constexpr int64_t kVector = 32;      // entries of tables in a vector
 constexpr int64_t kHalfVectors = 4;  // vectors of tables of 16 columns: 2 for the first 6 columns, 1 for 5, 1 for 5
 constexpr int kRows = 8;             // of activations, that are multiplied together
+constexpr int64_t kFewRows = 16;     // so few that words are fetched ahead
 constexpr int kPairTiles = 2;        // tiles whose outputs share a vector
 constexpr int kBlockTiles = 2 * kPairTiles;
 
@@ -218,6 +219,12 @@ void multiply_span(const Int8Task& task, int64_t row, int64_t count, int64_t beg
                    const int16_t* table, Kept* kept) {
   for (int64_t tile = begin; tile < task.end; tile += kBlockTiles, kept += kRows) {
     const bool both = tile + kPairTiles < task.end;
+    if (task.p.m <= kFewRows) {  // the weight may come from memory, and the words of the next block are far from these
+      for (int t = kBlockTiles; t < 2 * kBlockTiles; ++t) {
+        const int32_t* next = task.tile(tile + t) + span.first * kTileRows;
+        for (int64_t w = 0; w < span.words; ++w) __builtin_prefetch(next + w * kTileRows);
+      }
+    }
     auto* multiply = count > 4 ? (both ? block<8, 2> : block<8, 1>) : (both ? block<4, 2> : block<4, 1>);
     multiply(task, row, count, tile, span, table, kept);
   }
