@@ -112,6 +112,19 @@ def test_masks_of_every_form_agree(kind: str) -> None:
     )
 
 
+@pytest.mark.parametrize("keep", [KEEP.bool(), torch.ones(3, 11, dtype=torch.bool), None], ids=["some", "all", "none"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_masks_are_left_out_where_the_host_leaves_them_out(keep: Tensor | None, skip: bool) -> None:
+    sizes = {"batch_size": 3, "q_length": 11, "mask_function": transformers.masking_utils.bidirectional_mask_function}
+    for more in ({}, {"local_size": 4}, {"local_size": 40}, {"kv_length": 12}, {"kv_offset": 1}):
+        arguments: Any = {"kv_length": 11, "allow_is_causal_skip": False, **sizes, **more}
+        arguments |= {"attention_mask": keep, "allow_is_bidirectional_skip": skip}
+        got, want = host._mask(**arguments), host.sdpa_mask(**arguments)
+        assert got is want is None or torch.equal(got, want), more
+        known = keep is not None and bool(keep.all()) and skip and not more
+        assert host._keeps_all(**arguments) is known
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", (1, 16))
 def test_all_padding_and_single_tokens_stay_finite(kind: str, length: int) -> None:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..binarize import bool_attention, softmax_aware_attention
@@ -50,7 +51,24 @@ _FUNCTIONS: dict[str, Attention] = {}  # what was registered, by kind
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The boolean mask (True: attend); a causal one is always made, because nothing but the mask says so here."""
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return None if _keeps_all(**kwargs) else sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+def _keeps_all(
+    attention_mask: Tensor | None = None,
+    kv_length: float = math.inf,
+    kv_offset: int = 0,
+    local_size: int | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    **_: Any,
+) -> bool:
+    """Whether the mask keeps all and need not be made. sdpa_mask finds that too, after asking about every tracer that
+    there is, which takes as long as the answer; an ordinary tensor on the CPU leaves two of them."""
+    if not allow_is_bidirectional_skip or local_size is not None or type(attention_mask) is not Tensor:
+        return False
+    if not attention_mask.is_cpu or attention_mask.shape[-1] < kv_offset + kv_length:
+        return False
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and bool(attention_mask.all())
 
 
 def _missing(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, dropout: float) -> Tensor:
