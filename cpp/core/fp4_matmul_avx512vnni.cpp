@@ -4,6 +4,7 @@
 // negated. Sums are exact modulo 2^32, so only their end must be within int32.
 #include <bit>
 
+#include "fp4_row_avx512vnni.h"
 #include "fp4_tiles_avx512.h"
 
 namespace bitmill::detail {
@@ -65,6 +66,25 @@ struct Int8Path {
   }
 };
 
+// One row with a scale byte a group.
+template <bool grouped, int words>
+void multiply_one_row(const Fp4MatmulParams& p, const Int8Path<grouped, words>& path, int64_t begin, int64_t end) {
+  const Fp4Weight& w = p.weight;
+  const int64_t k = w.k, all = word_count(k, 4);
+  float* packed = new_aligned<float>(ceil_div(2 * all, 16) * 16);
+  pack<Int8Path<grouped, words>, 1>(path, static_cast<const int8_t*>(p.x), k, packed, 1);
+  const Int8Row row{path.table, reinterpret_cast<const int32_t*>(packed), path.first_sum, path.row_scale};
+  const Fp4Task task{p, all, all / words, words, end, begin, nullptr};
+  const auto store = [&](int64_t tile, __m512 sum) {
+    alignas(64) float result[kTileRows];
+    _mm512_store_ps(result, sum);
+    finish_rows(task, path, 0, 1, tile, 1, result);
+  };
+  w.global_scale ? multiply_row<words, grouped>(w, row, E4m3Scales(path.unit, *w.global_scale), begin, end, store)
+                 : multiply_row<words, grouped>(w, row, E8m0Scales(path.unit), begin, end, store);
+  delete_aligned(packed);
+}
+
 // Sum of a row of n values.
 int32_t sum_of(const int8_t* x, int64_t n) {
   __m512i sum = _mm512_setzero_si512();
@@ -83,7 +103,7 @@ void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& p, const Fp4Integer
   int offset = 0;
   for (const int8_t value : integers.value) offset = -value > offset ? -value : offset;
   const auto* x = static_cast<const int8_t*>(p.x);
-  const int64_t rows = p.m + 3;
+  const int64_t rows = p.m == 1 ? 1 : p.m + 3;
   const auto numbers = static_cast<size_t>(rows * groups);
   int32_t* first_sum = new int32_t[numbers]();
   for (int64_t row = 0; row < p.m; ++row) {
@@ -98,7 +118,13 @@ void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& p, const Fp4Integer
   float* row_scale = p.grouped_rows ? new float[numbers]() : nullptr;
   for (int64_t i = 0; row_scale && i < p.m * groups; ++i) row_scale[i % groups * rows + i / groups] = p.row_scale[i];
   const auto multiply = [&]<bool grouped, int words>() {
-    multiply_tiles(p, Int8Path<grouped, words>{values, integers.unit, rows, first_sum, row_scale}, begin, end);
+    const Int8Path<grouped, words> path{values, integers.unit, rows, first_sum, row_scale};
+    if constexpr (words > 0) {
+      if (p.m == 1 && p.weight.scale_bytes && k % width == 0 && groups % 4 == 0 && groups >= 16) {
+        return multiply_one_row(p, path, begin, end);
+      }
+    }
+    multiply_tiles(p, path, begin, end);
   };
   const auto multiply_groups = [&]<bool grouped>() {
     if (width == kMxBlock) return multiply.template operator()<grouped, 4>();

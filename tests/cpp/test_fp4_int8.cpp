@@ -46,7 +46,16 @@ void test_integers() {
   }
 }
 
-void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bytes, bool grouped_rows, Dtype dtype) {
+enum class Scales { floats, e8m0, e4m3 };
+
+// Mostly what the formats make; some are NaN, 0, subnormal or negative.
+uint8_t next_scale_byte() {
+  return static_cast<uint8_t>(next() >> 24 < 255 ? 16 + (next() >> 25) % 100 : next() >> 24);
+}
+
+void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, Scales scales, bool grouped_rows, Dtype dtype,
+             float global_scale = 0.01f) {
+  const bool bytes = scales != Scales::floats;
   const int64_t groups = group_size > 0 ? ceil_div(k, group_size) : 1;
   std::vector<uint8_t> codes(n * k), scale_bytes(n * groups);
   std::vector<int32_t> tiles(tile_count(n) * word_count(k, 4) * kTileRows);
@@ -58,7 +67,7 @@ void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bytes, bo
   for (auto* values : {&scale, &row_scale, &bias}) {
     for (float& value : *values) value = next_float();
   }
-  for (uint8_t& byte : scale_bytes) byte = static_cast<uint8_t>(next() >> 24);  // 0 and NaN too
+  for (uint8_t& byte : scale_bytes) byte = next_scale_byte();
   const float table[16] = {-127, 127, 3, 5, -64, 0, 1, -1, 2, 4, 8, 16, 32, 64, 100, -100};
   Fp4MatmulParams p;
   p.x = q.data();
@@ -69,6 +78,7 @@ void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bytes, bo
   p.weight = {.tiles = tiles.data(), .n = n, .k = k, .table = table};
   p.weight.scale = bytes ? nullptr : scale.data();
   p.weight.scale_bytes = bytes ? scale_bytes.data() : nullptr;
+  p.weight.global_scale = scales == Scales::e4m3 ? &global_scale : nullptr;
   p.weight.group_size = group_size;
   p.bias = m % 2 ? bias.data() : nullptr;
   Fp4Integers integers;
@@ -125,14 +135,26 @@ void test_widest_sums() {
 int main() {
   test_integers();
   for (const int64_t group_size : {0, 8, 16, 32, 64, 128}) {
-    for (const bool bytes : {false, true}) {
+    for (const Scales scales : {Scales::floats, Scales::e8m0, Scales::e4m3}) {
       for (const bool grouped_rows : {false, true}) {
         for (const int64_t m : {0, 1, 2, 5, 8, 13}) {
-          compare(m, 19, 77, group_size, bytes, grouped_rows, Dtype::f32);
-          compare(m, 150, 264, group_size, bytes, grouped_rows, Dtype::bf16);
+          compare(m, 19, 77, group_size, scales, grouped_rows, Dtype::f32);
+          compare(m, 150, 264, group_size, scales, grouped_rows, Dtype::bf16);
         }
-        compare(3, 5, 0, group_size, bytes, grouped_rows, Dtype::f32);
-        compare(3, 0, 9, group_size, bytes, grouped_rows, Dtype::f32);
+        compare(3, 5, 0, group_size, scales, grouped_rows, Dtype::f32);
+        compare(3, 0, 9, group_size, scales, grouped_rows, Dtype::f32);
+      }
+    }
+  }
+  for (const int64_t group_size : {16, 32}) {  // whole steps of scale bytes, and a shorter one at the end
+    for (const Scales scales : {Scales::e8m0, Scales::e4m3}) {
+      for (const bool grouped_rows : {false, true}) {
+        for (const int64_t groups : {16, 52}) {
+          for (const float global_scale : {0.01f, 300.0f, 0x1p-101f, 0x1p-149f, 0x1p127f, -1.0f}) {
+            compare(1, 150, groups * group_size, group_size, scales, grouped_rows, Dtype::f32, global_scale);
+          }
+          compare(5, 150, groups * group_size, group_size, scales, grouped_rows, Dtype::f32);
+        }
       }
     }
   }
