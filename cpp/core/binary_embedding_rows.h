@@ -23,9 +23,9 @@ static inline void for_each_word(const BinaryEmbeddingParams& p, int64_t begin, 
     const int64_t row = p.ids[i], lane = first_word(row);
     const T* scale = static_cast<const T*>(p.scale) + row * groups;
     T* out = static_cast<T*>(p.out) + i * p.k;
-    const int32_t* ahead = p.weight + first_word(p.ids[std::min(i + kRowsAhead, end - 1)]);
+    const int64_t ahead = first_word(p.ids[std::min(i + kRowsAhead, end - 1)]);
     for (int64_t w = 0; w < words; ++w) {
-      __builtin_prefetch(ahead + w * kTileRows);
+      __builtin_prefetch(p.weight + ahead + w * kTileRows);
       const int64_t at = lane + w * kTileRows;
       const uint32_t nonzeros = p.weight_nonzero ? static_cast<uint32_t>(p.weight_nonzero[at]) : ~0u;
       write(out + 32 * w, static_cast<uint32_t>(p.weight[at]), nonzeros, scale[w / group_words],
