@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One row of int8 activations times FP4 weights with a scale byte for every 2 or 4 words of codes. A scale is used
-// once, so it stays a byte until then: the bytes of 16 groups are transposed, 4 groups to a lane, and a rotation, a mask
-// and a product make floats of one of them. Memory is never idle for long: nothing is expanded in one go.
+// once, so it stays a byte until then: the bytes of 16 groups are transposed, 4 groups to a lane, and a rotation, a
+// mask and a product make floats of one of them. Memory is never idle for long: nothing is expanded in one go.
 #pragma once
 
 #include "fp4_tiles_avx512.h"

@@ -3,12 +3,14 @@
 
 #include <algorithm>
 
+#include "cpu.h"
 #include "layout.h"
 
 namespace bitmill {
 namespace {
 
-constexpr double kNanoseconds = 2.0;  // a value, roughly
+// A value, roughly.
+constexpr double kNanoseconds = 2.0, kVectorNanoseconds = 0.2;
 
 template <class T>
 void quantize_rows(const Nvfp4QuantizeParams& p, const T* x, int64_t begin, int64_t end) {
@@ -47,6 +49,13 @@ bool valid_size(int64_t m, int64_t k) { return m >= 0 && k >= 0 && k <= kMaxColu
 
 Status nvfp4_quantize(const Nvfp4QuantizeParams& p) {
   if (!valid_size(p.m, p.k)) return Status::bad_size;
+#ifdef BITMILL_AVX512
+  if (selected() == InstructionSet::avx512 && p.rounding != Rounding::stochastic) {
+    split(p.parallel_for, p.m, static_cast<double>(p.k) * kVectorNanoseconds,
+          [&](int64_t begin, int64_t end) { detail::nvfp4_quantize_rows_avx512(p, begin, end); });
+    return Status::ok;
+  }
+#endif
   split(p.parallel_for, p.m, static_cast<double>(p.k) * kNanoseconds, [&](int64_t begin, int64_t end) {
     with_dtype(p.dtype, p.x, [&](const auto* x) { quantize_rows(p, x, begin, end); });
   });

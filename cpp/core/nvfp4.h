@@ -25,6 +25,10 @@ struct Nvfp4QuantizeParams {
 // A block with a NaN or an infinity has scale 127 (NaN) and codes 0; so have all for a g that is not positive and
 // finite, or so small that a reciprocal overflows.
 Status nvfp4_quantize(const Nvfp4QuantizeParams& params);
+namespace detail {
+// Rows [begin, end); not Rounding::stochastic.
+void nvfp4_quantize_rows_avx512(const Nvfp4QuantizeParams& params, int64_t begin, int64_t end);
+}  // namespace detail
 
 struct Nvfp4DequantizeParams {
   const uint8_t* packed = nullptr;  // [m, ceil(k / 2)]
