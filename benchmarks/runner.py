@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.bench.layers import relative_error
-from bitmill.timing import COLD_ROWS, Sample, Spread, copies_for, interleave, on_one_thread, rotated, stopwatch
+from bitmill.timing import ALONE, COLD_ROWS, Sample, Spread, copies_for, interleave, on_one_thread, rotated, stopwatch
 
 from .peaks import Peaks
 from .shapes import Problem
 
-ALONE = ": one thread"  # what the name of a variant's sample on one thread ends with
 INTERRUPTED = "not measured: another process took the CPU during every sample"
 
 
@@ -252,8 +251,8 @@ def measure(
             rows[variant.name] = dataclasses.replace(rows[variant.name], status=refusal(error))
     samples = {name: one.sample for name, one in ready.items()}
     if peaks.threads > 1:  # other engines have their own ways to be told
-        follow = [name for name, one in ready.items() if one.row.origin in ("bitmill", "torch")]
-        samples |= {name + ALONE: on_one_thread(samples[name]) for name in follow}
+        follow = (name for name, one in ready.items() if one.row.origin in ("bitmill", "torch"))
+        samples |= on_one_thread(samples, follow)
     for unit in sorted({unit for one in ready.values() for unit in one.units}):
         samples[f"peak {unit}"] = peaks.sample(unit, case.x.nbytes)
     times = interleave(samples, seconds, progress)

@@ -210,11 +210,10 @@ void salient_many_rows_avx512vnni(const SalientInt8Rows& rows, int64_t begin, in
   for (int64_t i = 0; i < task.m; ++i) totals[i] = static_cast<float>(task.total[i]);
   Sums* sums = new_scratch<Sums>(together);
   for (int64_t row = 0; row < task.m; row += together * kBlockRows) {
-    const int64_t left = ceil_div(task.m - row, kBlockRows);
-    Blocks blocks{q, size, left < together ? left : together, task.signs + row * w.n, 0, w.n};
-    blocks.rows = blocks.count * kBlockRows < task.m - row ? blocks.count * kBlockRows : task.m - row;
+    const int64_t left = task.m - row, most = together * kBlockRows, count = left < most ? left : most;
+    Blocks blocks{q, size, ceil_div(count, kBlockRows), nullptr, count, w.n};
     const auto rows_of = [&](int64_t i) {
-      const int64_t rest = task.m - row - i * kBlockRows;
+      const int64_t rest = count - i * kBlockRows;
       return rest < kBlockRows ? rest : kBlockRows;
     };
     for (int64_t i = 0; i < blocks.count; ++i) {

@@ -15,7 +15,8 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ ROUNDS = 31  # the fewest that a median and quartiles are taken from
 SHORTEST = 5e-4  # seconds; a faster call is repeated within a sample, until what ran before it hardly matters
 LONG = 0.1  # seconds; a slower call needs no other before it that warms the caches
 HARMLESS = 5  # preemptions a second, which take 2 % of the time at 4 ms each
+ALONE = ": one thread"  # of names, see `on_one_thread`
 COLD_BYTES = 200 << 20  # of weights in rotation: more than caches hold
 COLD_ROWS = 8  # with no more rows than this a product waits for its weight, which a real model reads from memory
 MAX_ELEMENTS, MAX_MACS = 1 << 28, 1 << 33  # of one matrix and of one product: 1 GiB in float32, a second or so
@@ -107,10 +109,10 @@ def stopwatch(call: Callable[[], object]) -> Sample:
     return sample
 
 
-def on_one_thread(sample: Sample) -> Sample:
-    """The same with one of torch's threads."""
+def on_one_thread(samples: Mapping[str, Sample], names: Iterable[str]) -> dict[str, Sample]:
+    """The samples of these names, each with one of torch's threads; `ALONE` ends their new names."""
 
-    def alone() -> float:
+    def alone(sample: Sample) -> float:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -118,7 +120,7 @@ def on_one_thread(sample: Sample) -> Sample:
         finally:
             torch.set_num_threads(threads)
 
-    return alone
+    return {name + ALONE: partial(alone, samples[name]) for name in names}
 
 
 def rotated(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

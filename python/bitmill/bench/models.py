@@ -19,7 +19,7 @@ from ..checkpoint import file_size
 from ..convert import pack_
 from ..integrations.transformers import transformers
 from ..recipes import bibert, bipft, bit, bivit
-from ..timing import Spread, interleave, on_one_thread, stopwatch
+from ..timing import ALONE, Spread, interleave, on_one_thread, stopwatch
 from . import memory as memory_of
 from . import peers as other_engines
 from . import stages as stages_of
@@ -48,7 +48,6 @@ METHODS: dict[str, Callable[[nn.Module], list[str]]] = {
 ELASTIC = ("bit", "bipft")  # whose first training batch sets the steps
 CHAINED, LAYERS = "bitmill, chained", "bitmill, layer by layer"
 FLOAT32, BFLOAT16 = "torch float32", "torch bfloat16"
-ALONE = ": one thread"  # what the name of a variant's sample on one thread ends with
 
 DEFAULT_TOKENS, DEFAULT_TEXTS = 128, 16  # texts of a batch of mixed lengths
 MOST_TOKENS = 1 << 16  # in a batch: a few seconds a call in float32
@@ -131,8 +130,7 @@ def run(
         with tqdm(desc="timing", unit=" rounds", leave=False, disable=None if progress else True) as bar:
             samples = {key: stopwatch(call) for key, call in calls.items()}
             if torch.get_num_threads() > 1:  # other engines have their own ways to be told
-                follow = [key for key in calls if key in variants and key not in other_engines.PEERS]
-                samples |= {key + ALONE: on_one_thread(samples[key]) for key in follow}
+                samples |= on_one_thread(samples, [key for key in variants if key not in other_engines.PEERS])
             times = interleave(samples, seconds, bar.update)
         stages = stages_of.measure(chained, calls[CHAINED], times[CHAINED].median) if profile else None
 
