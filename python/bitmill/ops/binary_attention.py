@@ -136,7 +136,7 @@ def _check_binary_attention(
 ) -> None:
     op = "binary_attention"
     check_one_of(op, "zero", zero, ZEROS)
-    require(q.dtype in FLOATS, f"{op}: q must be float32, bfloat16 or float16, got {str(q.dtype)[6:]}")
+    require(q.dtype in FLOATS, f"{op}: q must be float32, bfloat16 or float16, got {short_name(q.dtype)}")
     require(
         q.dim() >= 2 and k.dim() == q.dim() and v.dim() == q.dim() and q.shape[-1] == k.shape[-1] > 0,
         f"{op}: expected q [..., n, d], k [..., m, d] and v [..., m, e] with d > 0,"

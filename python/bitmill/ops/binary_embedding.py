@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _library as library
 from ._block_arguments import LayerNormArguments
-from ._checks import FLOATS, MAX_COLUMNS, TILE_ROWS, check_tensor, group_count, require, tile_shape
+from ._checks import FLOATS, MAX_COLUMNS, TILE_ROWS, check_tensor, group_count, require, short_name, tile_shape
 from ._groups import columns_of_groups
 from .bitpack import bitunpack
 
@@ -45,7 +45,7 @@ def _rows(ids: Tensor, weight: Tensor, weight_nonzero: Tensor | None, scale: Ten
 def _check(op, ids, weight, weight_nonzero, scale, k, group_size) -> None:
     n = _row_count(scale)
     require(0 <= k <= MAX_COLUMNS, f"{op}: k must be between 0 and {MAX_COLUMNS}, got {k}")
-    require(scale.dtype in FLOATS, f"{op}: scale must be float32, bfloat16 or float16, got {str(scale.dtype)[6:]}")
+    require(scale.dtype in FLOATS, f"{op}: scale must be float32, bfloat16 or float16, got {short_name(scale.dtype)}")
     check_tensor(op, "scale", scale, scale.dtype, [n, group_count(op, k, group_size)], scale)
     check_tensor(op, "ids", ids, torch.int64, ids.shape, scale)
     check_tensor(op, "weight", weight, torch.int32, tile_shape(n, k), scale)
@@ -120,7 +120,7 @@ def _check_norm(
 ) -> None:
     op = "binary_embedding_norm"
     _check(op, ids, weight, weight_nonzero, scale, k, group_size)
-    require(scale.dtype == torch.float32, f"{op}: scale must be float32, got {str(scale.dtype)[6:]}")
+    require(scale.dtype == torch.float32, f"{op}: scale must be float32, got {short_name(scale.dtype)}")
     require(ids.dim() > 0, f"{op}: ids must have at least one dimension, got a scalar")
     check_tensor(op, "types", types, torch.float32, [_row_count(types), k], scale)
     require(types.shape[0] > 0, f"{op}: types must have at least one row, got none")
