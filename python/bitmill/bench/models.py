@@ -132,7 +132,7 @@ def run(
             if torch.get_num_threads() > 1:  # other engines have their own ways to be told
                 samples |= on_one_thread(samples, [key for key in variants if key not in other_engines.PEERS])
             times = interleave(samples, seconds, bar.update)
-        stages = stages_of.measure(chained, calls[CHAINED], times[CHAINED].median) if profile else None
+        stages = stages_of.measure(chained, calls[CHAINED]) if profile else None
 
     rows = [
         _row(variant, failures.get(variant), errors.get(variant), times, real / sum(whole) if whole else None)

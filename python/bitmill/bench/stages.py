@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -34,11 +35,12 @@ STAGES = {
 STAGE_OF = {op: stage for stage, ops in STAGES.items() for op in ops}
 
 
-def measure(model: Any, call: Callable[[], object], seconds: float, rounds: int = ROUNDS) -> dict[str, float]:
-    """Milliseconds of each stage of a call that takes `seconds` without the profiler.
+def measure(model: Any, call: Callable[[], object], rounds: int = ROUNDS) -> dict[str, float]:
+    """Milliseconds of each stage of a call, and of the whole call.
 
-    Of each op the median over `rounds` calls counts, since another process interrupts now one, now another. What is
-    left of the whole is the time outside of ops: Python and torch's dispatch.
+    Of each op the median over `rounds` calls counts, since another process interrupts now one, now another. The whole
+    is the median of as many calls without the profiler, taken in turn with those; what is left of it is the time
+    outside of ops: Python and torch's dispatch.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells stderr when it starts and stops
     embeddings: nn.Module = model.base_model.embeddings
@@ -53,15 +55,23 @@ def measure(model: Any, call: Callable[[], object], seconds: float, rounds: int 
         embeddings.register_forward_hook(lambda *_: scopes.pop().__exit__(None, None, None)),
     ]
     try:
-        taken = [_once(call) for _ in range(rounds)]
+        taken, wholes = zip(*((_once(call), _seconds(call)) for _ in range(rounds)), strict=True)
     finally:
         for handle in handles:
             handle.remove()
     stages = dict.fromkeys((*STAGES, OTHER), 0.0)
     for same in zip(*taken, strict=True):  # a call runs the same ops in the same order
         stages[same[0][0]] += statistics.median(ms for _, ms in same)
-    whole = 1e3 * seconds
-    return {"whole": whole, **stages, REST: max(0.0, whole - sum(stages.values()))}
+    ops = sum(stages.values())
+    whole = max(1e3 * statistics.median(wholes), ops)
+    return {"whole": whole, **stages, REST: whole - ops}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _once(call: Callable[[], object]) -> list[tuple[str, float]]:
