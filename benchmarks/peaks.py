@@ -12,7 +12,7 @@ from bitmill import _C
 from bitmill.timing import Sample
 
 UNITS = {
-    "popcount": "xor + popcount + add of 1-bit operands",
+    "popcount": "xor + popcount + add of 1-bit operands (AVX2: lookup + add)",
     "fp32": "FMA of float32",
     "bf16": "dot product of bfloat16",
     "int8": "dot product of int8",

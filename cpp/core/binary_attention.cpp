@@ -117,7 +117,7 @@ void attention_rows_generic(const AttentionTask& t, int64_t batch, int64_t first
     for (int64_t i = 0; i < rows * tiles; ++i) {
       const int64_t row = p.bits.q_first[t.sequence(batch)] + first + i / tiles, tile = i % tiles;
       const int32_t* whole = context.data() + i * kTileRows;
-      store_bits(p.bits.out, columns, row, batch % p.bits.heads * tiles + tile, whole, kTileRows);
+      store_bits(p.bits.out, columns, row, batch % p.bits.heads * tiles + tile, whole, kTileRows, inside_range);
     }
     return;
   }

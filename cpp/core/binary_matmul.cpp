@@ -60,7 +60,7 @@ void binary_matmul_tiles_generic(const BinaryMatmulParams& p, int64_t begin, int
         int32_t dot[kTileRows];
         for (int64_t lane = 0; lane < count; ++lane) dot[lane] = dot_of(first + lane, 0, words);
         if (p.dot) std::copy_n(dot, count, p.dot + row * p.n + first);
-        if (p.bits.sign) store_bits(p.bits, p.n, row, tile, dot, count);
+        if (p.bits.sign) store_bits(p.bits, p.n, row, tile, dot, count, inside_range);
         continue;
       }
       for (int64_t column = first; column < first + count; ++column) {

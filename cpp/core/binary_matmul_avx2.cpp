@@ -4,8 +4,9 @@
 // sign and four nonzero bits of the activation, so 256 rows (4 KB) serve every operand. That is one shuffle and one
 // byte addition for 128 products, against eight instructions for 256 with the usual nibble count. Both operands are
 // prepared: activations become table offsets, once for a block of rows; weights become one vector of 32 nibbles for
-// every 4 columns, once for a block of outputs and those rows. Bit-equal to the generic form, epilogue included.
-// Weights with zeros are rare and take the generic form.
+// every 4 columns, once for a block of outputs and those rows. A few rows do not pay for that: they count nibbles of
+// the words as they are stored. Bit-equal to the generic form, epilogue included. Weights with zeros are rare and take
+// the generic form.
 #include "avx2.h"
 #include "binary_tiles.h"
 
@@ -14,8 +15,10 @@ namespace {
 
 constexpr int kColumns = 64;  // outputs side by side: two vectors of 32 bytes
 constexpr int kTiles = kColumns / kTileRows;
-constexpr int64_t kByteWords = 7;          // words that a byte can count: 7 * 32 < 256
-constexpr int64_t kShortWords = 2047;      // words that 16 bits can count
+constexpr int64_t kFewRows = 8;            // so many rows pay for the preparation
+constexpr int64_t kByteWords = 7;          // words that a byte can count by lookups: 7 * 32 < 256
+constexpr int64_t kByteNibbles = 31;       // words that a byte can count when it sees 8 bits of each
+constexpr int64_t kParts = 16;             // counts in bytes that are kept before they become integers
 constexpr int64_t kOffsetBytes = 1 << 18;  // a block of rows has about so many bytes of offsets: they stay in L2
 
 struct Tables {
@@ -98,33 +101,43 @@ void step(Row& row, uint16_t offset, __m256i w0, __m256i w1) {
   asm volatile("" : "+x"(row.c1));
 }
 
-// Bytes to 16 bits, in the order of the outputs.
-void widen(Row counts, bool first, uint16_t* sums) {
-  const __m256i zero = _mm256_setzero_si256();
-  const auto put = [&](int i, __m256i v) { store(sums + i, first ? v : _mm256_add_epi16(load(sums + i), v)); };
-  put(0, _mm256_unpacklo_epi8(counts.c0, zero));
-  put(16, _mm256_unpackhi_epi8(counts.c0, zero));
-  put(32, _mm256_unpacklo_epi8(counts.c1, zero));
-  put(48, _mm256_unpackhi_epi8(counts.c1, zero));
+// Words a part, so that the parts of a run are about equally long: a loop that always ends alike is predicted.
+int64_t words_of_part(int64_t words, int64_t most) {
+  return words <= most ? words : ceil_div(words, ceil_div(words, most));
 }
 
-void widen(const uint16_t* sums, bool first, int32_t* opposite) {
-  for (int i = 0; i < kColumns; i += 8) {
-    const __m256i v = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(sums + i)));
-    store(opposite + i, first ? v : _mm256_add_epi32(load(opposite + i), v));
+// Counts [parts][kColumns] in bytes to integers, in the order of the outputs.
+void add_parts(const Line* bytes, int64_t parts, bool first, int32_t* opposite) {
+  const __m256i zero = _mm256_setzero_si256();
+  __m256i s0 = zero, s1 = zero, s2 = zero, s3 = zero;
+  for (int64_t i = 0; i < parts; ++i) {
+    const __m256i low = load(bytes[i].bytes), high = load(bytes[i].bytes + 32);
+    s0 = _mm256_add_epi16(s0, _mm256_unpacklo_epi8(low, zero));
+    s1 = _mm256_add_epi16(s1, _mm256_unpackhi_epi8(low, zero));
+    s2 = _mm256_add_epi16(s2, _mm256_unpacklo_epi8(high, zero));
+    s3 = _mm256_add_epi16(s3, _mm256_unpackhi_epi8(high, zero));
   }
+  const auto put = [&](int32_t* to, __m128i sums) {
+    const __m256i v = _mm256_cvtepu16_epi32(sums);
+    store(to, first ? v : _mm256_add_epi32(load(to), v));
+  };
+  const auto put_both = [&](int32_t* to, __m256i sums) {
+    put(to, _mm256_castsi256_si128(sums)), put(to + 8, _mm256_extracti128_si256(sums, 1));
+  };
+  put_both(opposite, s0), put_both(opposite + 16, s1), put_both(opposite + 32, s2), put_both(opposite + 48, s3);
 }
 
 // The opposite bits of `rows` rows over words [begin, end).
 template <int rows>
 void count(const BinaryTask& task, const uint16_t* offsets, const uint8_t* nibbles, int64_t begin, int64_t end,
            int32_t (&opposite)[rows][kColumns]) {
-  const int64_t next = rows > 1 ? 8 * task.words : 0;
-  alignas(64) uint16_t sums[rows][kColumns];
-  for (int64_t run = begin; run < end; run += kShortWords) {
-    const int64_t run_end = run + kShortWords < end ? run + kShortWords : end;
-    for (int64_t part = run; part < run_end; part += kByteWords) {
-      const int64_t part_end = part + kByteWords < run_end ? part + kByteWords : run_end;
+  const int64_t next = rows > 1 ? 8 * task.words : 0, step_words = words_of_part(end - begin, kByteWords);
+  Line bytes[rows][kParts];
+  const auto keep = [](Line& to, Row counts) { store(to.bytes, counts.c0), store(to.bytes + 32, counts.c1); };
+  for (int64_t run = begin; run < end; run += kParts * step_words) {
+    int64_t parts = 0;
+    for (int64_t part = run; parts < kParts && part < end; part += step_words, ++parts) {
+      const int64_t part_end = part + step_words < end ? part + step_words : end;
       const __m256i zero = _mm256_setzero_si256();
       Row r0{zero, zero}, r1 = r0, r2 = r0, r3 = r0;
       const uint8_t* weight = nibbles + 8 * part * kColumns;
@@ -143,44 +156,107 @@ void count(const BinaryTask& task, const uint16_t* offsets, const uint8_t* nibbl
           }
         }
       }
-      widen(r0, part == run, sums[0]);
-      if constexpr (rows > 1) {
-        widen(r1, part == run, sums[1]);
-        widen(r2, part == run, sums[2]);
-        widen(r3, part == run, sums[3]);
-      }
+      keep(bytes[0][parts], r0);
+      if constexpr (rows > 1) keep(bytes[1][parts], r1), keep(bytes[2][parts], r2), keep(bytes[3][parts], r3);
     }
-    for (int row = 0; row < rows; ++row) widen(sums[row], run == begin, opposite[row]);
+    for (int row = 0; row < rows; ++row) add_parts(bytes[row], parts, run == begin, opposite[row]);
   }
 }
+
+// inside_range, 8 lanes at once.
+constexpr auto inside = [](const int32_t* range, int64_t n, int64_t column, const int32_t* dot, int64_t count) {
+  uint32_t found = 0;
+  for (int64_t i = 0; i < count; i += 8) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                  left = _mm256_set1_epi32(static_cast<int>(count - i));
+    const __m256i exist = _mm256_cmpgt_epi32(left, lanes);
+    const __m256i first = _mm256_maskload_epi32(range + column + i, exist);
+    const __m256i width = _mm256_sub_epi32(_mm256_maskload_epi32(range + n + column + i, exist), first);
+    const __m256i distance = _mm256_sub_epi32(load(dot + i), first);
+    const __m256i is_inside = _mm256_cmpeq_epi32(_mm256_min_epu32(distance, width), distance);
+    const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_and_si256(is_inside, exist)));
+    found |= static_cast<uint32_t>(mask) << i;
+  }
+  return found;
+};
+
+// A row of floats as another dtype.
+constexpr auto convert = [](const float* value, auto* out) {
+  for (int i = 0; i < kColumns; i += 8) store8(out + i, _mm256_loadu_ps(value + i));
+};
 
 template <int rows>
 void block(const BinaryTask& task, const OutputBlock<kColumns>& outputs, int64_t row, const uint16_t* offsets,
            const uint8_t* nibbles) {
   alignas(64) int32_t opposite[rows][kColumns];
   alignas(64) float sums[rows][kColumns];
-  const auto convert = [](const float* value, auto* out) {
-    for (int i = 0; i < kColumns; i += 8) store8(out + i, _mm256_loadu_ps(value + i));
-  };
   for (int64_t group = 0; group < task.groups; ++group) {
     count<rows>(task, offsets, nibbles, group * task.group_words, task.group_end(group), opposite);
-    for (int i = 0; i < rows; ++i) finish_row(task, outputs, row + i, group, opposite[i], sums[i], convert);
+    for (int i = 0; i < rows; ++i) finish_row(task, outputs, row + i, group, opposite[i], sums[i], convert, inside);
   }
 }
 
-}  // namespace
+// The opposite bits of one row over words [begin, end), from weights as they are stored: a lane is an output.
+template <bool masked>
+void count_stored(const BinaryTask& task, const int32_t* const (&weight)[kTiles], int64_t row, int64_t begin,
+                  int64_t end, int32_t* opposite) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i bits = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const int64_t at = row * task.words, step_words = words_of_part(end - begin, kByteNibbles);
+  for (int64_t part = begin; part < end; part += step_words) {
+    const int64_t part_end = part + step_words < end ? part + step_words : end;
+    __m256i counts[2 * kTiles];
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * kTiles; ++i) counts[i] = _mm256_setzero_si256();
+    for (int64_t w = part; w < part_end; ++w) {
+      const __m256i s = _mm256_set1_epi32(task.p.a[at + w]);
+      const __m256i z = _mm256_set1_epi32(masked ? static_cast<int>(nonzero_word(task.p, at + w)) : -1);
+#pragma GCC unroll 8
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        __m256i x = _mm256_xor_si256(s, load(weight[i / 2] + w * kTileRows + i % 2 * 8));
+        if (masked) x = _mm256_and_si256(x, z);
+        const __m256i low = _mm256_shuffle_epi8(bits, _mm256_and_si256(x, nibble));
+        const __m256i high = _mm256_shuffle_epi8(bits, _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble));
+        counts[i] = _mm256_add_epi8(counts[i], _mm256_add_epi8(low, high));
+        asm volatile("" : "+x"(counts[i]));  // one after the other; otherwise g++ runs out of registers
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const __m256i pairs = _mm256_maddubs_epi16(counts[i], _mm256_set1_epi8(1));
+      const __m256i sums = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+      store(opposite + 8 * i, part == begin ? sums : _mm256_add_epi32(load(opposite + 8 * i), sums));
+    }
+  }
+}
 
-void binary_matmul_tiles_avx2(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
-  if (p.weight_nonzero || p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
-  const BinaryTask task = make_task(p);
+void multiply_stored(const BinaryTask& task, int64_t begin, int64_t end, OutputBlock<kColumns>& outputs) {
+  for (int64_t tile = begin; tile < end; tile += kTiles) {
+    const int32_t* weight[kTiles];  // tiles past the end repeat the last one
+    for (int64_t i = 0; i < kTiles; ++i) {
+      weight[i] = task.p.weight + (tile + i < end ? tile + i : end - 1) * task.words * kTileRows;
+    }
+    load_block(task, tile, end, outputs);
+    alignas(64) int32_t opposite[kColumns];
+    alignas(64) float sums[kColumns];
+    for (int64_t row = 0; row < task.p.m; ++row) {
+      for (int64_t group = 0; group < task.groups; ++group) {
+        auto* count = task.p.operand == Operand::sign ? count_stored<false> : count_stored<true>;
+        count(task, weight, row, group * task.group_words, task.group_end(group), opposite);
+        finish_row(task, outputs, row, group, opposite, sums, convert, inside);
+      }
+    }
+  }
+}
+
+void multiply_prepared(const BinaryTask& task, int64_t begin, int64_t end, OutputBlock<kColumns>& outputs) {
+  const BinaryMatmulParams& p = task.p;
   const int64_t words = task.words;
   int64_t block_rows = kOffsetBytes / (16 * words) / 4 * 4;
   if (block_rows < 4) block_rows = 4;
   if (block_rows > p.m) block_rows = p.m;
   Line* nibbles = new Line[8 * words];
   uint16_t* offsets = new uint16_t[8 * words * block_rows];
-  OutputBlock<kColumns> outputs;
-  outputs.scale = new float[task.groups * kColumns];
   for (int64_t top = 0; top < p.m; top += block_rows) {
     const int64_t bottom = top + block_rows < p.m ? top + block_rows : p.m;
     make_offsets(p, top * words, bottom * words, offsets);
@@ -193,9 +269,19 @@ void binary_matmul_tiles_avx2(const BinaryMatmulParams& p, int64_t begin, int64_
       for (; row < bottom; ++row) block<1>(task, outputs, row, at(row), nibbles->bytes);
     }
   }
-  delete[] outputs.scale;
   delete[] offsets;
   delete[] nibbles;
+}
+
+}  // namespace
+
+void binary_matmul_tiles_avx2(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
+  if (p.weight_nonzero || p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
+  const BinaryTask task = make_task(p);
+  OutputBlock<kColumns> outputs;
+  outputs.scale = new float[task.groups * kColumns];
+  (p.m < kFewRows ? multiply_stored : multiply_prepared)(task, begin, end, outputs);
+  delete[] outputs.scale;
   delete[] task.present;
 }
 

@@ -86,7 +86,8 @@ void block(const BinaryTask& task, const OutputBlock<kColumns>& outputs, int64_t
   };
   for (int64_t group = 0; group < task.groups; ++group) {
     count<rows, masked>(task, row, tile, group * task.group_words, task.group_end(group), opposite);
-    for (int i = 0; i < rows; ++i) finish_row(task, outputs, row + i, group, opposite[i], sums[i], convert);
+    for (int i = 0; i < rows; ++i)
+      finish_row(task, outputs, row + i, group, opposite[i], sums[i], convert, inside_range);
   }
 }
 

@@ -74,11 +74,11 @@ static void load_block(const BinaryTask& task, int64_t tile, int64_t end, Output
   }
 }
 
-// Counts of one row and group to dot products, or to floats that `sums` carries from group to group. `convert` writes
-// `columns` floats as another dtype.
-template <int columns, class Convert>
+// Counts of one row and group to dot products, bits, or floats that `sums` carries from group to group. `convert`
+// writes `columns` floats as another dtype; `inside` as for store_bits.
+template <int columns, class Convert, class Inside>
 static inline void finish_row(const BinaryTask& task, const OutputBlock<columns>& block, int64_t row, int64_t group,
-                              const int32_t* opposite, float* sums, const Convert& convert) {
+                              const int32_t* opposite, float* sums, const Convert& convert, const Inside& inside) {
   const BinaryMatmulParams& p = task.p;
   const int32_t present = task.present[row * task.groups + group];
   const int64_t at = row * p.n + block.first;
@@ -95,7 +95,8 @@ static inline void finish_row(const BinaryTask& task, const OutputBlock<columns>
     for (int i = 0; i < columns; ++i) dot[i] = present - 2 * opposite[i];
     for (int64_t i = 0; i < block.count; i += kTileRows) {
       const int64_t left = block.count - i;
-      store_bits(p.bits, p.n, row, (block.first + i) / kTileRows, dot + i, left < kTileRows ? left : kTileRows);
+      const int64_t count = left < kTileRows ? left : kTileRows;
+      store_bits(p.bits, p.n, row, (block.first + i) / kTileRows, dot + i, count, inside);
     }
     return;
   }

@@ -34,17 +34,24 @@ static inline uint32_t single_negatives(const BitOutput& out, int64_t tile, cons
   return found;
 }
 
-// The bits of up to 16 outputs of a row of n from their dot products.
-static inline void store_bits(const BitOutput& out, int64_t n, int64_t row, int64_t tile, const int32_t* dot,
-                              int64_t count) {
-  uint32_t sign = 0, nonzero = 0;
-  for (int64_t lane = 0; lane < count; ++lane) {
-    const int64_t column = tile * kTileRows + lane;
-    const auto inside = [&](const int32_t* range) { return in_range(range[column], range[n + column], dot[lane]); };
-    const bool positive = inside(out.positive);
-    sign |= static_cast<uint32_t>(positive) << lane;
-    if (out.nonzero) nonzero |= static_cast<uint32_t>(positive || inside(out.negative)) << lane;
+// The lanes of up to 16 outputs, from `column` of n, whose dot product is in their range.
+static inline uint32_t inside_range(const int32_t* range, int64_t n, int64_t column, const int32_t* dot,
+                                    int64_t count) {
+  uint32_t found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t* first = range + column + i;
+    found |= static_cast<uint32_t>(in_range(first[0], first[n], dot[i])) << i;
   }
+  return found;
+}
+
+// The bits of up to 16 outputs of a row of n from their dot products. `inside` does what inside_range does.
+template <class Inside>
+static inline void store_bits(const BitOutput& out, int64_t n, int64_t row, int64_t tile, const int32_t* dot,
+                              int64_t count, const Inside& inside) {
+  const int64_t column = tile * kTileRows;
+  const uint32_t sign = inside(out.positive, n, column, dot, count);
+  uint32_t nonzero = out.nonzero ? sign | inside(out.negative, n, column, dot, count) : 0;
   store_half_word(out.sign, n, row, tile, static_cast<uint16_t>(sign));
   if (out.single) nonzero |= single_negatives(out, tile, dot, ~nonzero & ((1u << count) - 1));
   if (out.nonzero) store_half_word(out.nonzero, n, row, tile, static_cast<uint16_t>(nonzero));

@@ -17,6 +17,9 @@ double popcount_peak() {
 #ifdef BITMILL_AVX512
   if (available(InstructionSet::avx512)) return detail::popcount_peak_avx512();
 #endif
+#ifdef BITMILL_AVX2
+  if (available(InstructionSet::avx2)) return detail::popcount_peak_avx2();
+#endif
   return 0.0;
 }
 
@@ -40,6 +43,9 @@ double bfloat16_peak() {
 double int8_peak() {
 #ifdef BITMILL_AVX512
   if (available(InstructionSet::avx512) && has_int8_dot()) return detail::int8_peak_avx512vnni();
+#endif
+#ifdef BITMILL_AVX2
+  if (available(InstructionSet::avx2)) return detail::int8_peak_avx2();
 #endif
   return 0.0;
 }

@@ -8,8 +8,9 @@
 namespace bitmill {
 
 // Multiply-adds a second of nothing but the arithmetic, on registers. 0 where this machine or this build has no such
-// instructions: a vector popcount (AVX-512 VPOPCNTDQ; 1-bit operands: xor, popcount, add), fused multiply-adds of
-// float32 (AVX-512, or AVX2 and FMA), dot products of bfloat16 (AVX512_BF16) and of int8 (AVX512_VNNI).
+// instructions: 1-bit operands (xor, popcount, add with AVX-512 VPOPCNTDQ; table lookup, add with AVX2), fused
+// multiply-adds of float32 (AVX-512, or AVX2 and FMA), dot products of bfloat16 (AVX512_BF16) and of int8 (AVX512_VNNI;
+// with AVX2 pairs of products added in 16 bits).
 double popcount_peak();
 double float32_peak();
 double bfloat16_peak();
@@ -27,7 +28,9 @@ double binary_matmul_seconds(int64_t m, int64_t n, int64_t k, int repeats);
 namespace detail {
 double popcount_peak_avx512();
 double float32_peak_avx512();
+double popcount_peak_avx2();
 double float32_peak_avx2();
+double int8_peak_avx2();
 double bfloat16_peak_avx512bf16();
 double int8_peak_avx512vnni();
 }  // namespace detail
