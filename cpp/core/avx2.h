@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the AVX2 files share: 8 floats to and from memory in each dtype.
+// What the AVX2 files share: 8 floats to and from memory in each dtype, and largest magnitudes.
 #pragma once
 
 #include <immintrin.h>
@@ -30,6 +30,17 @@ static inline void store8(BFloat16* out, __m256 value) {
   const __m256i halves = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7FC0), nan);
   const __m128i low = _mm256_castsi256_si128(halves), high = _mm256_extracti128_si256(halves, 1);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_packus_epi32(low, high));
+}
+
+// Bits of magnitudes: they rise with it, and NaN lies above infinity.
+static inline __m256i magnitudes(__m256 values) {
+  return _mm256_and_si256(_mm256_castps_si256(values), _mm256_set1_epi32(0x7FFFFFFF));
+}
+
+static inline uint32_t highest(__m256i values) {
+  __m128i most = _mm_max_epu32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
+  most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4E));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(most, _mm_shuffle_epi32(most, 0xB1))));
 }
 
 }  // namespace bitmill::detail

@@ -75,6 +75,12 @@ static Status int8_matmul(const Fp4MatmulParams& p) {
   if (!fp4_integers(w.table, integers) || width > fp4_int8_columns(integers)) return Status::bad_argument;
   auto* tiles = detail::fp4_int8_matmul_tiles_generic;
   double nanoseconds = 0.1;
+#ifdef BITMILL_AVX2
+  if (selected() == InstructionSet::avx2 && p.m > 0 && w.k > 0) {
+    tiles = detail::fp4_int8_matmul_tiles_avx2;
+    nanoseconds = 0.008;
+  }
+#endif
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512 && has_int8_dot() && p.m > 0 && w.k > 0) {
     tiles = detail::fp4_int8_matmul_tiles_avx512vnni;

@@ -297,6 +297,7 @@ void fp4_matmul_tiles_avx512(const Fp4MatmulParams& params, int64_t begin, int64
 void fp4_matmul_tiles_avx512bf16(const Fp4MatmulParams& params, int64_t begin, int64_t end);
 void fp4_int8_matmul_tiles_generic(const Fp4MatmulParams& params, const Fp4Integers& integers, int64_t begin,
                                    int64_t end);
+void fp4_int8_matmul_tiles_avx2(const Fp4MatmulParams& params, const Fp4Integers& integers, int64_t begin, int64_t end);
 void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& params, const Fp4Integers& integers, int64_t begin,
                                       int64_t end);
 }  // namespace detail

@@ -95,6 +95,12 @@ Status fp4_activations(const Fp4ActivationsParams& p) {
   }
   auto* rows = detail::fp4_activations_rows_generic;
   double nanoseconds = 4.0;
+#ifdef BITMILL_AVX2
+  if (selected() == InstructionSet::avx2) {
+    rows = detail::fp4_activations_rows_avx2;
+    nanoseconds = 0.8;
+  }
+#endif
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512) {
     rows = detail::fp4_activations_rows_avx512;

@@ -69,6 +69,8 @@ static constexpr BlockScale nvfp4_row(uint32_t amax) {
 
 void fp4_activations_rows_generic(const Fp4ActivationsParams& params, const FpqColumns& columns, int64_t begin,
                                   int64_t end);
+void fp4_activations_rows_avx2(const Fp4ActivationsParams& params, const FpqColumns& columns, int64_t begin,
+                               int64_t end);
 void fp4_activations_rows_avx512(const Fp4ActivationsParams& params, const FpqColumns& columns, int64_t begin,
                                  int64_t end);
 

@@ -38,6 +38,12 @@ Status int8_quantize(const Int8QuantizeParams& p) {
   if (p.m < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
   auto* rows = detail::int8_quantize_rows_generic;
   double nanoseconds = 2.0;
+#ifdef BITMILL_AVX2
+  if (selected() == InstructionSet::avx2) {
+    rows = detail::int8_quantize_rows_avx2;
+    nanoseconds = 0.2;
+  }
+#endif
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512) {
     rows = detail::int8_quantize_rows_avx512;

@@ -27,6 +27,7 @@ Int8QuantizeParams rows_of(Int8QuantizeParams params, int64_t begin, int64_t end
 
 namespace detail {
 void int8_quantize_rows_generic(const Int8QuantizeParams& params, int64_t begin, int64_t end);
+void int8_quantize_rows_avx2(const Int8QuantizeParams& params, int64_t begin, int64_t end);
 void int8_quantize_rows_avx512(const Int8QuantizeParams& params, int64_t begin, int64_t end);
 }  // namespace detail
 

@@ -48,41 +48,48 @@ void test_integers() {
 
 enum class Scales { floats, e8m0, e4m3 };
 
+// Sums of more, or of fewer columns stay within 16 bits; the last has values that none of the formats has.
+constexpr Fp4Table kTables[] = {fp4_table(kE2M1),
+                                fp4_table(kE1M2),
+                                fp4_table(kE3M0),
+                                {{0, 1, -1, 2, 3, 5, 9, 30, 4, 8, 12, 16, 25, -3, -29, -30}},
+                                {{-1, 3, 5, -64, 0, 1, 2, 127, 4, 8, 16, 32, 64, 100, -100, -127}}};
+
 // Mostly what the formats make; some are NaN, 0, subnormal or negative.
 uint8_t next_scale_byte() {
   return static_cast<uint8_t>(next() >> 24 < 255 ? 16 + (next() >> 25) % 100 : next() >> 24);
 }
 
+// `extreme`: all activations and all weights are the largest, so that sums of 16 bits would overflow first.
 void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, Scales scales, bool grouped_rows, Dtype dtype,
-             float global_scale = 0.01f) {
+             float global_scale = 0.01f, const Fp4Table& table = kTables[4], bool extreme = false) {
   const bool bytes = scales != Scales::floats;
   const int64_t groups = group_size > 0 ? ceil_div(k, group_size) : 1;
   std::vector<uint8_t> codes(n * k), scale_bytes(n * groups);
   std::vector<int32_t> tiles(tile_count(n) * word_count(k, 4) * kTileRows);
-  for (uint8_t& code : codes) code = next() >> 28;
+  for (int64_t i = 0; i < n * k; ++i) codes[i] = extreme ? (i / k % 2 ? 15 : 7) : next() >> 28;
   CHECK(tile_pack(codes.data(), n, k, 4, tiles.data()) == Status::ok);
   std::vector<int8_t> q(m * k);
-  for (int8_t& value : q) value = static_cast<int8_t>(static_cast<int>(next() >> 8) % 255 - 127);
+  for (int8_t& value : q) value = static_cast<int8_t>(extreme ? 127 : static_cast<int>(next() >> 8) % 255 - 127);
   std::vector<float> scale(n * groups), row_scale(grouped_rows ? m * groups : m), bias(n);
   for (auto* values : {&scale, &row_scale, &bias}) {
     for (float& value : *values) value = next_float();
   }
   for (uint8_t& byte : scale_bytes) byte = next_scale_byte();
-  const float table[16] = {-127, 127, 3, 5, -64, 0, 1, -1, 2, 4, 8, 16, 32, 64, 100, -100};
   Fp4MatmulParams p;
   p.x = q.data();
   p.dtype = dtype;
   p.m = m;
   p.row_scale = row_scale.data();
   p.grouped_rows = grouped_rows;
-  p.weight = {.tiles = tiles.data(), .n = n, .k = k, .table = table};
+  p.weight = {.tiles = tiles.data(), .n = n, .k = k, .table = table.value};
   p.weight.scale = bytes ? nullptr : scale.data();
   p.weight.scale_bytes = bytes ? scale_bytes.data() : nullptr;
   p.weight.global_scale = scales == Scales::e4m3 ? &global_scale : nullptr;
   p.weight.group_size = group_size;
   p.bias = m % 2 ? bias.data() : nullptr;
   Fp4Integers integers;
-  CHECK(fp4_integers(table, integers));
+  CHECK(fp4_integers(table.value, integers));
   const auto size = static_cast<size_t>(m * n);
   std::vector<float> want(size), got(size);
   std::vector<BFloat16> want_halves(size), got_halves(size);
@@ -145,6 +152,19 @@ int main() {
         compare(3, 0, 9, group_size, scales, grouped_rows, Dtype::f32);
       }
     }
+  }
+  for (const Fp4Table& table : kTables) {
+    for (const int64_t group_size : {0, 8, 16, 24, 32, 48, 96, 640}) {
+      for (const bool grouped_rows : {false, true}) {
+        for (int64_t m = 1; m < 10; ++m) {
+          const Scales scales = m % 2 ? Scales::floats : Scales::e8m0;
+          compare(m, 33, 600 - m, group_size, scales, grouped_rows, Dtype::f32, 0.0f, table);
+        }
+        compare(5, 17, 1300, group_size, Scales::floats, grouped_rows, Dtype::f32, 0.0f, table, true);
+        compare(1, 17, 1300, group_size, Scales::floats, grouped_rows, Dtype::f32, 0.0f, table, true);
+      }
+    }
+    compare(70, 40, 104, 32, Scales::e8m0, false, Dtype::f32, 0.0f, table);  // more rows than share a decoded tile
   }
   for (const int64_t group_size : {16, 32}) {  // whole steps of scale bytes, and a shorter one at the end
     for (const Scales scales : {Scales::e8m0, Scales::e4m3}) {
