@@ -36,6 +36,7 @@ Status binary_int8_linear(const Int8QuantizeParams& quantize, const BinaryInt8Ma
 namespace detail {
 // Tiles [begin, end) of the output columns, all rows. The kernel without VNNI is the faster one from a few rows on.
 void binary_int8_matmul_tiles_generic(const BinaryInt8MatmulParams& params, int64_t begin, int64_t end);
+void binary_int8_matmul_tiles_avx2(const BinaryInt8MatmulParams& params, int64_t begin, int64_t end);
 void binary_int8_matmul_tiles_avx512(const BinaryInt8MatmulParams& params, int64_t begin, int64_t end);
 void binary_int8_matmul_tiles_avx512vnni(const BinaryInt8MatmulParams& params, int64_t begin, int64_t end);
 }  // namespace detail

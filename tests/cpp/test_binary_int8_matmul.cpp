@@ -24,7 +24,7 @@ void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bias, boo
     weight[i] = static_cast<int32_t>((extreme ? ~0u : next()) & (columns >= 32 ? ~0u : (1u << columns) - 1));
   }
   std::vector<int8_t> q(static_cast<size_t>(m * k));
-  for (int8_t& value : q) value = static_cast<int8_t>(extreme ? 127 : static_cast<int>(next() >> 8) % 128);
+  for (int8_t& value : q) value = static_cast<int8_t>(extreme ? 127 : static_cast<int>(next() >> 8) % 255 - 127);
   std::vector<float> scale(static_cast<size_t>(n * groups)), rows(static_cast<size_t>(m)),
       offset(static_cast<size_t>(n));
   for (auto* values : {&scale, &rows, &offset}) {
@@ -66,7 +66,7 @@ void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bias, boo
 }  // namespace
 
 int main() {
-  for (const int64_t m : {1, 3, 4, 5, 8, 13}) {
+  for (const int64_t m : {1, 2, 3, 4, 5, 8, 13, 67}) {
     for (const int64_t n : {1, 16, 33, 64}) {
       for (const int64_t k : {0, 1, 31, 32, 63, 100, 511, 513, 1056}) {
         compare(m, n, k, 0, k % 2 == 0);
@@ -77,6 +77,7 @@ int main() {
   compare(9, 100, 400, 0, true);
   compare(9, 100, 400, 0, true, true);
   compare(4, 36, 1056, 512, false, true);
+  compare(5, 150, 1600, 544, true, true);
   BinaryInt8MatmulParams p;
   p.k = -1;
   CHECK(binary_int8_matmul(p) == Status::bad_size);

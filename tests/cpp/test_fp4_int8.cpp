@@ -62,7 +62,7 @@ uint8_t next_scale_byte() {
 
 // `extreme`: all activations and all weights are the largest, so that sums of 16 bits would overflow first.
 void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, Scales scales, bool grouped_rows, Dtype dtype,
-             float global_scale = 0.01f, const Fp4Table& table = kTables[4], bool extreme = false) {
+             float global_scale = 0.01f, const Fp4Table& table = kTables[0], bool extreme = false) {
   const bool bytes = scales != Scales::floats;
   const int64_t groups = group_size > 0 ? ceil_div(k, group_size) : 1;
   std::vector<uint8_t> codes(n * k), scale_bytes(n * groups);
