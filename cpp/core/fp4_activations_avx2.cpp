@@ -84,40 +84,56 @@ float fpq_row(const Caster& cast, const FpqColumns& columns, const T* x, int64_t
   return nan ? std::numeric_limits<float>::quiet_NaN() : columns.row_scale;
 }
 
-// `width` columns that share a scale, which `scale_of` makes of the bits of their largest magnitude.
-template <int width, class T, class ScaleOf>
-float block(const Caster& cast, const T* x, float factor, const ScaleOf& scale_of, int8_t* q) {
-  __m256 value[width / 8];
+// The bits of the largest magnitude of `width` columns.
+template <int width, class T>
+uint32_t block_amax(const T* x, __m256 factor) {
   __m256i largest = _mm256_setzero_si256();
 #pragma GCC unroll 4
-  for (int v = 0; v < width / 8; ++v) {
-    value[v] = _mm256_mul_ps(load8(x + 8 * v), _mm256_set1_ps(factor));
-    largest = _mm256_max_epu32(largest, magnitudes(value[v]));
+  for (int i = 0; i < width; i += 8) {
+    largest = _mm256_max_epu32(largest, magnitudes(_mm256_mul_ps(load8(x + i), factor)));
   }
-  const BlockScale found = scale_of(highest(largest));
-  if (found.scale == found.scale) {
-    const __m256 inverse = _mm256_set1_ps(found.inverse);
-    const auto integers = [&](int v) { return cast(_mm256_mul_ps(value[v], inverse)); };
-#pragma GCC unroll 2
-    for (int v = 0; v < width / 8; v += 2) store16(q + 8 * v, integers(v), integers(v + 1));
-  } else {
-    std::memset(q, 0, width);
-  }
-  return found.scale;
+  return highest(largest);
 }
 
+template <int width, class T>
+void cast_block(const Caster& cast, const T* x, __m256 factor, float inverse, int8_t* q) {
+  const auto integers = [&](int i) {
+    return cast(_mm256_mul_ps(_mm256_mul_ps(load8(x + i), factor), _mm256_set1_ps(inverse)));
+  };
+#pragma GCC unroll 2
+  for (int i = 0; i < width; i += kLanes) store16(q + i, integers(i), integers(i + 8));
+}
+
+// `width` columns share a scale, which `scale_of` makes of the bits of their largest magnitude. First the magnitudes of
+// many blocks, then their scales, then the columns: a block alone would wait for its divisions.
 template <int width, class T, class ScaleOf>
 void block_row(const Caster& cast, const T* x, int64_t k, BlockScale whole, const ScaleOf& scale_of, int8_t* q,
                float* scale) {
-  int64_t j = 0;
-  for (; j + width <= k; j += width, ++scale) {
-    *scale = block<width>(cast, x + j, whole.inverse, scale_of, q + j) * whole.scale * 0.5f;
+  constexpr int64_t kBlocks = 64;
+  const __m256 factor = _mm256_set1_ps(whole.inverse);
+  const int64_t blocks = ceil_div(k, width), full = k / width;
+  const Columns<T> last(x + full * width, k - full * width);
+  for (int64_t first = 0; first < blocks; first += kBlocks) {
+    const int64_t count = blocks - first < kBlocks ? blocks - first : kBlocks;
+    const auto at = [&](int64_t i) { return first + i < full ? x + (first + i) * width : last.value; };
+    uint32_t amax[kBlocks];
+    BlockScale found[kBlocks];
+    for (int64_t i = 0; i < count; ++i) amax[i] = block_amax<width>(at(i), factor);
+    for (int64_t i = 0; i < count; ++i) {
+      found[i] = scale_of(amax[i]);
+      scale[first + i] = found[i].scale * whole.scale * 0.5f;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      int8_t part[width];
+      int8_t* out = first + i < full ? q + (first + i) * width : part;
+      if (found[i].scale == found[i].scale) {
+        cast_block<width>(cast, at(i), factor, found[i].inverse, out);
+      } else {
+        std::memset(out, 0, width);
+      }
+      if (out == part) std::memcpy(q + full * width, part, static_cast<size_t>(k - full * width));
+    }
   }
-  if (j == k) return;
-  const Columns<T> last(x + j, k - j);
-  int8_t bytes[width];
-  *scale = block<width>(cast, last.value, whole.inverse, scale_of, bytes) * whole.scale * 0.5f;
-  std::memcpy(q + j, bytes, static_cast<size_t>(k - j));
 }
 
 template <class T>
