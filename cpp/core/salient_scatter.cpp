@@ -137,6 +137,9 @@ void widen(Dtype dtype, const void* x, int64_t count, float* out) {
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512) return detail::widen_avx512(dtype, x, count, out);
 #endif
+#ifdef BITMILL_AVX2
+  if (selected() == InstructionSet::avx2) return detail::widen_avx2(dtype, x, count, out);
+#endif
   with_dtype(dtype, x, [&](const auto* values) {
     for (int64_t i = 0; i < count; ++i) out[i] = to_float(values[i]);
   });
@@ -184,12 +187,19 @@ struct Kernel {
 };
 
 Kernel choose_kernel([[maybe_unused]] const SalientMatmulParams& p) {
+  const SalientWeight& w = p.weight;
+  [[maybe_unused]] const bool integers =
+      p.int8 && w.value_scale && group_count(w) == 1 && w.k <= detail::kMaxInt8Columns;
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512 && has_int8_dot()) {  // VBMI2 is for float activations too
-    const SalientWeight& w = p.weight;
-    const bool integers = p.int8 && w.value_scale && group_count(w) == 1 && w.k <= detail::kMaxInt8Columns;
     if (integers) return {detail::salient_tiles_avx512vnni, 0.02, true};
     return {detail::salient_tiles_avx512, 0.05, false};
+  }
+#endif
+#ifdef BITMILL_AVX2
+  if (selected() == InstructionSet::avx2) {
+    if (integers) return {detail::salient_tiles_int8_avx2, 0.05, true};
+    return {detail::salient_tiles_avx2, 0.1, false};
   }
 #endif
   return {detail::salient_tiles_generic, 1.0, false};

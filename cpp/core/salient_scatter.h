@@ -74,13 +74,17 @@ struct SalientTask {
   void* out;
 };
 
-// Tiles [begin, end), all rows. The VNNI form takes int8 activations, uint8 codes, one group, k <= kMaxInt8Columns.
+// Tiles [begin, end), all rows. The forms for int8 (AVX2's, and VNNI) take int8 activations, uint8 codes, one group, k
+// <= kMaxInt8Columns.
 inline constexpr int64_t kMaxInt8Columns = int64_t{1} << 16;  // 255 x 127 each stay within int32
 inline constexpr int64_t kMaxListColumns = (int64_t{1} << 16) - 1;
 void salient_tiles_generic(const SalientTask& task, int64_t begin, int64_t end);
 void salient_tiles_avx512(const SalientTask& task, int64_t begin, int64_t end);
 void salient_tiles_avx512vnni(const SalientTask& task, int64_t begin, int64_t end);
+void salient_tiles_avx2(const SalientTask& task, int64_t begin, int64_t end);
+void salient_tiles_int8_avx2(const SalientTask& task, int64_t begin, int64_t end);
 // `count` values of `dtype` to float32.
+void widen_avx2(Dtype dtype, const void* x, int64_t count, float* out);
 void widen_avx512(Dtype dtype, const void* x, int64_t count, float* out);
 
 }  // namespace detail

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the AVX2 forms of the salient part share: the factors of a tile, entries from masks and lists, and the end of a
+// sum.
+#pragma once
+
+#include <new>
+
+#include "avx2.h"
+#include "layout.h"
+#include "salient_scatter.h"
+
+namespace bitmill::detail {
+
+inline constexpr int64_t kListSteps = 64;  // steps of a list that are decoded, and added up, together
+
+template <class T>
+static T* new_scratch(int64_t count) {
+  return new (std::align_val_t{64}) T[static_cast<size_t>(count)]();
+}
+template <class T>
+static void delete_scratch(T* array) {
+  ::operator delete[](array, std::align_val_t{64});
+}
+
+// What will be read 1 KiB further on in a stream.
+static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + 1024, _MM_HINT_T0); }
+
+static inline __m256i load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+static inline void store_bits(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+// The outputs of a tile that exist.
+static inline int64_t outputs_of_tile(const SalientWeight& w, int64_t tile) {
+  const int64_t left = w.n - tile * kTileRows;
+  return left < kTileRows ? left : kTileRows;
+}
+
+struct Outputs {  // one number for each output of a tile
+  __m256 low, high;
+};
+
+static inline Outputs load_outputs(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+static inline void store_outputs(float* p, Outputs v) { _mm256_storeu_ps(p, v.low), _mm256_storeu_ps(p + 8, v.high); }
+
+// The factors of a tile's 16 outputs; 0 past n.
+struct TileFactors {
+  alignas(32) float scale[kTileRows], zero[kTileRows];  // of the codes
+  float* base;  // [groups][16]: what the sign plane gave a salient weight, mu - alpha
+  float* mu;    // [groups][16], or null
+
+  void load(const SalientTask& task, int64_t tile) {
+    const SalientWeight& w = task.weight;
+    for (int64_t lane = 0; lane < kTileRows; ++lane) {
+      const int64_t output = tile * kTileRows + lane;
+      const bool there = output < w.n;
+      scale[lane] = there && w.value_scale ? w.value_scale[output] : 0.0f;
+      zero[lane] = there && w.value_zero ? w.value_zero[output] : 0.0f;
+      for (int64_t group = 0; group < task.groups; ++group) {
+        const int64_t from = output * task.groups + group, to = group * kTileRows + lane;
+        const float mean = there && w.mu ? w.mu[from] : 0.0f;
+        base[to] = there ? mean - w.alpha[from] : 0.0f;
+        if (mu) mu[to] = mean;
+      }
+    }
+  }
+};
+
+// One row and one tile: the sum of the salient part to the result. `totals`: X_g of the row.
+static inline void finish(const SalientTask& task, int64_t row, int64_t tile, Outputs sum, const TileFactors& factors,
+                          const float* totals) {
+  const SalientWeight& w = task.weight;
+  for (int64_t group = 0; factors.mu && group < task.groups; ++group) {
+    const Outputs mu = load_outputs(factors.mu + group * kTileRows);
+    const __m256 total = _mm256_set1_ps(totals[group]);
+    sum = {_mm256_fmadd_ps(mu.low, total, sum.low), _mm256_fmadd_ps(mu.high, total, sum.high)};
+  }
+  if (task.row_scale) {
+    const __m256 scale = _mm256_set1_ps(task.row_scale[row]);
+    sum = {_mm256_mul_ps(sum.low, scale), _mm256_mul_ps(sum.high, scale)};
+  }
+  const int64_t first = tile * kTileRows, count = outputs_of_tile(w, tile);
+  const float* signs = task.signs + row * w.n + first;
+  with_dtype(task.dtype, task.out, [&](auto* all) {
+    auto* out = all + row * w.n + first;
+    if (count == kTileRows) {
+      const Outputs plane = load_outputs(signs);
+      sum = {_mm256_add_ps(plane.low, sum.low), _mm256_add_ps(plane.high, sum.high)};
+      if (task.bias) {
+        const Outputs bias = load_outputs(task.bias + first);
+        sum = {_mm256_add_ps(sum.low, bias.low), _mm256_add_ps(sum.high, bias.high)};
+      }
+      store8(out, sum.low);
+      store8(out + 8, sum.high);
+    } else {
+      float value[kTileRows];
+      store_outputs(value, sum);
+      for (int64_t i = 0; i < count; ++i) {
+        value[i] = signs[i] + value[i];
+        store(task.bias ? value[i] + task.bias[first + i] : value[i], out + i);
+      }
+    }
+  });
+}
+
+static inline void transpose8(__m256 (&v)[8]) {
+  __m256 a[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+  __m256 b[8];
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xEE);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xEE);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    v[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+
+// The same for `count` <= 8 rows: rows_of(lane) are the sums of 8 rows for one output. `totals`: [count][groups]. All
+// rows are computed before one is written: rows 4 KiB apart, or multiples of that, would wait for one another.
+template <class RowsOf>
+static inline void finish_rows(const SalientTask& task, int64_t row, int64_t count, int64_t tile, const RowsOf& rows_of,
+                               const TileFactors& factors, const float* totals) {
+  alignas(32) float turned[8 * kTileRows];
+  for (int half = 0; half < kTileRows; half += 8) {
+    __m256 v[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) v[i] = rows_of(half + i);
+    transpose8(v);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) _mm256_store_ps(turned + i * kTileRows + half, v[i]);
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    finish(task, row + r, tile, load_outputs(turned + r * kTileRows), factors, totals + r * task.groups);
+  }
+}
+
+// The mask of row 16 tile + lane, one word; bits past k are 0.
+static inline uint32_t mask_word(const SalientWeight& w, int64_t tile, int64_t lane, int64_t word) {
+  const uint32_t bits = static_cast<uint32_t>(w.mask[(tile * word_count(w.k) + word) * kTileRows + lane]);
+  const int64_t columns = w.k - 32 * word;
+  return columns >= 32 ? bits : bits & ((1u << columns) - 1);
+}
+
+// The places of the bits of a byte, ascending, and where each bit's value lies among them (0x80: there is none).
+struct Places {
+  alignas(64) uint8_t of_bits[256][8], rank[256][8];
+};
+constexpr Places make_places() {
+  Places places{};
+  for (int byte = 0; byte < 256; ++byte) {
+    uint8_t count = 0;
+    for (uint8_t bit = 0; bit < 8; ++bit) {
+      const bool set = byte >> bit & 1;
+      places.rank[byte][bit] = set ? count : uint8_t{0x80};
+      if (set) places.of_bits[byte][count++] = bit;
+    }
+  }
+  return places;
+}
+inline constexpr Places kPlaces = make_places();
+
+// The columns of the mask bits of words [begin, end), ascending, counted from column `origin`, to `column`, which has
+// room for 8 more than there can be. Returns how many. A table has no branch that a random mask would mislead.
+static inline int64_t columns_of_words(const SalientWeight& w, int64_t tile, int64_t lane, int64_t begin, int64_t end,
+                                       int64_t origin, uint16_t* column) {
+  uint16_t* next = column;
+  for (int64_t word = begin; word < end; ++word) {
+    const uint32_t bits = mask_word(w, tile, lane, word);
+    __m128i first = _mm_set1_epi16(static_cast<int16_t>(32 * word - origin));
+#pragma GCC unroll 4
+    for (int byte = 0; byte < 4; ++byte) {
+      const uint32_t eight = bits >> (8 * byte) & 255;
+      const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPlaces.of_bits[eight]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(next), _mm_add_epi16(_mm_cvtepu8_epi16(places), first));
+      first = _mm_add_epi16(first, _mm_set1_epi16(8));
+      next += _mm_popcnt_u32(eight);
+    }
+  }
+  return next - column;
+}
+
+// 8 bytes of codes as floats.
+static inline __m256 codes_to_floats(__m128i codes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)); }
+
+// A step of a list: the columns of 16 rows move on.
+struct ListColumns {
+  __m256i column = _mm256_set1_epi16(-1);
+  __m256i none;  // the rows without an entry
+
+  void move(const uint8_t* gap) {
+    const __m128i gaps = _mm_loadu_si128(reinterpret_cast<const __m128i*>(gap));
+    none = _mm256_cvtepi8_epi16(_mm_cmpeq_epi8(gaps, _mm_set1_epi8(static_cast<char>(kNoEntry))));
+    const __m256i moved = _mm256_add_epi16(_mm256_cvtepu8_epi16(gaps), _mm256_set1_epi16(1));
+    column = _mm256_add_epi16(column, _mm256_add_epi16(moved, none));
+  }
+
+  // At most k - 1, whatever the gaps are; k where there is no entry.
+  __m256i columns(int64_t k) const {
+    const __m256i last = _mm256_set1_epi16(static_cast<int16_t>(k - 1));
+    return _mm256_blendv_epi8(_mm256_min_epu16(column, last), _mm256_set1_epi16(static_cast<int16_t>(k)), none);
+  }
+};
+
+// Lane 1, 2 or 3 of v from memory, in one instruction: the compiler takes two.
+template <int lane>
+static inline void insert(__m128& v, const float* p) {
+  asm("vinsertps %2, %1, %0, %0" : "+x"(v) : "m"(*p), "i"(lane << 4));
+}
+
+// x[column] for 8 columns. Single loads and inserts are faster than the gather instruction on Zen 3.
+static inline __m256 fetch8(const float* x, const uint16_t* column) {
+  const auto four = [x](const uint16_t* c) {
+    __m128 v = _mm_load_ss(x + c[0]);
+    insert<1>(v, x + c[1]);
+    insert<2>(v, x + c[2]);
+    insert<3>(v, x + c[3]);
+    return v;
+  };
+  return _mm256_set_m128(four(column + 4), four(column));
+}
+
+}  // namespace bitmill::detail
