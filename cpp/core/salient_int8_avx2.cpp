@@ -109,7 +109,7 @@ Outputs bitmap_single(const SalientWeight& w, int64_t tile, const Row& row, cons
     const int64_t entry = w.start[tile * kTileRows + lane], left = w.entries - entry;
     const uint8_t* value = static_cast<const uint8_t*>(w.value) + entry;
     if (left < most + 8) {
-      __builtin_memcpy(row.spare, value, static_cast<size_t>(left < most ? left : most));
+      if (left > 0) __builtin_memcpy(row.spare, value, static_cast<size_t>(left < most ? left : most));
       value = row.spare;
     }
     bitmap_output(w, tile, lane, row.q, row.positive, value, code + lane, plain + lane);

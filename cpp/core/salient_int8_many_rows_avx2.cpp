@@ -16,9 +16,13 @@ struct Sixteen {
   __m256i low = nothing(), high = nothing(), plain = nothing();
 
   void add(__m256i a, __m256i b, __m256i codes) {
+    // The barriers keep each sum in its register; otherwise g++ moves all of them once more in every step.
     low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), codes));
+    asm volatile("" : "+x"(low));
     high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), codes));
+    asm volatile("" : "+x"(high));
     plain = _mm256_add_epi16(plain, _mm256_add_epi16(a, b));
+    asm volatile("" : "+x"(plain));
   }
 
   void add_to(int32_t* code_sums, int32_t* plain_sums) const {
@@ -55,12 +59,13 @@ struct Integers {
         s0.add(load_bits(a), load_bits(b), codes);
         if constexpr (width > 16) s1.add(load_bits(a + 16), load_bits(b + 16), codes);
       }
-      if (part % 2) {
-        const int16_t* a = x + int64_t{*column} * width;
-        const __m256i codes = _mm256_set1_epi32(*value);
-        s0.add(load_bits(a), nothing(), codes);
-        if constexpr (width > 16) s1.add(load_bits(a + 16), nothing(), codes);
-      }
+      // The last one of an odd number, and nothing of an even one: a branch would be wrong every other time.
+      const int64_t odd = part % 2, back = 1 - odd;
+      const __m256i mask = _mm256_set1_epi16(static_cast<int16_t>(-odd));
+      const __m256i codes = _mm256_set1_epi32(value[-back]);
+      const int16_t* a = x + int64_t{column[-back]} * width;
+      s0.add(_mm256_and_si256(load_bits(a), mask), nothing(), codes);
+      if constexpr (width > 16) s1.add(_mm256_and_si256(load_bits(a + 16), mask), nothing(), codes);
       s0.add_to(sums, sums + kPlain);
       if constexpr (width > 16) s1.add_to(sums + 16, sums + kPlain + 16);
       count -= part;

@@ -12,7 +12,7 @@ namespace bitmill::detail {
 
 inline constexpr int64_t kBlockRows = 32;             // rows transposed together
 inline constexpr int64_t kTilesTogether = 16;         // tiles that go through the columns together
-inline constexpr int64_t kWindowWords = 16;           // words of a mask that are decoded together
+inline constexpr int64_t kWindowWords = 24;           // words of a mask that are decoded together
 inline constexpr int64_t kTransposedBytes = 1 << 21;  // of activations: a salient weight is decoded once for so many
 inline constexpr int64_t kMostEntries = kTileRows * 32 * kWindowWords;
 static_assert(kMostEntries >= kTileRows * kListSteps);

@@ -106,7 +106,7 @@ Outputs bitmap_single(const SalientTask& task, int64_t tile, const float* x, con
     const int64_t entry = w.start[tile * kTileRows + lane], left = w.entries - entry;
     const char* from = static_cast<const char*>(w.value) + entry * kSize;
     if (left < most + 8) {
-      __builtin_memcpy(spare, from, static_cast<size_t>(smaller(left, most) * kSize));
+      if (left > 0) __builtin_memcpy(spare, from, static_cast<size_t>(smaller(left, most) * kSize));
       from = spare;
     }
     value[lane] = bitmap_output<codes>(task, tile, lane, x, from, factors);

@@ -64,9 +64,18 @@ struct TileFactors {
   }
 };
 
-// One row and one tile: the sum of the salient part to the result. `totals`: X_g of the row.
-static inline void finish(const SalientTask& task, int64_t row, int64_t tile, Outputs sum, const TileFactors& factors,
-                          const float* totals) {
+// The first `count` of 16 numbers; the others are 0, and not read.
+static inline Outputs load_some(const float* p, int64_t count) {
+  if (count == kTileRows) return load_outputs(p);
+  const __m256i last = _mm256_set1_epi32(static_cast<int>(count)), eight = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i low = _mm256_cmpgt_epi32(last, eight);
+  const __m256i high = _mm256_cmpgt_epi32(last, _mm256_add_epi32(eight, _mm256_set1_epi32(8)));
+  return {_mm256_maskload_ps(p, low), _mm256_maskload_ps(p + 8, high)};
+}
+
+// One row and one tile: the sum of the salient part to the result, before rounding. `totals`: X_g of the row.
+static inline Outputs finished(const SalientTask& task, int64_t row, int64_t tile, Outputs sum,
+                               const TileFactors& factors, const float* totals) {
   const SalientWeight& w = task.weight;
   for (int64_t group = 0; factors.mu && group < task.groups; ++group) {
     const Outputs mu = load_outputs(factors.mu + group * kTileRows);
@@ -78,27 +87,32 @@ static inline void finish(const SalientTask& task, int64_t row, int64_t tile, Ou
     sum = {_mm256_mul_ps(sum.low, scale), _mm256_mul_ps(sum.high, scale)};
   }
   const int64_t first = tile * kTileRows, count = outputs_of_tile(w, tile);
-  const float* signs = task.signs + row * w.n + first;
+  const Outputs signs = load_some(task.signs + row * w.n + first, count);
+  sum = {_mm256_add_ps(signs.low, sum.low), _mm256_add_ps(signs.high, sum.high)};
+  if (!task.bias) return sum;
+  const Outputs bias = load_some(task.bias + first, count);
+  return {_mm256_add_ps(sum.low, bias.low), _mm256_add_ps(sum.high, bias.high)};
+}
+
+static inline void store_tile(const SalientTask& task, int64_t row, int64_t tile, Outputs value) {
+  const SalientWeight& w = task.weight;
+  const int64_t count = outputs_of_tile(w, tile);
   with_dtype(task.dtype, task.out, [&](auto* all) {
-    auto* out = all + row * w.n + first;
+    auto* out = all + row * w.n + tile * kTileRows;
     if (count == kTileRows) {
-      const Outputs plane = load_outputs(signs);
-      sum = {_mm256_add_ps(plane.low, sum.low), _mm256_add_ps(plane.high, sum.high)};
-      if (task.bias) {
-        const Outputs bias = load_outputs(task.bias + first);
-        sum = {_mm256_add_ps(sum.low, bias.low), _mm256_add_ps(sum.high, bias.high)};
-      }
-      store8(out, sum.low);
-      store8(out + 8, sum.high);
+      store8(out, value.low);
+      store8(out + 8, value.high);
     } else {
-      float value[kTileRows];
-      store_outputs(value, sum);
-      for (int64_t i = 0; i < count; ++i) {
-        value[i] = signs[i] + value[i];
-        store(task.bias ? value[i] + task.bias[first + i] : value[i], out + i);
-      }
+      float each[kTileRows];
+      store_outputs(each, value);
+      for (int64_t i = 0; i < count; ++i) store(each[i], out + i);
     }
   });
+}
+
+static inline void finish(const SalientTask& task, int64_t row, int64_t tile, Outputs sum, const TileFactors& factors,
+                          const float* totals) {
+  store_tile(task, row, tile, finished(task, row, tile, sum, factors, totals));
 }
 
 static inline void transpose8(__m256 (&v)[8]) {
@@ -138,8 +152,13 @@ static inline void finish_rows(const SalientTask& task, int64_t row, int64_t cou
     for (int i = 0; i < 8; ++i) _mm256_store_ps(turned + i * kTileRows + half, v[i]);
   }
   for (int64_t r = 0; r < count; ++r) {
-    finish(task, row + r, tile, load_outputs(turned + r * kTileRows), factors, totals + r * task.groups);
+    float* value = turned + r * kTileRows;
+    store_outputs(value, finished(task, row + r, tile, load_outputs(value), factors, totals + r * task.groups));
+    // The next tile's part of the row lies a whole row away from what the processor foresees.
+    _mm_prefetch(reinterpret_cast<const char*>(task.signs + (row + r) * task.weight.n + (tile + 1) * kTileRows),
+                 _MM_HINT_T0);
   }
+  for (int64_t r = 0; r < count; ++r) store_tile(task, row + r, tile, load_outputs(turned + r * kTileRows));
 }
 
 // The mask of row 16 tile + lane, one word; bits past k are 0.
@@ -172,17 +191,17 @@ inline constexpr Places kPlaces = make_places();
 static inline int64_t columns_of_words(const SalientWeight& w, int64_t tile, int64_t lane, int64_t begin, int64_t end,
                                        int64_t origin, uint16_t* column) {
   uint16_t* next = column;
+  __m128i first = _mm_set1_epi16(static_cast<int16_t>(32 * begin - origin));
   for (int64_t word = begin; word < end; ++word) {
     const uint32_t bits = mask_word(w, tile, lane, word);
-    __m128i first = _mm_set1_epi16(static_cast<int16_t>(32 * word - origin));
-#pragma GCC unroll 4
-    for (int byte = 0; byte < 4; ++byte) {
-      const uint32_t eight = bits >> (8 * byte) & 255;
-      const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPlaces.of_bits[eight]));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(next), _mm_add_epi16(_mm_cvtepu8_epi16(places), first));
+    const auto put = [&](int byte, uint32_t before) {
+      const auto* places = reinterpret_cast<const __m128i*>(kPlaces.of_bits[bits >> (8 * byte) & 255]);
+      const __m128i columns = _mm_add_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(places)), first);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(next + _mm_popcnt_u32(before)), columns);
       first = _mm_add_epi16(first, _mm_set1_epi16(8));
-      next += _mm_popcnt_u32(eight);
-    }
+    };
+    put(0, 0), put(1, bits & 0xFF), put(2, bits & 0xFFFF), put(3, bits & 0xFFFFFF);
+    next += _mm_popcnt_u32(bits);
   }
   return next - column;
 }
