@@ -106,6 +106,14 @@ Status fp4_matmul(const Fp4MatmulParams& p) {
     return Status::ok;
   }
 #endif
+#ifdef BITMILL_AVX2
+  if (selected() == InstructionSet::avx2 && p.m > 0 && w.k > 0) {
+    const double nanoseconds = static_cast<double>(p.m + 2) * static_cast<double>(w.k) * kTileRows * 0.03;
+    split(p.parallel_for, tile_count(w.n), nanoseconds,
+          [&](int64_t begin, int64_t end) { detail::fp4_matmul_tiles_avx2(p, begin, end); });
+    return Status::ok;
+  }
+#endif
   const detail::PanelShape shape{p.m, w.n, w.k, w.group_size};
   const int64_t groups = shape.groups();
   const auto decode = [&](int64_t tile, int64_t begin, int64_t end, float* panel) {

@@ -295,6 +295,8 @@ void e8m0_uncast_avx512(const uint8_t* bytes, int64_t count, float* values);
 // Tiles [begin, end) of the output columns, all rows; m and k above 0.
 void fp4_matmul_tiles_avx512(const Fp4MatmulParams& params, int64_t begin, int64_t end);
 void fp4_matmul_tiles_avx512bf16(const Fp4MatmulParams& params, int64_t begin, int64_t end);
+// As above, with sums in another order.
+void fp4_matmul_tiles_avx2(const Fp4MatmulParams& params, int64_t begin, int64_t end);
 void fp4_int8_matmul_tiles_generic(const Fp4MatmulParams& params, const Fp4Integers& integers, int64_t begin,
                                    int64_t end);
 void fp4_int8_matmul_tiles_avx2(const Fp4MatmulParams& params, const Fp4Integers& integers, int64_t begin, int64_t end);
