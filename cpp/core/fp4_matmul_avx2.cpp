@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Float activations times FP4 weights with AVX2. For many rows 256 columns of some tiles are decoded to panels of
+// Float activations times FP4 weights with AVX2. For many rows 192 columns of some tiles are decoded to panels of
 // floats, which blocks of 6 activation rows are multiplied with: 12 sums, the most that leaves registers for operands.
 // One row is multiplied with what a lookup gives at once, and needs no panel.
 // Sums run over the words of a tile first to last, and over the columns of a word in the order of a lookup
@@ -13,8 +13,8 @@ namespace bitmill::detail {
 namespace {
 
 constexpr int64_t kBlockRows = 6;
-constexpr int64_t kChunkTiles = 4;    // tiles decoded together: 64 KiB of panels, in the second-level cache
-constexpr int64_t kPanelWords = 32;   // 256 columns: a panel of 16 KiB stays in the first-level cache
+constexpr int64_t kChunkTiles = 4;   // tiles decoded together: 48 KiB of panels, in the second-level cache
+constexpr int64_t kPanelWords = 24;  // 192 columns: a panel of 12 KiB stays in the first-level cache
 constexpr int64_t kPanel = kPanelWords * 8 * kTileRows;
 constexpr int64_t kPackedRows = 192;  // rows packed together; fewer if k is large
 constexpr int kSingleTiles = 2;       // side by side for one row
@@ -87,7 +87,7 @@ struct Sums {
 // `rows` packed rows times words [begin, end) of `tiles` panels.
 template <int rows, int tiles>
 void multiply(const Task& task, const float* x, const float* panel, const float* scale, int64_t begin, int64_t end,
-              const Sums& sums) {
+              Sums sums) {
   for (int64_t group = begin / task.group_words, w = begin; w < end; ++group) {
     const int64_t group_end = task.group_end(group), stop = group_end < end ? group_end : end;
     const auto each = [&](const auto& f) __attribute__((always_inline)) {

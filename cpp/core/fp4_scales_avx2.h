@@ -40,35 +40,33 @@ static inline __m256 e8m0_to_floats(__m256i bytes) {
   return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(bytes, 23), half));
 }
 
-// e4m3_to_float of 8 numbers 0 ... 255.
-static inline __m256 e4m3_to_floats(__m256i bytes) {
-  const __m256i magnitude = _mm256_and_si256(bytes, _mm256_set1_epi32(0x7F));
-  const __m256i normal = _mm256_add_epi32(_mm256_slli_epi32(magnitude, 20), _mm256_set1_epi32(120 << 23));
-  const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), _mm256_set1_ps(0x1p-9f));
-  const __m256i subnormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude);
-  const __m256 value =
-      _mm256_blendv_ps(_mm256_castsi256_ps(normal), small, _mm256_castsi256_ps(subnormal));
-  const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(bytes, 7), 31);
-  const __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7F));
-  const __m256 number = _mm256_or_ps(value, _mm256_castsi256_ps(sign));
-  return _mm256_blendv_ps(number, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000)), _mm256_castsi256_ps(nan));
+// e4m3_to_float of 16 bytes, the first ones first. A float16 has the same fields with one more bit of exponent, which
+// makes values 2^8 times smaller.
+struct FloatPair {
+  __m256 first, second;
+};
+static inline FloatPair e4m3_to_floats(__m128i bytes) {
+  const __m256i fields = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);  // the sign in bit 14 too
+  const __m256i magnitude = _mm256_and_si256(fields, _mm256_set1_epi16(0x3F80));
+  const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3F80));
+  const __m256i number = _mm256_andnot_si256(_mm256_set1_epi16(0x4000), fields);
+  const __m256i halves = _mm256_blendv_epi8(number, _mm256_set1_epi16(0x7E00), nan);
+  const auto floats = [](__m128i h) { return _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(256.0f)); };
+  return {floats(_mm256_castsi256_si128(halves)), floats(_mm256_extracti128_si256(halves, 1))};
 }
 
-// 8 bytes of each of 8 rows to vectors of 8 rows.
+// 8 bytes of each of 8 rows to bytes of 8 rows: put(column, those of this column and of the next one).
 template <class Put>
 static inline void transpose_bytes(const uint8_t* const (&rows)[8], const Put& put) {
   const auto load = [&](int i) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows[i])); };
   const __m128i a = _mm_unpacklo_epi8(load(0), load(1)), b = _mm_unpacklo_epi8(load(2), load(3));
   const __m128i c = _mm_unpacklo_epi8(load(4), load(5)), d = _mm_unpacklo_epi8(load(6), load(7));
-  const auto two = [&](int column, __m128i left, __m128i right) {
-    const __m128i low = _mm_unpacklo_epi32(left, right), high = _mm_unpackhi_epi32(left, right);
-    put(column, _mm256_cvtepu8_epi32(low));
-    put(column + 1, _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(low, low)));
-    put(column + 2, _mm256_cvtepu8_epi32(high));
-    put(column + 3, _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(high, high)));
-  };
-  two(0, _mm_unpacklo_epi16(a, b), _mm_unpacklo_epi16(c, d));
-  two(4, _mm_unpackhi_epi16(a, b), _mm_unpackhi_epi16(c, d));
+  const __m128i ab_low = _mm_unpacklo_epi16(a, b), cd_low = _mm_unpacklo_epi16(c, d);
+  const __m128i ab_high = _mm_unpackhi_epi16(a, b), cd_high = _mm_unpackhi_epi16(c, d);
+  put(0, _mm_unpacklo_epi32(ab_low, cd_low));
+  put(2, _mm_unpackhi_epi32(ab_low, cd_low));
+  put(4, _mm_unpacklo_epi32(ab_high, cd_high));
+  put(6, _mm_unpackhi_epi32(ab_high, cd_high));
 }
 
 // The scales of 8 rows of a tile, those from `row` on, to floats of which two groups are kTileRows apart. Rows past n
@@ -95,14 +93,18 @@ static inline void expand_scales8(const Fp4Weight& w, int64_t groups, int64_t ro
     }
     const uint8_t* rows[8];
     for (int i = 0; i < 8; ++i) rows[i] = w.scale_bytes + first[i] + group;
-    if (w.global_scale) {
-      transpose_bytes(rows, [&](int i, __m256i bytes) {
-        _mm256_storeu_ps(to + i * kTileRows, _mm256_mul_ps(e4m3_to_floats(bytes), global));
-      });
-    } else {
-      transpose_bytes(rows,
-                      [&](int i, __m256i bytes) { _mm256_storeu_ps(to + i * kTileRows, e8m0_to_floats(bytes)); });
-    }
+    transpose_bytes(rows, [&](int i, __m128i bytes) {
+      FloatPair pair;
+      if (w.global_scale) {
+        pair = e4m3_to_floats(bytes);
+        pair = {_mm256_mul_ps(pair.first, global), _mm256_mul_ps(pair.second, global)};
+      } else {
+        pair = {e8m0_to_floats(_mm256_cvtepu8_epi32(bytes)),
+                e8m0_to_floats(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
+      }
+      _mm256_storeu_ps(to + i * kTileRows, pair.first);
+      _mm256_storeu_ps(to + (i + 1) * kTileRows, pair.second);
+    });
   }
 }
 
