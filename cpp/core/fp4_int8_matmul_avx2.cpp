@@ -295,7 +295,7 @@ void fp4_int8_matmul_tiles_avx2(const Fp4MatmulParams& p, const Fp4Integers& int
                   new int8_t[rows * width],
                   new int32_t[rows * chunks],
                   p.grouped_rows ? new float[rows * groups] : nullptr,
-                  new float[scale_count(groups)],
+                  new float[groups * kTileRows],
                   new Kept[rows]};
   const auto run = [&]<int size, bool grouped>() {
     group_words == size ? multiply_tiles<size, grouped, true>(task, integers, offset, begin, end)

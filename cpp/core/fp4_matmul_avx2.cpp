@@ -243,7 +243,7 @@ void multiply_tiles(const Fp4MatmulParams& p, int64_t begin, int64_t end) {
     }
     for (int64_t chunk = begin; chunk < end; chunk += kChunkTiles) {
       for (int64_t t = 0; t < kChunkTiles; ++t) {
-        expand_scales(p.weight, task.groups, task.clamp(chunk + t), scale + t * task.groups * kTileRows);
+        expand_scales(p.weight, task.groups, task.clamp(chunk + t), 1.0f, scale + t * task.groups * kTileRows);
       }
       if (p.m > 1) {
         many<T>(task, lookup, first, rows, chunk, packed, scale, panels,

@@ -69,18 +69,18 @@ static inline void transpose_bytes(const uint8_t* const (&rows)[8], const Put& p
   put(6, _mm_unpackhi_epi32(ab_high, cd_high));
 }
 
-// The scales of 8 rows of a tile, those from `row` on, to floats of which two groups are kTileRows apart. Rows past n
-// repeat the last one.
-static inline void expand_scales8(const Fp4Weight& w, int64_t groups, int64_t row, float* out) {
+// The scales of 8 rows of a tile, those from `row` on, times a unit, to floats of which two groups are kTileRows apart.
+// Rows past n repeat the last one.
+static inline void expand_scales8(const Fp4Weight& w, int64_t groups, int64_t row, float unit, float* out) {
   int64_t first[8];
   for (int64_t i = 0; i < 8; ++i) first[i] = (row + i < w.n ? row + i : w.n - 1) * groups;
   if (groups < 8) {
     for (int64_t group = 0; group < groups; ++group) {
-      for (int64_t i = 0; i < 8; ++i) out[group * kTileRows + i] = weight_scale(w, first[i] + group);
+      for (int64_t i = 0; i < 8; ++i) out[group * kTileRows + i] = weight_scale(w, first[i] + group) * unit;
     }
     return;
   }
-  const __m256 global = _mm256_set1_ps(w.global_scale ? *w.global_scale : 1.0f);
+  const __m256 factor = _mm256_set1_ps(unit), global = _mm256_set1_ps(w.global_scale ? *w.global_scale : 1.0f);
   for (int64_t next = 0; next < groups; next += 8) {
     const int64_t group = next + 8 <= groups ? next : groups - 8;  // the last ones overlap
     float* to = out + group * kTileRows;
@@ -88,7 +88,7 @@ static inline void expand_scales8(const Fp4Weight& w, int64_t groups, int64_t ro
       __m256 z[8];
       for (int i = 0; i < 8; ++i) z[i] = _mm256_loadu_ps(w.scale + first[i] + group);
       transpose8(z);
-      for (int i = 0; i < 8; ++i) _mm256_storeu_ps(to + i * kTileRows, z[i]);
+      for (int i = 0; i < 8; ++i) _mm256_storeu_ps(to + i * kTileRows, _mm256_mul_ps(z[i], factor));
       continue;
     }
     const uint8_t* rows[8];
@@ -102,16 +102,16 @@ static inline void expand_scales8(const Fp4Weight& w, int64_t groups, int64_t ro
         pair = {e8m0_to_floats(_mm256_cvtepu8_epi32(bytes)),
                 e8m0_to_floats(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
       }
-      _mm256_storeu_ps(to + i * kTileRows, pair.first);
-      _mm256_storeu_ps(to + (i + 1) * kTileRows, pair.second);
+      _mm256_storeu_ps(to + i * kTileRows, _mm256_mul_ps(pair.first, factor));
+      _mm256_storeu_ps(to + (i + 1) * kTileRows, _mm256_mul_ps(pair.second, factor));
     });
   }
 }
 
-// The scales of a tile's 16 rows to floats [groups][16].
-static inline void expand_scales(const Fp4Weight& w, int64_t groups, int64_t tile, float* out) {
-  expand_scales8(w, groups, tile * kTileRows, out);
-  expand_scales8(w, groups, tile * kTileRows + 8, out + 8);
+// The scales of a tile's 16 rows, times a unit, to floats [groups][16].
+static inline void expand_scales(const Fp4Weight& w, int64_t groups, int64_t tile, float unit, float* out) {
+  expand_scales8(w, groups, tile * kTileRows, unit, out);
+  expand_scales8(w, groups, tile * kTileRows + 8, unit, out + 8);
 }
 
 }  // namespace bitmill::detail
