@@ -27,7 +27,7 @@ def close(got: Tensor, want: Tensor, x: Tensor, scale: Tensor) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("zeros", [False, True])
 def test_binary_weight_linear_equals_default(dtype: torch.dtype, zeros: bool) -> None:
-    for (m, n), k, group_size in itertools.product(((1, 17), (5, 16), (17, 33)), (0, *WIDTHS), (0, 32, 64)):
+    for (m, n), k, group_size in itertools.product(((1, 17), (5, 16), (3, 81), (17, 33)), (0, *WIDTHS), (0, 32, 64)):
         if group_size and not k:
             continue
         arguments = linear_arguments(m, n, k, "sign", dtype, zeros, bool(k % 2), group_size=group_size)

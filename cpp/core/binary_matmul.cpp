@@ -106,6 +106,27 @@ Kernel choose_kernel() {
   }
 }
 
+struct WeightKernel {
+  void (*tiles)(const BinaryWeightMatmulParams&, int64_t, int64_t);  // null: the obvious form
+  double nanoseconds_per_column;                                     // of one row and one output
+};
+
+WeightKernel choose_weight_kernel(const BinaryWeightMatmulParams& p) {
+  if (p.weight_nonzero || p.k == 0) return {nullptr, 0.0};
+  switch (selected()) {
+#ifdef BITMILL_AVX2
+    case InstructionSet::avx2:
+      return {binary_weight_matmul_tiles_avx2, 0.015};
+#endif
+#ifdef BITMILL_AVX512
+    case InstructionSet::avx512:
+      return {binary_weight_matmul_tiles_avx512, 0.01};
+#endif
+    default:
+      return {nullptr, 0.0};
+  }
+}
+
 }  // namespace
 }  // namespace detail
 
@@ -125,7 +146,7 @@ Status check(const BinaryMatmulParams& p) {
 
 namespace {
 
-[[maybe_unused]] BinaryWeightMatmulParams rows_of(BinaryWeightMatmulParams p, int64_t begin, int64_t end) {
+BinaryWeightMatmulParams rows_of(BinaryWeightMatmulParams p, int64_t begin, int64_t end) {
   p.m = end - begin;
   p.x = static_cast<const char*>(p.x) + begin * p.k * bytes_of(p.dtype);
   p.out = static_cast<char*>(p.out) + begin * p.n * bytes_of(p.dtype);
@@ -167,15 +188,13 @@ Status binary_matmul(const BinaryMatmulParams& p) {
 Status binary_weight_matmul(const BinaryWeightMatmulParams& p) {
   if (p.m < 0 || p.n < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
   if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
-#ifdef BITMILL_AVX512
-  if (selected() == InstructionSet::avx512 && !p.weight_nonzero && p.k > 0) {
-    const double cost = static_cast<double>(p.k) * 0.01;
+  if (const detail::WeightKernel kernel = detail::choose_weight_kernel(p); kernel.tiles) {
+    const double cost = static_cast<double>(p.k) * kernel.nanoseconds_per_column;
     split_product(p.parallel_for, p.m, p.n, cost, [&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
-      detail::binary_weight_matmul_tiles_avx512(rows_of(p, row, rows), begin, end);
+      kernel.tiles(rows_of(p, row, rows), begin, end);
     });
     return Status::ok;
   }
-#endif
   const detail::PanelShape shape{p.m, p.n, p.k, p.group_size};
   const int64_t words = word_count(p.k), groups = shape.groups();
   const auto decode = [&](int64_t tile, int64_t begin, int64_t end, float* panel) {

@@ -77,6 +77,7 @@ void binary_matmul_tiles_neon(const BinaryMatmulParams& params, int64_t begin, i
 void binary_matmul_tiles_avx2(const BinaryMatmulParams& params, int64_t begin, int64_t end);
 void binary_matmul_tiles_avx512(const BinaryMatmulParams& params, int64_t begin, int64_t end);
 void binary_matmul_short_avx512vnni(const BinaryMatmulParams& params);
+void binary_weight_matmul_tiles_avx2(const BinaryWeightMatmulParams& params, int64_t begin, int64_t end);
 void binary_weight_matmul_tiles_avx512(const BinaryWeightMatmulParams& params, int64_t begin, int64_t end);
 }  // namespace detail
 
