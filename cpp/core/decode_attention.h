@@ -27,6 +27,7 @@ Status decode_attention(const DecodeAttentionParams& params);
 namespace detail {
 // Key heads [begin, end), with the queries that share them.
 void decode_attention_heads_generic(const DecodeAttentionParams& params, int64_t begin, int64_t end);
+void decode_attention_heads_avx2(const DecodeAttentionParams& params, int64_t begin, int64_t end);
 void decode_attention_heads_avx512(const DecodeAttentionParams& params, int64_t begin, int64_t end);
 }  // namespace detail
 
