@@ -83,6 +83,26 @@ void multiply_generic(const ZonedMatmulParams& p, const ZonedPlan& plan) {
                        done);
 }
 
+struct Kernel {
+  void (*tiles)(const ZonedMatmulParams&, const ZonedPlan&, int64_t, int64_t);  // null: the obvious form
+  double nanoseconds_per_column;                                                // of one row and one output
+};
+
+Kernel choose_kernel() {
+  switch (selected()) {
+#ifdef BITMILL_AVX2
+    case InstructionSet::avx2:
+      return {detail::zoned_tiles_avx2, 0.05};
+#endif
+#ifdef BITMILL_AVX512
+    case InstructionSet::avx512:
+      return {detail::zoned_tiles_avx512, 0.03};
+#endif
+    default:
+      return {nullptr, 0.0};
+  }
+}
+
 }  // namespace
 
 detail::ZonedPlan detail::zoned_plan(const ZonedWeight& w) {
@@ -120,19 +140,17 @@ Status zoned_matmul(const ZonedMatmulParams& p) {
   const ZonedPlan plan = detail::zoned_plan(w);
   const Status status = check(w, plan);
   if (status != Status::ok || p.m == 0 || w.n == 0) return status;
-#ifdef BITMILL_AVX512
-  if (selected() == InstructionSet::avx512 && w.k > 0) {
-    const double cost = static_cast<double>(w.k) * 0.03;
+  if (const Kernel kernel = choose_kernel(); kernel.tiles && w.k > 0) {
+    const double cost = static_cast<double>(w.k) * kernel.nanoseconds_per_column;
     split_product(p.parallel_for, p.m, w.n, cost, [&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
       ZonedMatmulParams part = p;
       part.x = static_cast<const char*>(p.x) + row * w.k * bytes_of(p.dtype);
       part.out = static_cast<char*>(p.out) + row * w.n * bytes_of(p.dtype);
       part.m = rows - row;
-      detail::zoned_tiles_avx512(part, plan, begin, end);
+      kernel.tiles(part, plan, begin, end);
     });
     return Status::ok;
   }
-#endif
   with_dtype(p.dtype, p.x, [&]<class T>(const T*) { multiply_generic<T>(p, plan); });
   return Status::ok;
 }

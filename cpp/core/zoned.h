@@ -73,6 +73,7 @@ struct ZonedPlan {
 };
 ZonedPlan zoned_plan(const ZonedWeight& weight);
 
+void zoned_tiles_avx2(const ZonedMatmulParams& params, const ZonedPlan& plan, int64_t begin, int64_t end);
 void zoned_tiles_avx512(const ZonedMatmulParams& params, const ZonedPlan& plan, int64_t begin, int64_t end);
 
 }  // namespace detail
