@@ -12,6 +12,7 @@ namespace bitmill::detail {
 namespace {
 
 constexpr int64_t kBlockRows = 64;     // of activations, that share a decoded tile
+constexpr int64_t kPanelRows = 8;      // from so many on
 constexpr int64_t kSpanColumns = 512;  // of a tile, that are decoded together: 8 KiB
 constexpr int64_t kWordBytes = 128;    // a decoded word of 16 outputs: columns 0, 2, 4, 6 of them, then 1, 3, 5, 7
 
@@ -244,19 +245,20 @@ void multiply_tiles(const Task& task, const Fp4Integers& integers, int offset, i
       const Codes codes{p.weight.tiles + tile * task.words * kTileRows, task.table};
       expand_scales(p.weight, task.groups, tile, integers.unit, task.scale);
       std::fill_n(task.kept, rows, Kept{});
+      const auto multiply_rows = [&](const auto& weights, int64_t first, int64_t last) {
+        int64_t i = 0;
+        for (; i + 4 <= rows; i += 4) multiply<4, words, grouped, whole>(task, weights, i, first, last);
+        for (; i < rows; ++i) multiply<1, words, grouped, whole>(task, weights, i, first, last);
+      };
       int64_t first = 0;
-      if (rows < 4) {  // decoded on the way, but for a chunk that the words do not fill
+      if (rows < kPanelRows) {  // decoded on the way, but for a chunk that the words do not fill
         first = task.words / words;
-        for (int64_t i = 0; i < rows; ++i) multiply<1, words, grouped, whole>(task, codes, i, 0, first);
+        multiply_rows(codes, 0, first);
       }
       for (; first < task.chunks; first += kSpan) {
         const int64_t last = std::min(first + kSpan, task.chunks);
         decode(codes, task.words, first * words, last * words, panel);
-        int64_t i = 0;
-        for (; i + 4 <= rows; i += 4) {
-          multiply<4, words, grouped, whole>(task, Panel{panel}, i, first, last);
-        }
-        for (; i < rows; ++i) multiply<1, words, grouped, whole>(task, Panel{panel}, i, first, last);
+        multiply_rows(Panel{panel}, first, last);
       }
       for (int64_t i = 0; i < rows; ++i) finish(task, row + i, tile, task.kept[i]);
     }

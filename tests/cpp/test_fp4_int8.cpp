@@ -156,7 +156,7 @@ int main() {
   for (const Fp4Table& table : kTables) {
     for (const int64_t group_size : {0, 8, 16, 24, 32, 48, 96, 640}) {
       for (const bool grouped_rows : {false, true}) {
-        for (int64_t m = 1; m < 10; ++m) {
+        for (const int64_t m : {1, 2, 3, 4, 5, 7, 8, 16, 21}) {
           const Scales scales = m % 2 ? Scales::floats : Scales::e8m0;
           compare(m, 33, 600 - m, group_size, scales, grouped_rows, Dtype::f32, 0.0f, table);
         }
