@@ -157,8 +157,8 @@ void add_word(const Row& row, uint16_t* total) {
 
 // The totals of `rows` rows over `words` words.
 template <int rows>
-[[gnu::noinline]] void add_span(const uint8_t* nibbles, const uint8_t* t0, const uint8_t* t1, int64_t words,
-                                uint16_t* total) {
+[[gnu::noinline]] void look_up_span(const uint8_t* nibbles, const uint8_t* t0, const uint8_t* t1, int64_t words,
+                                    uint16_t* total) {
   std::memset(total, 0, rows * kColumns * sizeof(uint16_t));
   for (int64_t w = 0; w < words; ++w, nibbles += 8 * kColumns, t0 += kWordTables, t1 += kWordTables) {
     const __m256i zero = _mm256_setzero_si256();
@@ -209,12 +209,12 @@ void add_span(const Task& task, const Part& part, int64_t row, int64_t count) {
   };
   int64_t i = 0;
   for (; i + 2 <= count; i += 2) {
-    add_span<2>(task.nibbles, table + i * next, table + (i + 1) * next, words, task.total);
+    look_up_span<2>(task.nibbles, table + i * next, table + (i + 1) * next, words, task.total);
     fold_row(i, task.total);
     fold_row(i + 1, task.total + kColumns);
   }
   if (i == count) return;
-  add_span<1>(task.nibbles, table + i * next, nullptr, words, task.total);
+  look_up_span<1>(task.nibbles, table + i * next, nullptr, words, task.total);
   fold_row(i, task.total);
 }
 

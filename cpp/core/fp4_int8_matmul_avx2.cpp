@@ -12,7 +12,7 @@ namespace bitmill::detail {
 namespace {
 
 constexpr int64_t kBlockRows = 64;     // of activations, that share a decoded tile
-constexpr int64_t kPanelRows = 8;      // from so many on
+constexpr int64_t kPanelRows = 16;     // from so many on
 constexpr int64_t kSpanColumns = 512;  // of a tile, that are decoded together: 8 KiB
 constexpr int64_t kWordBytes = 128;    // a decoded word of 16 outputs: columns 0, 2, 4, 6 of them, then 1, 3, 5, 7
 
@@ -59,8 +59,9 @@ void arrange(const Task& task, int64_t row, int64_t count, int offset) {
       if constexpr (words > 2) sums = _mm256_add_epi16(sums, _mm256_permute4x64_epi64(sums, 0x4E));
       alignas(32) int32_t pairs[8];
       _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), sums);
-      for (int c = 0; c < 4 / words && chunk < task.chunks; ++c)
-        task.start[chunk++ * task.rows + i] = pairs[2 * words * c];
+      for (int c = 0; c < 4 / words && chunk < task.chunks; ++c, ++chunk) {
+        task.start[chunk * task.rows + i] = pairs[2 * words * c];
+      }
     }
   }
 }
