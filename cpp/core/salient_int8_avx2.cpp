@@ -6,7 +6,6 @@
 namespace bitmill::detail {
 namespace {
 
-constexpr int64_t kFewRows = 4;       // from so many rows on lists and bitmaps are multiplied transposed
 constexpr int64_t kChunkWords = 64;   // words of 4 salient columns that are prepared together
 constexpr int64_t kExactSteps = 512;  // 512 x 255 x 127 < 2^24: such sums are exact in float32
 
@@ -223,10 +222,10 @@ void salient_tiles_int8_avx2(const SalientTask& task, int64_t begin, int64_t end
   TileFactors factors{{}, {}, factor, w.mu ? factor + kTileRows : nullptr};
   if (w.encoding == SalientEncoding::columns) {
     multiply_columns(task, totals, begin, end, factors);
-  } else if (task.m >= kFewRows) {
-    salient_int8_many_rows_avx2(task, totals, begin, end);
-  } else {
+  } else if (few_rows(task)) {
     multiply_few(task, totals, begin, end, factors);
+  } else {
+    salient_int8_many_rows_avx2(task, totals, begin, end);
   }
   delete_scratch(totals);
 }

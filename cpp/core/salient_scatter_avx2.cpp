@@ -6,7 +6,6 @@
 namespace bitmill::detail {
 namespace {
 
-constexpr int64_t kFewRows = 4;        // from so many rows on lists and bitmaps are multiplied transposed
 constexpr int64_t kChunkColumns = 64;  // salient columns that are decoded together
 
 template <class T>
@@ -59,30 +58,24 @@ float bitmap_output(const SalientTask& task, int64_t tile, int64_t lane, const f
   int64_t entry = 0;
   for (int64_t group = 0; group < task.groups; ++group) {
     const int64_t end = smaller((group + 1) * group_words, words);
-    __m256 total = _mm256_setzero_ps();
+    __m256 total = _mm256_setzero_ps(), other = total;
     for (int64_t word = group * group_words; word < end; ++word) {
       const uint32_t bits = static_cast<uint32_t>(mask[word * kTileRows]);
       prefetch(static_cast<const char*>(value) + entry * (codes ? 1 : 2));
-      const auto add_eight = [&](int byte, __m256& sum) {
+      const auto add_eight = [&](int byte, __m256& sum, __m256& plain) {
         const uint32_t eight = bits >> (8 * byte) & 255;
-        const __m128i rank = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPlaces.rank[eight]));
-        const __m256i wide = _mm256_cvtepi8_epi32(rank);  // negative where there is no value
+        const auto* rank = reinterpret_cast<const __m128i*>(kPlaces.rank[eight]);
+        const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(rank));  // negative where there is no value
         const __m256 a = _mm256_loadu_ps(x + 32 * word + 8 * byte);
         const __m256 chosen = _mm256_blendv_ps(a, _mm256_setzero_ps(), _mm256_castsi256_ps(wide));
-        __m256 apart;
-        if constexpr (codes) {
-          const auto* bytes = static_cast<const uint8_t*>(value) + entry;
-          const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
-          apart = codes_to_floats(_mm_shuffle_epi8(packed, rank));
-        } else {
-          apart = _mm256_permutevar8x32_ps(load_values<false>(value, entry), wide);
-        }
+        const __m256 apart = _mm256_permutevar8x32_ps(load_values<codes>(value, entry), wide);
         sum = _mm256_fmadd_ps(chosen, apart, sum);
-        total = _mm256_add_ps(total, chosen);
+        plain = _mm256_add_ps(plain, chosen);
         entry += _mm_popcnt_u32(eight);
       };
-      add_eight(0, even), add_eight(1, odd), add_eight(2, even), add_eight(3, odd);
+      add_eight(0, even, total), add_eight(1, odd, other), add_eight(2, even, total), add_eight(3, odd, other);
     }
+    total = _mm256_add_ps(total, other);
     all = _mm256_add_ps(all, total);
     from_signs += factors.base[group * kTileRows + lane] * sum_of(total);
   }
@@ -260,10 +253,10 @@ void salient_tiles_avx2(const SalientTask& task, int64_t begin, int64_t end) {
   const SalientRows rows{task, w.k, task.x, totals};
   if (w.encoding == SalientEncoding::columns) {
     multiply_columns(task, totals, begin, end, factors);
-  } else if (task.m >= kFewRows) {
-    salient_many_rows_avx2(rows, begin, end);
-  } else {
+  } else if (few_rows(task)) {
     (w.value_scale ? multiply_few<true> : multiply_few<false>)(rows, begin, end, factors);
+  } else {
+    salient_many_rows_avx2(rows, begin, end);
   }
   delete_scratch(factor);
   delete_scratch(totals);

@@ -34,6 +34,11 @@ static inline int64_t outputs_of_tile(const SalientWeight& w, int64_t tile) {
   return left < kTileRows ? left : kTileRows;
 }
 
+// A list or a bitmap of so few rows is multiplied row by row, as it is stored; more rows are transposed.
+static inline bool few_rows(const SalientTask& task) {
+  return task.m < (task.weight.encoding == SalientEncoding::bitmap ? 3 : 2);
+}
+
 struct Outputs {  // one number for each output of a tile
   __m256 low, high;
 };
@@ -234,7 +239,7 @@ static inline void insert(__m128& v, const float* p) {
   asm("vinsertps %2, %1, %0, %0" : "+x"(v) : "m"(*p), "i"(lane << 4));
 }
 
-// x[column] for 8 columns. Single loads and inserts are faster than the gather instruction on Zen 3.
+// x[column] for 8 columns. Single loads and inserts: the gather instruction is a sixth slower on Zen 3.
 static inline __m256 fetch8(const float* x, const uint16_t* column) {
   const auto four = [x](const uint16_t* c) {
     __m128 v = _mm_load_ss(x + c[0]);
