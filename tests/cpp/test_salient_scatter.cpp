@@ -252,9 +252,20 @@ void check_everything(std::mt19937& random) {
       c.encoding = encoding;
       check_dequantize(c, random);
       for (const bool int8 : {false, true}) {
-        for (const int64_t m : {0, 1, 2, 5, 17, 70}) check_matmul<float>(c, m, Dtype::f32, 1e-6, int8, random);
+        for (const int64_t m : {0, 1, 2, 3, 5, 9, 17, 70}) check_matmul<float>(c, m, Dtype::f32, 1e-6, int8, random);
         check_matmul<BFloat16>(c, 3, Dtype::bf16, 0x1p-8, int8, random);
         check_matmul<Float16>(c, 9, Dtype::f16, 0x1p-11, int8, random);
+      }
+    }
+  }
+  // More tiles, windows of columns, and blocks of rows than are multiplied together.
+  for (Case c : {Case{.n = 300, .k = 90, .fraction = 0.3}, Case{.n = 19, .k = 1700, .group_size = 96, .fraction = 0.6},
+                 Case{.n = 5, .k = 17000, .fraction = 0.02}}) {
+    for (const auto encoding : {SalientEncoding::bitmap, SalientEncoding::list, SalientEncoding::columns}) {
+      c.encoding = encoding;
+      for (const int64_t m : {4, 70}) {
+        check_matmul<float>(c, m, Dtype::f32, 1e-6, false, random);
+        check_matmul<BFloat16>(c, m, Dtype::bf16, 0x1p-8, true, random);
       }
     }
   }
