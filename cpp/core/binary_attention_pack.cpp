@@ -40,21 +40,22 @@ Rows rows_of(const BinaryAttentionParams& p, const Matrices& matrices, int64_t m
                     [&](const auto* data) { return rows_of(matrices, data, matrix, first, rows, columns, copy); });
 }
 
-// Bits of rows, and whether one of their values is 0.
-bool pack_rows(const BinaryAttentionParams& p, const Rows& x, int64_t rows, int32_t* sign, int32_t* nonzero) {
+// Bits of rows of `columns` values, and whether one of these is 0.
+bool pack_rows(const BinaryAttentionParams& p, const Rows& x, int64_t rows, int64_t columns, int32_t* sign,
+               int32_t* nonzero) {
   const std::unique_ptr<int32_t[]> count(new int32_t[static_cast<size_t>(rows)]);
   BitpackParams pack;
   pack.x = x.x;
   pack.row_stride = x.stride;
   pack.dtype = p.dtype;
   pack.m = rows;
-  pack.k = p.d;
+  pack.k = columns;
   pack.levels = p.zeros ? Levels::sign : Levels::plus;
   pack.sign = sign;
   pack.nonzero = p.zeros ? nonzero : nullptr;
   pack.count = count.get();
   bitpack(pack);
-  return p.zeros && std::any_of(count.get(), count.get() + rows, [&](int32_t c) { return c != p.d; });
+  return p.zeros && std::any_of(count.get(), count.get() + rows, [&](int32_t c) { return c != columns; });
 }
 
 // Signs alone, where that is all there is to pack.
@@ -99,6 +100,9 @@ bool has_zeros(const HeadRows& head, int64_t rows) {
 
 // Bits [rows, columns] to bits [columns, rows] in tiles.
 void transpose(const int32_t* rows, int64_t stride, int64_t m, int64_t e, int64_t longest, int32_t* tiles) {
+#ifdef BITMILL_AVX2
+  if (selected() == InstructionSet::avx2) return attention_transpose_avx2(rows, stride, m, e, longest, tiles);
+#endif
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512) return attention_transpose_avx512(rows, stride, m, e, longest, tiles);
 #endif
@@ -110,32 +114,6 @@ void transpose(const int32_t* rows, int64_t stride, int64_t m, int64_t e, int64_
       tiles[(c / kTileRows * words + j / 32) * kTileRows + c % kTileRows] |= static_cast<int32_t>(bit << (j % 32));
     }
   }
-}
-
-template <class T>
-bool values_to_bits(const T* x, int64_t stride, int64_t m, int64_t e, int32_t* sign, int32_t* nonzero) {
-  int64_t present = 0;
-  for (int64_t tile = 0; tile < tile_count(e); ++tile) {
-    const int64_t lanes = std::min(kTileRows, e - tile * kTileRows);
-    for (int64_t w = 0; w < word_count(m); ++w) {
-      uint32_t s[kTileRows] = {}, z[kTileRows] = {};
-      for (int64_t j = 32 * w; j < 32 * (w + 1) && j < m; ++j) {
-        const T* row = x + j * stride + tile * kTileRows;
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-          const float value = to_float(row[lane]);
-          s[lane] |= static_cast<uint32_t>(nonzero ? value > 0 : value >= 0) << (j % 32);
-          z[lane] |= static_cast<uint32_t>(value > 0 || value < 0) << (j % 32);
-        }
-      }
-      const int64_t at = (tile * word_count(m) + w) * kTileRows;
-      for (int64_t lane = 0; lane < kTileRows; ++lane) {
-        sign[at + lane] = static_cast<int32_t>(s[lane]);
-        if (nonzero) nonzero[at + lane] = static_cast<int32_t>(z[lane]);
-        present += __builtin_popcount(z[lane]);
-      }
-    }
-  }
-  return nonzero && present != m * e;
 }
 
 }  // namespace
@@ -159,7 +137,7 @@ void pack_keys(const AttentionTask& t, int64_t batch) {
   if (packed_without_zeros(t.p, x, m, true, tiles)) return;
   const std::unique_ptr<int32_t[]> sign(new int32_t[static_cast<size_t>(m * t.words)]);
   const std::unique_ptr<int32_t[]> nonzero(new int32_t[static_cast<size_t>(m * t.words)]);
-  t.k_zeros[batch] = pack_rows(t.p, x, m, sign.get(), nonzero.get());
+  t.k_zeros[batch] = pack_rows(t.p, x, m, t.p.d, sign.get(), nonzero.get());
   to_tiles(sign.get(), t.words, m, t.words, key_tiles(m), tiles);
   if (t.k_zeros[batch]) to_tiles(nonzero.get(), t.words, m, t.words, key_tiles(m), t.k_nonzero + batch * size);
 }
@@ -178,14 +156,18 @@ void pack_values(const AttentionTask& t, int64_t batch) {
   }
   std::unique_ptr<char[]> copy;
   const Rows x = rows_of(t.p, t.p.v, batch, 0, m, e, copy);
-  const auto pack = [&](const auto* values) { return values_to_bits(values, x.stride, m, e, sign, nonzero); };
 #ifdef BITMILL_AVX512
-  t.v_zeros[batch] = selected() == InstructionSet::avx512
-                         ? attention_values_avx512(t.p.dtype, x.x, x.stride, m, e, sign, nonzero)
-                         : with_dtype(t.p.dtype, x.x, pack);
-#else
-  t.v_zeros[batch] = with_dtype(t.p.dtype, x.x, pack);
+  if (selected() == InstructionSet::avx512) {
+    t.v_zeros[batch] = attention_values_avx512(t.p.dtype, x.x, x.stride, m, e, sign, nonzero);
+    return;
+  }
 #endif
+  const int64_t words = word_count(e);
+  const std::unique_ptr<int32_t[]> rows(new int32_t[static_cast<size_t>(2 * m * words)]);
+  int32_t* rows_nonzero = rows.get() + m * words;
+  t.v_zeros[batch] = pack_rows(t.p, x, m, e, rows.get(), rows_nonzero);
+  transpose(rows.get(), words, m, e, m, sign);
+  if (t.v_zeros[batch]) transpose(rows_nonzero, words, m, e, m, nonzero);
 }
 
 bool pack_queries(const AttentionTask& t, int64_t batch, int64_t first, int64_t last, bool always, int32_t* sign,
@@ -205,7 +187,7 @@ bool pack_queries(const AttentionTask& t, int64_t batch, int64_t first, int64_t 
   std::unique_ptr<char[]> copy;
   const Rows x = rows_of(t.p, t.p.q, batch, first, last - first, t.p.d, copy);
   if (!always && packed_without_zeros(t.p, x, last - first, false, sign)) return false;
-  return pack_rows(t.p, x, last - first, sign, nonzero);
+  return pack_rows(t.p, x, last - first, t.p.d, sign, nonzero);
 }
 
 }  // namespace bitmill::detail

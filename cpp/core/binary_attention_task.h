@@ -162,13 +162,17 @@ class ValueAddend {
 // Rows [first, last) of one matrix of the batch, at most kRowsTogether.
 inline constexpr int64_t kRowsTogether = 64;
 void attention_rows_generic(const AttentionTask& task, int64_t batch, int64_t first, int64_t last);
+void attention_rows_avx2(const AttentionTask& task, int64_t batch, int64_t first, int64_t last);
 void attention_rows_avx512(const AttentionTask& task, int64_t batch, int64_t first, int64_t last);
 
 // `decide` for scores with a bias. Of dots [32 map_words]; `weight` is scratch of as many, of the elastic rule.
 int32_t decide_biased_avx512(const AttentionTask& task, int64_t batch, int64_t row, const int32_t* dot, uint32_t* bits,
                              double* weight);
 
-// Bits [e / 16][word_count(longest)][16] from the rows of e / 32 words of m values.
+// Bits [tile_count(e)][word_count(longest)][16] from the rows of word_count(e) words of m values; with AVX-512 for
+// whole words only.
+void attention_transpose_avx2(const int32_t* rows, int64_t stride, int64_t m, int64_t e, int64_t longest,
+                              int32_t* tiles);
 void attention_transpose_avx512(const int32_t* rows, int64_t stride, int64_t m, int64_t e, int64_t longest,
                                 int32_t* tiles);
 

@@ -33,6 +33,7 @@ struct KernelRow {
 inline constexpr KernelRow kKernels[] = {{InstructionSet::neon, "bitpack"},
                                          {InstructionSet::neon, "binary_matmul"},
                                          {InstructionSet::avx2, "bitpack"},
+                                         {InstructionSet::avx2, "binary_attention"},
                                          {InstructionSet::avx2, "binary_matmul"},
                                          {InstructionSet::avx2, "fp4_activations"},
                                          {InstructionSet::avx2, "fp4_fp4_linear"},

@@ -150,9 +150,10 @@ struct PackedOperand {
 
 template <class Test>
 void for_each_attention(const Test& test) {
-  const int64_t shapes[][5] = {{1, 1, 1, 1, 1},    {2, 5, 33, 15, 9},    {1, 37, 64, 32, 64}, {3, 6, 31, 64, 17},
-                               {2, 4, 97, 65, 80}, {1, 2, 200, 100, 33}, {2, 0, 5, 7, 3},     {2, 5, 0, 7, 3},
-                               {2, 5, 7, 7, 0},    {0, 5, 7, 7, 3},      {1, 3, 16, 130, 130}};
+  const int64_t shapes[][5] = {{1, 1, 1, 1, 1},     {2, 5, 33, 15, 9},    {1, 37, 64, 32, 64},  {3, 6, 31, 64, 17},
+                               {2, 4, 97, 65, 80},  {1, 2, 200, 100, 33}, {2, 0, 5, 7, 3},      {2, 5, 0, 7, 3},
+                               {2, 5, 7, 7, 0},     {0, 5, 7, 7, 3},      {1, 3, 16, 130, 130}, {1, 7, 230, 224, 32},
+                               {1, 8, 96, 127, 97}, {1, 9, 70, 128, 160}, {1, 1, 65, 225, 64}};
   for (const auto& shape : shapes) {
     for (const AttentionRule rule : {AttentionRule::bool_, AttentionRule::softmax_aware, AttentionRule::elastic}) {
       for (int mask = 0; mask < 5; ++mask) {
