@@ -13,6 +13,7 @@
 #include "layout.h"
 
 namespace bitmill::detail {
+namespace {
 
 // 16 bytes, the same in both lanes of a vector.
 struct LaneBytes {
@@ -126,4 +127,5 @@ struct Fp4RowLookup : Fp4Lookup<planes> {
   }
 };
 
+}  // namespace
 }  // namespace bitmill::detail

@@ -9,6 +9,7 @@
 #include "layout.h"
 
 namespace bitmill::detail {
+namespace {
 
 // 8 rows of 8 values to columns.
 static inline void transpose8(__m256 (&z)[8]) {
@@ -114,4 +115,5 @@ static inline void expand_scales(const Fp4Weight& w, int64_t groups, int64_t til
   expand_scales8(w, groups, tile * kTileRows + 8, unit, out + 8);
 }
 
+}  // namespace
 }  // namespace bitmill::detail

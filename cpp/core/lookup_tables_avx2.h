@@ -11,6 +11,7 @@
 #include "layout.h"
 
 namespace bitmill::detail {
+namespace {
 
 inline constexpr int64_t kFourFloats = 8;                // of the two tables of 4 columns
 inline constexpr int64_t kWordFloats = 8 * kFourFloats;  // of the tables of a word of 32 columns
@@ -58,4 +59,5 @@ static void build_tables(const T* x, int64_t k, int64_t rows, float* tables) {
 
 static inline __m256i load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
+}  // namespace
 }  // namespace bitmill::detail

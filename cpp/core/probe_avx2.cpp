@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of binary_matmul (lookup, add), of float32 products (FMA) and of int8 products (multiply and add pairs,
-// add) on 256-bit registers.
+// The arithmetic of binary_matmul (lookup, add), of float32 products (FMA) and of int8 products (multiply and add
+// pairs, add) on 256-bit registers.
 #include <immintrin.h>
 
 #include "probe.h"

@@ -6,7 +6,7 @@
 
 namespace bitmill::detail {
 
-struct SalientRows {
+struct SalientFloatRows {
   const SalientTask& task;
   int64_t width;        // of a row that is multiplied: k, or the number of salient columns
   const float* x;       // [m, width]
@@ -66,6 +66,6 @@ static inline Outputs take_step(const SalientTask& task, const TileFactors& fact
 }
 
 // All rows of a list or a bitmap, transposed; for few rows the single form is faster. salient_tiles_avx2 chooses.
-void salient_many_rows_avx2(const SalientRows& rows, int64_t begin, int64_t end);
+void salient_many_rows_avx2(const SalientFloatRows& rows, int64_t begin, int64_t end);
 
 }  // namespace bitmill::detail

@@ -149,7 +149,7 @@ struct Floats {
 
 }  // namespace
 
-void salient_many_rows_avx2(const SalientRows& rows, int64_t begin, int64_t end) {
+void salient_many_rows_avx2(const SalientFloatRows& rows, int64_t begin, int64_t end) {
   const bool codes = rows.task.weight.value_scale;
   const auto multiply = codes ? multiply_transposed<Floats<true>> : multiply_transposed<Floats<false>>;
   multiply(rows.task, rows.x, rows.totals, begin, end);

@@ -9,6 +9,7 @@
 #include "salient_scatter_avx2.h"
 
 namespace bitmill::detail {
+namespace {
 
 inline constexpr int64_t kBlockRows = 32;             // rows transposed together
 inline constexpr int64_t kTilesTogether = 16;         // tiles that go through the columns together
@@ -149,4 +150,5 @@ static void multiply_transposed(const SalientTask& task, const typename Form::In
   delete_scratch(turned);
 }
 
+}  // namespace
 }  // namespace bitmill::detail

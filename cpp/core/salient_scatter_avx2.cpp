@@ -115,7 +115,7 @@ Outputs single(const SalientTask& task, int64_t tile, const float* x, const Tile
 }
 
 template <bool codes>
-void multiply_few(const SalientRows& rows, int64_t begin, int64_t end, TileFactors& factors) {
+void multiply_few(const SalientFloatRows& rows, int64_t begin, int64_t end, TileFactors& factors) {
   const SalientTask& task = rows.task;
   const int64_t room = (word_count(rows.width) + 1) * 32;  // at least one zero after the last column
   float* x = new_scratch<float>(room);
@@ -134,7 +134,7 @@ void multiply_few(const SalientRows& rows, int64_t begin, int64_t end, TileFacto
 
 // Differences of salient columns [begin, end) of a tile: [column][16]. base_of: where a column's base lies.
 template <bool codes>
-void decode_columns(const SalientRows& rows, int64_t tile, int64_t begin, int64_t end, const int32_t* base_of,
+void decode_columns(const SalientFloatRows& rows, int64_t tile, int64_t begin, int64_t end, const int32_t* base_of,
                     const TileFactors& factors, float* panel) {
   constexpr int64_t kInWord = codes ? 4 : 2;
   const int64_t words = ceil_div(rows.width, kInWord);
@@ -198,7 +198,7 @@ void multiply_columns(const SalientTask& task, const float* totals, int64_t begi
   for (int64_t row = 0; row < task.m; ++row) {
     for (int64_t j = 0; j < width; ++j) x[row * width + j] = task.x[row * w.k + w.column[j]];
   }
-  const SalientRows rows{task, width, x, totals};
+  const SalientFloatRows rows{task, width, x, totals};
   alignas(32) float panel[kChunkColumns * kTileRows];
   for (int64_t tile = begin; tile < end; ++tile) {
     factors.load(task, tile);
@@ -250,7 +250,7 @@ void salient_tiles_avx2(const SalientTask& task, int64_t begin, int64_t end) {
   float* factor = new_scratch<float>(2 * task.groups * kTileRows);
   if (w.mu) row_totals(task, totals);
   TileFactors factors{{}, {}, factor, w.mu ? factor + task.groups * kTileRows : nullptr};
-  const SalientRows rows{task, w.k, task.x, totals};
+  const SalientFloatRows rows{task, w.k, task.x, totals};
   if (w.encoding == SalientEncoding::columns) {
     multiply_columns(task, totals, begin, end, factors);
   } else if (few_rows(task)) {

@@ -10,6 +10,7 @@
 #include "salient_scatter.h"
 
 namespace bitmill::detail {
+namespace {
 
 inline constexpr int64_t kListSteps = 64;  // steps of a list that are decoded, and added up, together
 
@@ -251,4 +252,5 @@ static inline __m256 fetch8(const float* x, const uint16_t* column) {
   return _mm256_set_m128(four(column + 4), four(column));
 }
 
+}  // namespace
 }  // namespace bitmill::detail
