@@ -5,7 +5,7 @@
 // they are multiplied where they are decoded. The sum of an output runs over the columns in their stored order either
 // way.
 #include <algorithm>
-#include <type_traits>
+#include <vector>
 
 #include "avx2.h"
 #include "layout.h"
@@ -66,15 +66,26 @@ struct Task {
   int64_t words;
 };
 
-// The bits of 16 outputs in one column, as the highest bits of the lanes.
-[[gnu::always_inline]] inline Pair bits_of(const int32_t* tile, int64_t column) {
-  const int32_t* word = tile + (column >> 5) * kTileRows;
-  const __m128i shift = _mm_cvtsi32_si128(31 - static_cast<int>(column & 31));
+// Bits of 16 outputs, shifted to the highest bits of the lanes. g++ would make masks of them, which blends do without.
+[[gnu::always_inline]] inline Pair bits_of(const int32_t* word, __m128i shift) {
   const auto eight = [&](const int32_t* words) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
-    return _mm256_castsi256_ps(_mm256_sll_epi32(bits, shift));
+    __m256 high = _mm256_castsi256_ps(_mm256_sll_epi32(bits, shift));
+    asm("" : "+x"(high));
+    return high;
   };
   return {eight(word), eight(word + 8)};
+}
+
+// Calls use(place, where its word is, shift for its bits) for the places [begin, end).
+template <class Use>
+[[gnu::always_inline]] inline void for_each_place(int64_t begin, int64_t end, const Use& use) {
+  for (int64_t place = begin; place < end;) {
+    const int64_t word = place / 32, stop = std::min(end, 32 * (word + 1));
+    for (int left = 31 - static_cast<int>(place % 32); place < stop; ++place, --left) {
+      use(place, word * kTileRows, _mm_cvtsi32_si128(left));
+    }
+  }
 }
 
 // Calls put(place, weights of the tile's outputs) for the places [begin, end) of a block.
@@ -92,21 +103,24 @@ template <bool split, class Put>
     const Values salient = scales.salient(), high_salient = high_scales.salient();
     const Values sparse = split ? scales.salient() : salient,
                  high_sparse = split ? high_scales.salient() : high_salient;
-    for (int64_t i = begin; i < middle; ++i) {
-      const Pair first = bits_of(sign, b.first + i), second = bits_of(zone, b.first + i);
+    const int32_t* zones = split ? w.salient_zone + tile * w.salient_zone_words * kTileRows : nullptr;
+    for_each_place(b.first + begin, b.first + middle, [&](int64_t place, int64_t word, __m128i shift) {
+      const Pair first = bits_of(sign + word, shift), second = bits_of(zone + word, shift);
       Pair weights{salient.choose(first.low, second.low), high_salient.choose(first.high, second.high)};
       if constexpr (split) {
-        const Pair zones = bits_of(w.salient_zone + tile * w.salient_zone_words * kTileRows, b.split_first + i);
-        weights.low = _mm256_blendv_ps(weights.low, sparse.choose(first.low, second.low), zones.low);
-        weights.high = _mm256_blendv_ps(weights.high, high_sparse.choose(first.high, second.high), zones.high);
+        const int64_t column = b.split_first + place - b.first;
+        const __m128i left = _mm_cvtsi32_si128(31 - static_cast<int>(column % 32));
+        const Pair part = bits_of(zones + column / 32 * kTileRows, left);
+        weights.low = _mm256_blendv_ps(weights.low, sparse.choose(first.low, second.low), part.low);
+        weights.high = _mm256_blendv_ps(weights.high, high_sparse.choose(first.high, second.high), part.high);
       }
-      put(b.first + i, weights);
-    }
+      put(place, weights);
+    });
   }
-  for (int64_t i = middle; i < end; ++i) {
-    const Pair first = bits_of(sign, b.first + i), second = bits_of(zone, b.first + i);
-    put(b.first + i, Pair{others.choose(first.low, second.low), high_others.choose(first.high, second.high)});
-  }
+  for_each_place(b.first + middle, b.first + end, [&](int64_t place, int64_t word, __m128i shift) {
+    const Pair first = bits_of(sign + word, shift), second = bits_of(zone + word, shift);
+    put(place, Pair{others.choose(first.low, second.low), high_others.choose(first.high, second.high)});
+  });
 }
 
 template <class T>
