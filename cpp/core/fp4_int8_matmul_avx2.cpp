@@ -11,10 +11,11 @@
 namespace bitmill::detail {
 namespace {
 
-constexpr int64_t kBlockRows = 64;     // of activations, that share a decoded tile
-constexpr int64_t kPanelRows = 16;     // from so many on
-constexpr int64_t kSpanColumns = 512;  // of a tile, that are decoded together: 8 KiB
-constexpr int64_t kWordBytes = 128;    // a decoded word of 16 outputs: columns 0, 2, 4, 6 of them, then 1, 3, 5, 7
+constexpr int64_t kBlockRows = 64;      // of activations, that share a decoded tile
+constexpr int64_t kPanelRows = 16;      // from so many on
+constexpr int64_t kSpanColumns = 512;   // of a tile, that are decoded together: 8 KiB
+constexpr int64_t kPrefetchWords = 64;  // 4 KiB ahead
+constexpr int64_t kWordBytes = 128;     // a decoded word of 16 outputs: columns 0, 2, 4, 6 of them, then 1, 3, 5, 7
 
 __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
@@ -83,6 +84,7 @@ struct Codes {
   __m256i table;
 
   Values operator()(int64_t word, int half) const {
+    if (half == 0) _mm_prefetch(reinterpret_cast<const char*>(tile + (word + kPrefetchWords) * kTileRows), _MM_HINT_T0);
     const auto values = [&](int i) {
       const __m256i codes = load(tile + word * kTileRows + i);
       const __m256i low = half == 0 ? codes : _mm256_srli_epi32(codes, 4);

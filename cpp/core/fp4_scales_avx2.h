@@ -93,7 +93,10 @@ static inline void expand_scales8(const Fp4Weight& w, int64_t groups, int64_t ro
       continue;
     }
     const uint8_t* rows[8];
-    for (int i = 0; i < 8; ++i) rows[i] = w.scale_bytes + first[i] + group;
+    for (int i = 0; i < 8; ++i) {
+      rows[i] = w.scale_bytes + first[i] + group;
+      _mm_prefetch(reinterpret_cast<const char*>(rows[i] + kTileRows * groups), _MM_HINT_T0);  // of the next tile
+    }
     transpose_bytes(rows, [&](int i, __m128i bytes) {
       FloatPair pair;
       if (w.global_scale) {
