@@ -115,6 +115,18 @@ def test_salient_int8_of_nan_zeros_and_infinity(kind: str) -> None:
             assert torch.isfinite(out[[0, *range(4, m)]]).all()
 
 
+@every_encoding
+def test_salient_infinities_stay_in_their_rows(kind: str) -> None:
+    arrays = Case(40, 70, 0.3, codes=False, kind=kind).arrays()
+    value = arrays[2].view(torch.float16)
+    value[value > 2.3] = float("inf")
+    hit = salient_weight(*arrays, 70).isinf().any(1)
+    assert hit.any() and not hit.all()
+    for m in (1, 5):
+        for machine, out in on_every_machine(lambda: OP(torch.ones(m, 70), *arrays, None, 0, "float")):  # noqa: B023
+            assert torch.equal(out.isinf(), hit.expand(m, 40)), machine
+
+
 @every_activation
 @every_encoding
 @pytest.mark.parametrize("n,k,group_size", [(0, 40, 0), (3, 0, 0), (3, 0, 32), (0, 0, 0)])

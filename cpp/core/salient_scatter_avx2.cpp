@@ -68,7 +68,9 @@ float bitmap_output(const SalientTask& task, int64_t tile, int64_t lane, const f
         const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(rank));  // negative where there is no value
         const __m256 a = _mm256_loadu_ps(x + 32 * word + 8 * byte);
         const __m256 chosen = _mm256_blendv_ps(a, _mm256_setzero_ps(), _mm256_castsi256_ps(wide));
-        const __m256 apart = _mm256_permutevar8x32_ps(load_values<codes>(value, entry), wide);
+        __m256 apart = _mm256_permutevar8x32_ps(load_values<codes>(value, entry), wide);
+        // 0 x anything is 0 for codes; a float16 may be an infinity of the next row.
+        if constexpr (!codes) apart = _mm256_blendv_ps(apart, _mm256_setzero_ps(), _mm256_castsi256_ps(wide));
         sum = _mm256_fmadd_ps(chosen, apart, sum);
         plain = _mm256_add_ps(plain, chosen);
         entry += _mm_popcnt_u32(eight);
