@@ -57,11 +57,15 @@ namespace detail {
 // many values are 0.
 int64_t pack_planes_generic(const BinaryConvParams& params, int64_t sample, int64_t group, int64_t y, int32_t* sign,
                             int32_t* nonzero);
+int64_t pack_planes_avx2(const BinaryConvParams& params, int64_t sample, int64_t group, int64_t y, int32_t* sign,
+                         int32_t* nonzero);
 int64_t pack_planes_avx512(const BinaryConvParams& params, int64_t sample, int64_t group, int64_t y, int32_t* sign,
                            int32_t* nonzero);
 // Rows [rows, row_width], of which `count` columns from `first` on are wanted, to columns: out[column * stride + row].
 void store_planes_generic(Dtype dtype, const void* in, int64_t rows, int64_t row_width, int64_t first, int64_t count,
                           void* out, int64_t stride);
+void store_planes_avx2(Dtype dtype, const void* in, int64_t rows, int64_t row_width, int64_t first, int64_t count,
+                       void* out, int64_t stride);
 void store_planes_avx512(Dtype dtype, const void* in, int64_t rows, int64_t row_width, int64_t first, int64_t count,
                          void* out, int64_t stride);
 }  // namespace detail

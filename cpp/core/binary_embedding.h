@@ -28,6 +28,7 @@ double nanoseconds_per_row(const BinaryEmbeddingParams& params);
 namespace detail {
 // Ids [begin, end).
 void binary_embedding_rows_generic(const BinaryEmbeddingParams& params, int64_t begin, int64_t end);
+void binary_embedding_rows_avx2(const BinaryEmbeddingParams& params, int64_t begin, int64_t end);
 void binary_embedding_rows_avx512(const BinaryEmbeddingParams& params, int64_t begin, int64_t end);
 }  // namespace detail
 

@@ -33,6 +33,7 @@ struct KernelRow {
 inline constexpr KernelRow kKernels[] = {{InstructionSet::neon, "binary_matmul"},
                                          {InstructionSet::neon, "bitpack"},
                                          {InstructionSet::avx2, "binary_attention"},
+                                         {InstructionSet::avx2, "binary_embedding"},
                                          {InstructionSet::avx2, "binary_matmul"},
                                          {InstructionSet::avx2, "binary_weight_linear"},
                                          {InstructionSet::avx2, "bitpack"},
