@@ -3,12 +3,14 @@
 
 #include <algorithm>
 
+#include "cpu.h"
 #include "layout.h"
 
 namespace bitmill {
 namespace {
 
-constexpr double kNanoseconds = 8.0;  // a value, roughly
+// A value, roughly.
+constexpr double kNanoseconds = 8.0, kVectorNanoseconds = 0.5;
 
 uint32_t magnitude_bits(float x) { return std::bit_cast<uint32_t>(x) & 0x7FFFFFFFu; }
 
@@ -53,6 +55,13 @@ Status codebook4_quantize(const Codebook4QuantizeParams& p) {
     largest = std::max(largest, magnitude_bits(p.codebook[i]));
   }
   for (int i = 0; i < 15; ++i) place_middle(i, ordered);
+#ifdef BITMILL_AVX2
+  if (selected() == InstructionSet::avx2 && !p.stochastic) {
+    split(p.parallel_for, p.m, static_cast<double>(p.k) * kVectorNanoseconds,
+          [&](int64_t begin, int64_t end) { detail::codebook4_quantize_rows_avx2(p, ordered, largest, begin, end); });
+    return Status::ok;
+  }
+#endif
   split(p.parallel_for, p.m, static_cast<double>(p.k) * kNanoseconds, [&](int64_t begin, int64_t end) {
     with_dtype(p.dtype, p.x, [&](const auto* x) { quantize_rows(p, x, ordered, largest, begin, end); });
   });
@@ -61,6 +70,13 @@ Status codebook4_quantize(const Codebook4QuantizeParams& p) {
 
 Status codebook4_dequantize(const Codebook4DequantizeParams& p) {
   if (const Status status = check(p.m, p.k, p.group_size); status != Status::ok) return status;
+#ifdef BITMILL_AVX2
+  if (selected() == InstructionSet::avx2) {
+    split(p.parallel_for, p.m, static_cast<double>(p.k) * kVectorNanoseconds,
+          [&](int64_t begin, int64_t end) { detail::codebook4_dequantize_rows_avx2(p, begin, end); });
+    return Status::ok;
+  }
+#endif
   const int64_t groups = p.group_size > 0 ? ceil_div(p.k, p.group_size) : 1;
   const int64_t width = p.group_size > 0 ? p.group_size : std::max<int64_t>(p.k, 1);
   split(p.parallel_for, p.m, static_cast<double>(p.k), [&](int64_t begin, int64_t end) {

@@ -38,6 +38,14 @@ struct Codebook4DequantizeParams {
 };
 Status codebook4_dequantize(const Codebook4DequantizeParams& params);
 
+struct OrderedCodebook;
+namespace detail {
+// Rows [begin, end), not stochastic. `largest`: the bits of the largest magnitude of the table.
+void codebook4_quantize_rows_avx2(const Codebook4QuantizeParams& params, const OrderedCodebook& ordered,
+                                  uint32_t largest, int64_t begin, int64_t end);
+void codebook4_dequantize_rows_avx2(const Codebook4DequantizeParams& params, int64_t begin, int64_t end);
+}  // namespace detail
+
 // A table in ascending order, with the code that stands for each place.
 struct OrderedCodebook {
   float value[16], middle[15];

@@ -43,6 +43,13 @@ Status check(const Fp4Weight& w) {
 
 Status fp4_weight(const Fp4Weight& w, float* values, ParallelFor parallel_for) {
   if (const Status status = detail::check(w); status != Status::ok) return status;
+#ifdef BITMILL_AVX2
+  if (selected() == InstructionSet::avx2 && w.k > 0) {
+    split(parallel_for, tile_count(w.n), static_cast<double>(w.k) * kTileRows * 0.3,
+          [&](int64_t begin, int64_t end) { detail::fp4_weight_tiles_avx2(w, values, begin, end); });
+    return Status::ok;
+  }
+#endif
   const detail::PanelShape shape{0, w.n, w.k, w.group_size};
   const int64_t groups = shape.groups(), words = word_count(w.k, 4);
   split(parallel_for, w.n, static_cast<double>(w.k), [&](int64_t begin, int64_t end) {

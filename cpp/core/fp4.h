@@ -273,25 +273,35 @@ static constexpr ScaledBlock mxfp4_scaled(uint32_t amax, ScaleRule rule) {
 }
 
 namespace detail {
-// Rows [begin, end) each. A cast answers whether there was a NaN.
+// Rows [begin, end) each; those for AVX2 not Rounding::stochastic. A cast answers whether there was a NaN.
 bool fp4_cast_rows_generic(const Fp4CastParams& params, int64_t begin, int64_t end);
+bool fp4_cast_rows_avx2(const Fp4CastParams& params, int64_t begin, int64_t end);
 bool fp4_cast_rows_avx512(const Fp4CastParams& params, int64_t begin, int64_t end);
 bool fp4_cast_rows_stochastic_avx512(const Fp4CastParams& params, int64_t begin, int64_t end);
 void fp4_uncast_rows_generic(const uint8_t* packed, int64_t k, Fp4Format format, float* values, int64_t begin,
                              int64_t end);
+void fp4_uncast_rows_avx2(const uint8_t* packed, int64_t k, Fp4Format format, float* values, int64_t begin,
+                          int64_t end);
 void fp4_uncast_rows_avx512(const uint8_t* packed, int64_t k, Fp4Format format, float* values, int64_t begin,
                             int64_t end);
 void mxfp4_quantize_rows_generic(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
+void mxfp4_quantize_rows_avx2(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
 void mxfp4_quantize_rows_avx512(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
 void mxfp4_quantize_rows_stochastic_avx512(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
 void mxfp4_dequantize_rows_generic(const uint8_t* packed, const uint8_t* scale, int64_t k, float* values, int64_t begin,
                                    int64_t end);
+void mxfp4_dequantize_rows_avx2(const uint8_t* packed, const uint8_t* scale, int64_t k, float* values, int64_t begin,
+                                int64_t end);
 void mxfp4_dequantize_rows_avx512(const uint8_t* packed, const uint8_t* scale, int64_t k, float* values, int64_t begin,
                                   int64_t end);
 void e8m0_cast_generic(const void* x, Dtype dtype, int64_t count, bool up, uint8_t* bytes);
+void e8m0_cast_avx2(const void* x, Dtype dtype, int64_t count, bool up, uint8_t* bytes);
 void e8m0_cast_avx512(const void* x, Dtype dtype, int64_t count, bool up, uint8_t* bytes);
 void e8m0_uncast_generic(const uint8_t* bytes, int64_t count, float* values);
+void e8m0_uncast_avx2(const uint8_t* bytes, int64_t count, float* values);
 void e8m0_uncast_avx512(const uint8_t* bytes, int64_t count, float* values);
+// Rows of tiles [begin, end); k above 0.
+void fp4_weight_tiles_avx2(const Fp4Weight& weight, float* values, int64_t begin, int64_t end);
 // Tiles [begin, end) of the output columns, all rows; m and k above 0.
 void fp4_matmul_tiles_avx512(const Fp4MatmulParams& params, int64_t begin, int64_t end);
 void fp4_matmul_tiles_avx512bf16(const Fp4MatmulParams& params, int64_t begin, int64_t end);

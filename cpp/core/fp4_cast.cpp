@@ -148,6 +148,16 @@ const CastKernels& cast_kernels(Rounding rounding = Rounding::nearest_even) {
                                            0.6};
   if (selected() == InstructionSet::avx512) return rounding == Rounding::stochastic ? kStochastic : kAvx512;
 #endif
+#ifdef BITMILL_AVX2
+  static constexpr CastKernels kAvx2{fp4_cast_rows_avx2,
+                                     fp4_uncast_rows_avx2,
+                                     mxfp4_quantize_rows_avx2,
+                                     mxfp4_dequantize_rows_avx2,
+                                     e8m0_cast_avx2,
+                                     e8m0_uncast_avx2,
+                                     0.3};
+  if (selected() == InstructionSet::avx2 && rounding != Rounding::stochastic) return kAvx2;
+#endif
   static constexpr CastKernels kGeneric{fp4_cast_rows_generic,
                                         fp4_uncast_rows_generic,
                                         mxfp4_quantize_rows_generic,

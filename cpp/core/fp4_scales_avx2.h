@@ -34,6 +34,15 @@ static inline void transpose8(__m256 (&z)[8]) {
   }
 }
 
+// biased_log2 of 8 magnitudes.
+static inline __m256i biased_log2(__m256i magnitude, bool up) {
+  if (!up) return _mm256_srli_epi32(magnitude, 23);
+  // All but one of the step from a power of two to the next; 2^-127, byte 0, is the subnormal 0x400000.
+  const __m256i subnormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x800000), magnitude);
+  const __m256i step = _mm256_blendv_epi8(_mm256_set1_epi32(0x7FFFFF), _mm256_set1_epi32(0x3FFFFF), subnormal);
+  return _mm256_srli_epi32(_mm256_add_epi32(magnitude, step), 23);
+}
+
 // e8m0_to_float of 8 numbers 0 ... 255. Bytes 0 and 255 have the bit of 2^-1 in the mantissa.
 static inline __m256 e8m0_to_floats(__m256i bytes) {
   const __m256i next = _mm256_and_si256(_mm256_add_epi32(bytes, _mm256_set1_epi32(1)), _mm256_set1_epi32(0xFE));

@@ -56,6 +56,13 @@ Status nvfp4_quantize(const Nvfp4QuantizeParams& p) {
     return Status::ok;
   }
 #endif
+#ifdef BITMILL_AVX2
+  if (selected() == InstructionSet::avx2 && p.rounding != Rounding::stochastic) {
+    split(p.parallel_for, p.m, static_cast<double>(p.k) * kVectorNanoseconds,
+          [&](int64_t begin, int64_t end) { detail::nvfp4_quantize_rows_avx2(p, begin, end); });
+    return Status::ok;
+  }
+#endif
   split(p.parallel_for, p.m, static_cast<double>(p.k) * kNanoseconds, [&](int64_t begin, int64_t end) {
     with_dtype(p.dtype, p.x, [&](const auto* x) { quantize_rows(p, x, begin, end); });
   });
@@ -64,6 +71,13 @@ Status nvfp4_quantize(const Nvfp4QuantizeParams& p) {
 
 Status nvfp4_dequantize(const Nvfp4DequantizeParams& p) {
   if (!valid_size(p.m, p.k)) return Status::bad_size;
+#ifdef BITMILL_AVX2
+  if (selected() == InstructionSet::avx2) {
+    split(p.parallel_for, p.m, static_cast<double>(p.k) * kVectorNanoseconds,
+          [&](int64_t begin, int64_t end) { detail::nvfp4_dequantize_rows_avx2(p, begin, end); });
+    return Status::ok;
+  }
+#endif
   constexpr Fp4Table table = fp4_table(kE2M1);
   const float global_scale = p.global_scale ? *p.global_scale : 1.0f;
   split(p.parallel_for, p.m, static_cast<double>(p.k) * kNanoseconds, [&](int64_t begin, int64_t end) {

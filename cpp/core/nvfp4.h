@@ -27,6 +27,7 @@ struct Nvfp4QuantizeParams {
 Status nvfp4_quantize(const Nvfp4QuantizeParams& params);
 namespace detail {
 // Rows [begin, end); not Rounding::stochastic.
+void nvfp4_quantize_rows_avx2(const Nvfp4QuantizeParams& params, int64_t begin, int64_t end);
 void nvfp4_quantize_rows_avx512(const Nvfp4QuantizeParams& params, int64_t begin, int64_t end);
 }  // namespace detail
 
@@ -39,6 +40,9 @@ struct Nvfp4DequantizeParams {
   ParallelFor parallel_for = serial_for;
 };
 Status nvfp4_dequantize(const Nvfp4DequantizeParams& params);
+namespace detail {
+void nvfp4_dequantize_rows_avx2(const Nvfp4DequantizeParams& params, int64_t begin, int64_t end);
+}  // namespace detail
 
 // E4M3 of a value within 2^-6 ... 448, as a float: 3 bits of mantissa, ties to even.
 static constexpr float e4m3_rounded(float value) {
