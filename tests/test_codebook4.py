@@ -10,6 +10,7 @@ from torch import Tensor
 from bitmill import ops
 from bitmill.ops import codebook4
 from bitmill.ops.fp4 import unpack_nibbles
+from problems import assert_same_bits, on_every_machine
 
 # From bitsandbytes' CUDA kernels, rounded there: a magnitude above the point is the larger of two neighbours.
 BNB_FP4_POINTS = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)
@@ -153,15 +154,21 @@ def test_codebook4_fake_quant_in_a_compiled_graph() -> None:
 def test_codebook4_kernels_equal_the_default_ones(name: str, rounding: str) -> None:
     x = torch.randn(5, 3, 77) * 2.0 ** torch.randint(-20, 20, (5, 3, 1))
     x[0, 0, 3], x[1, 0, 40], x[2] = torch.nan, torch.inf, 0
-    for rows, group_size in ((x, 0), (x.bfloat16(), 16), (x.half().transpose(0, 1), 64)):
+    even = torch.randn(4, 256)
+    layouts = ((x, 0), (x.bfloat16(), 16), (x.half().transpose(0, 1), 64), (x[..., :9], 8), (x, 40), (even, 64))
+    for rows, group_size in layouts:
+        k = rows.shape[-1]
         arguments = (rows, TABLES[name], group_size, rounding, -7, 2**40 + 3)
-        packed, scale = torch.ops.bitmill.codebook4_quantize.default(*arguments)
-        want, want_scale = codebook4._codebook4_quantize_reference(*arguments)
-        assert torch.equal(packed, want) and torch.allclose(scale, want_scale, rtol=0, atol=0, equal_nan=True)
-        back = (packed, scale, TABLES[name], 77, group_size)
-        values = torch.ops.bitmill.codebook4_dequantize.default(*back)
-        want = codebook4._codebook4_dequantize_reference(*back)
-        assert torch.allclose(values, want, rtol=0, atol=0, equal_nan=True)
+        want = codebook4._codebook4_quantize_reference(*arguments)
+        values = codebook4._codebook4_dequantize_reference(*want, TABLES[name], k, group_size)
+
+        def both(arguments: tuple = arguments, k: int = k, group_size: int = group_size) -> list[Tensor]:
+            codes = torch.ops.bitmill.codebook4_quantize.default(*arguments)
+            return [*codes, torch.ops.bitmill.codebook4_dequantize.default(*codes, TABLES[name], k, group_size)]
+
+        for machine, results in on_every_machine(both):
+            for got, expected in zip(results, (*want, values), strict=True):
+                assert_same_bits(got, expected, machine)
 
 
 def test_codebook4_opcheck() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from bitmill import ops
 from bitmill.ops import nvfp4
 from bitmill.ops.fp4 import unpack_nibbles
+from problems import assert_same_bits, on_every_machine
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 EVERY = torch.arange(256, dtype=torch.uint8)
@@ -142,12 +143,16 @@ def test_nvfp4_kernels_equal_the_default_ones(dtype: torch.dtype, rounding: str)
     for g in (None, torch.tensor(0.013), torch.tensor(-1.0)):
         for rows in (x, x.transpose(0, 1)):
             arguments = (rows, g, rounding, -7, 2**40 + 3)
-            packed, scale = torch.ops.bitmill.nvfp4_quantize.default(*arguments)
-            for got, want in zip((packed, scale), nvfp4._nvfp4_quantize_reference(*arguments), strict=True):
-                assert torch.equal(got, want)
-            values = torch.ops.bitmill.nvfp4_dequantize.default(packed, scale, 77, g)
-            want = nvfp4._nvfp4_dequantize_reference(packed, scale, 77, g)
-            assert torch.allclose(values, want, rtol=0, atol=0, equal_nan=True)
+            codes = nvfp4._nvfp4_quantize_reference(*arguments)
+            want = [*codes, nvfp4._nvfp4_dequantize_reference(*codes, 77, g)]
+
+            def both(arguments: tuple = arguments, g: Tensor | None = g) -> list[Tensor]:
+                packed, scale = torch.ops.bitmill.nvfp4_quantize.default(*arguments)
+                return [packed, scale, torch.ops.bitmill.nvfp4_dequantize.default(packed, scale, 77, g)]
+
+            for machine, results in on_every_machine(both):
+                for got, expected in zip(results, want, strict=True):
+                    assert_same_bits(got, expected, machine)
 
 
 def test_nvfp4_opcheck() -> None:

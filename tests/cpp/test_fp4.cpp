@@ -287,6 +287,39 @@ void test_matmul(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bytes
   }
 }
 
+// Row counts around blocks of 6 rows with what is left over, columns around panels of 192 that groups do not divide:
+// the bits of a row are those that it has alone.
+void test_rows_alone(int64_t group_size, bool halves) {
+  constexpr int64_t most = 14, n = 70, k = 413;
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal;
+  const int64_t groups = group_size ? ceil_div(k, group_size) : 1;
+  std::vector<int32_t> tiles(tile_count(n) * word_count(k, 4) * kTileRows);
+  for (int32_t& word : tiles) word = static_cast<int32_t>(random());
+  std::vector<float> x(most * k), scale(n * groups), out(most * n), alone(n), table(16);
+  for (auto* values : {&x, &scale, &table}) {
+    for (float& value : *values) value = normal(random);
+  }
+  if (halves) std::copy_n(fp4_table(kE2M1).value, 16, table.data());
+  Fp4MatmulParams p{.x = x.data(), .weight = {.tiles = tiles.data(), .n = n, .k = k, .table = table.data()}};
+  p.weight.scale = scale.data();
+  p.weight.group_size = group_size;
+  for (int64_t m = 1; m <= most; ++m) {
+    p.m = m;
+    p.x = x.data();
+    p.out = out.data();
+    p.parallel_for = reversed_for;
+    CHECK(fp4_matmul(p) == Status::ok);
+    p.m = 1;
+    p.out = alone.data();
+    p.parallel_for = serial_for;
+    for (int64_t row = 0; row < m; ++row) {
+      p.x = x.data() + row * k;
+      CHECK(fp4_matmul(p) == Status::ok && std::equal(alone.begin(), alone.end(), out.begin() + row * n));
+    }
+  }
+}
+
 void test_e4m3_scales() {
   const int32_t tiles[kTileRows] = {3};  // one weight of code 3
   const float global_scale = 0.01f;
@@ -349,6 +382,12 @@ int main() {
         test_matmul(0, 5, 9, group_size, bytes, Dtype::f32);
         test_matmul(2, 3, 0, group_size, bytes, Dtype::f32);
       }
+    }
+    test_matmul(1, 40, 413, 0, false, Dtype::f32);
+    test_matmul(8, 33, 413, 128, false, Dtype::f32);
+    test_matmul(13, 33, 400, 16, true, Dtype::bf16);
+    for (const int64_t group_size : {0, 16, 128}) {
+      for (const bool halves : {false, true}) test_rows_alone(group_size, halves);
     }
     test_e4m3_scales();
     test_bad_weights();
