@@ -47,10 +47,8 @@ void quantize_block(const Search& search, const T* x, float inverse, uint8_t* pa
   const auto places = [&](int i) { return search(_mm256_mul_ps(load8(x + i), _mm256_set1_ps(inverse))); };
   const __m256i left = _mm256_packs_epi32(places(0), places(8)), right = _mm256_packs_epi32(places(16), places(24));
   const __m256i place = _mm256_and_si256(_mm256_packs_epi16(left, right), _mm256_set1_epi8(15));
-  const __m256i pairs = _mm256_maddubs_epi16(_mm256_shuffle_epi8(search.code, place), _mm256_set1_epi16(0x1001));
-  const __m256i bytes = _mm256_packus_epi16(pairs, pairs);  // of every 8 values 4 in each lane
-  const __m128i codes = _mm_unpacklo_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), codes);
+  const __m128i bytes = join_codes(_mm256_shuffle_epi8(search.code, place));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), bytes);
 }
 
 // Calls f(x, columns) for the whole blocks of 32 values and for those that are left, with zeros behind them.

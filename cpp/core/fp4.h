@@ -273,9 +273,10 @@ static constexpr ScaledBlock mxfp4_scaled(uint32_t amax, ScaleRule rule) {
 }
 
 namespace detail {
-// Rows [begin, end) each; those for AVX2 not Rounding::stochastic. A cast answers whether there was a NaN.
+// Rows [begin, end) each. A cast answers whether there was a NaN.
 bool fp4_cast_rows_generic(const Fp4CastParams& params, int64_t begin, int64_t end);
 bool fp4_cast_rows_avx2(const Fp4CastParams& params, int64_t begin, int64_t end);
+bool fp4_cast_rows_stochastic_avx2(const Fp4CastParams& params, int64_t begin, int64_t end);
 bool fp4_cast_rows_avx512(const Fp4CastParams& params, int64_t begin, int64_t end);
 bool fp4_cast_rows_stochastic_avx512(const Fp4CastParams& params, int64_t begin, int64_t end);
 void fp4_uncast_rows_generic(const uint8_t* packed, int64_t k, Fp4Format format, float* values, int64_t begin,
@@ -286,6 +287,7 @@ void fp4_uncast_rows_avx512(const uint8_t* packed, int64_t k, Fp4Format format, 
                             int64_t end);
 void mxfp4_quantize_rows_generic(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
 void mxfp4_quantize_rows_avx2(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
+void mxfp4_quantize_rows_stochastic_avx2(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
 void mxfp4_quantize_rows_avx512(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
 void mxfp4_quantize_rows_stochastic_avx512(const Mxfp4QuantizeParams& params, int64_t begin, int64_t end);
 void mxfp4_dequantize_rows_generic(const uint8_t* packed, const uint8_t* scale, int64_t k, float* values, int64_t begin,

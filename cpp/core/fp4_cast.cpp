@@ -156,7 +156,14 @@ const CastKernels& cast_kernels(Rounding rounding = Rounding::nearest_even) {
                                      e8m0_cast_avx2,
                                      e8m0_uncast_avx2,
                                      0.3};
-  if (selected() == InstructionSet::avx2 && rounding != Rounding::stochastic) return kAvx2;
+  static constexpr CastKernels kAvx2Stochastic{fp4_cast_rows_stochastic_avx2,
+                                               fp4_uncast_rows_avx2,
+                                               mxfp4_quantize_rows_stochastic_avx2,
+                                               mxfp4_dequantize_rows_avx2,
+                                               e8m0_cast_avx2,
+                                               e8m0_uncast_avx2,
+                                               1.0};
+  if (selected() == InstructionSet::avx2) return rounding == Rounding::stochastic ? kAvx2Stochastic : kAvx2;
 #endif
   static constexpr CastKernels kGeneric{fp4_cast_rows_generic,
                                         fp4_uncast_rows_generic,

@@ -93,6 +93,13 @@ static inline __m256i pairs_of(const Fp4Caster& caster, __m256i a, __m256i b, ui
   return _mm256_maddubs_epi16(code, _mm256_set1_epi16(0x1001));
 }
 
+// 32 codes, a byte each, of every 8 values 4 in each lane, to 16 bytes.
+static inline __m128i join_codes(__m256i codes) {
+  const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x1001));
+  const __m256i bytes = _mm256_packus_epi16(pairs, pairs);
+  return _mm_unpacklo_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+}
+
 // Results of this size would push everything else out of the caches: they go to memory without being read first.
 static inline bool past_the_cache(const void* out, int64_t bytes) {
   return bytes >= int64_t{1} << 22 && reinterpret_cast<uintptr_t>(out) % 32 == 0;

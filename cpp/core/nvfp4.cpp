@@ -57,9 +57,11 @@ Status nvfp4_quantize(const Nvfp4QuantizeParams& p) {
   }
 #endif
 #ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2 && p.rounding != Rounding::stochastic) {
+  if (selected() == InstructionSet::avx2) {
+    auto* quantize = p.rounding == Rounding::stochastic ? detail::nvfp4_quantize_rows_stochastic_avx2
+                                                        : detail::nvfp4_quantize_rows_avx2;
     split(p.parallel_for, p.m, static_cast<double>(p.k) * kVectorNanoseconds,
-          [&](int64_t begin, int64_t end) { detail::nvfp4_quantize_rows_avx2(p, begin, end); });
+          [&](int64_t begin, int64_t end) { quantize(p, begin, end); });
     return Status::ok;
   }
 #endif

@@ -26,8 +26,9 @@ struct Nvfp4QuantizeParams {
 // finite, or so small that a reciprocal overflows.
 Status nvfp4_quantize(const Nvfp4QuantizeParams& params);
 namespace detail {
-// Rows [begin, end); not Rounding::stochastic.
+// Rows [begin, end); without `stochastic` for the other roundings.
 void nvfp4_quantize_rows_avx2(const Nvfp4QuantizeParams& params, int64_t begin, int64_t end);
+void nvfp4_quantize_rows_stochastic_avx2(const Nvfp4QuantizeParams& params, int64_t begin, int64_t end);
 void nvfp4_quantize_rows_avx512(const Nvfp4QuantizeParams& params, int64_t begin, int64_t end);
 }  // namespace detail
 
