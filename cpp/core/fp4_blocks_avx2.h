@@ -7,6 +7,7 @@
 #include "fp4_cast_avx2.h"
 
 namespace bitmill::detail {
+namespace {
 
 // Of 8 blocks. Of one that is not `valid`, all ones or 0, all codes are 0.
 struct ScaledBlocks {
@@ -96,4 +97,5 @@ static void quantize_rows(const Params& p, const Format& format, int64_t begin, 
   _mm_sfence();
 }
 
+}  // namespace
 }  // namespace bitmill::detail

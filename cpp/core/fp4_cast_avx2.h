@@ -12,6 +12,7 @@
 #include "fp4_lookup_avx2.h"
 
 namespace bitmill::detail {
+namespace {
 
 inline constexpr int64_t kCastBlock = 64;  // values that make one vector of codes
 
@@ -179,4 +180,5 @@ static inline void uncast_row(const Fp4RowLookup<planes>& lookup, const uint8_t*
                                 : uncast_row<false>(lookup, packed, k, values, scaled);
 }
 
+}  // namespace
 }  // namespace bitmill::detail
