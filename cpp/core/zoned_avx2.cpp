@@ -15,7 +15,7 @@ namespace bitmill::detail {
 namespace {
 
 constexpr int64_t kRows = 4;              // rows side by side
-constexpr int64_t kBlockRows = 64;        // rows that share a panel
+constexpr int64_t kBlockRows = 128;       // rows that share a panel
 constexpr int64_t kColumns = 128;         // of a panel: 8 KiB
 constexpr int64_t kPrefetchBytes = 1024;  // how far ahead a single row asks for its bits
 

@@ -182,7 +182,7 @@ int main() {
   }
   // Blocks wider than a panel, more rows than share one.
   for (const uint32_t salient : {0u, 5u, 14u}) {
-    compare({33, 520, 256, true, true, true, Dtype::f16, salient}, 67);
+    compare({33, 520, 256, true, true, true, Dtype::f16, salient}, 131);
     compare({17, 300, 160, false, false, false, Dtype::f32, salient}, 3);
     compare({17, 300, 288, true, false, false, Dtype::f32, salient}, 1);
   }
