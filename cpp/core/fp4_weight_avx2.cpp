@@ -29,7 +29,7 @@ void weight_tiles(const Fp4Weight& w, float* values, int64_t begin, int64_t end)
   if (w.global_scale) bytes.global_scale = &one;
   float* scale = new float[static_cast<size_t>(groups * kTileRows)];
   for (int64_t tile = begin; tile < end; ++tile) {
-    expand_scales(bytes, groups, tile, scale);
+    expand_scales(bytes, groups, tile, 1.0f, scale);
     for (int64_t first = tile * kTileRows; first < (tile + 1) * kTileRows && first < w.n; first += 8) {
       const int64_t lane = first % kTileRows, rows = w.n - first < 8 ? w.n - first : 8;
       for (int64_t word = 0; word < words; ++word) {
