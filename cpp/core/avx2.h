@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the AVX2 files share: 8 floats to and from memory in each dtype, and largest magnitudes.
+// What the AVX2 files share: 8 floats to and from memory in each dtype, largest magnitudes, transposing.
 #pragma once
 
 #include <immintrin.h>
@@ -41,6 +41,48 @@ static inline uint32_t highest(__m256i values) {
   __m128i most = _mm_max_epu32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
   most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4E));
   return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(most, _mm_shuffle_epi32(most, 0xB1))));
+}
+
+// 8 rows of 8 values to columns.
+static inline void transpose8(__m256 (&z)[8]) {
+  __m256 pair[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(z[i], z[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_ps(z[i], z[i + 1]);
+  }
+  __m256 four[8];
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    four[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    four[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xEE);
+    four[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    four[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    z[i] = _mm256_permute2f128_ps(four[i], four[i + 4], 0x20);
+    z[i + 4] = _mm256_permute2f128_ps(four[i], four[i + 4], 0x31);
+  }
+}
+
+// 32 words, in order in a, b, c and d: put(0, their lowest bytes) ... put(3, their highest). A lane has every second
+// four of the words: unpacked to 16 and then to 32 bits they are in order, and so are the bytes after in_order.
+template <class Put>
+static inline void split_bytes(__m256i a, __m256i b, __m256i c, __m256i d, const Put& put) {
+  const __m256i gather =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  a = _mm256_shuffle_epi8(a, gather), b = _mm256_shuffle_epi8(b, gather);
+  c = _mm256_shuffle_epi8(c, gather), d = _mm256_shuffle_epi8(d, gather);
+  const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
+  const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
+  put(0, _mm256_unpacklo_epi64(ab_low, cd_low));
+  put(1, _mm256_unpackhi_epi64(ab_low, cd_low));
+  put(2, _mm256_unpacklo_epi64(ab_high, cd_high));
+  put(3, _mm256_unpackhi_epi64(ab_high, cd_high));
+}
+static inline __m256i in_order(__m256i bytes) {
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
 }  // namespace bitmill::detail

@@ -76,22 +76,12 @@ struct Signs {
 
 // Word `at` of 32 rows to 8 vectors of 32 times 4 bits, the lowest columns first, one a line.
 void split(const Signs& x, int64_t at, int half, Line* lines) {
-  const __m256i gather = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
-                                          0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7), nibble = _mm256_set1_epi8(15);
-  const auto bytes = [&](int64_t from) { return _mm256_shuffle_epi8(x.words(at + from), gather); };
-  const __m256i a = bytes(0), b = bytes(8), c = bytes(x.second), d = bytes(x.second + 8);
-  const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
-  const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
   const auto put = [&](int byte, __m256i columns) {
-    columns = _mm256_permutevar8x32_epi32(columns, order);
-    store(lines[2 * byte].bytes + 32 * half, _mm256_and_si256(columns, nibble));
-    store(lines[2 * byte + 1].bytes + 32 * half, _mm256_and_si256(_mm256_srli_epi16(columns, 4), nibble));
+    const __m256i nibble = _mm256_set1_epi8(15), ordered = in_order(columns);
+    store(lines[2 * byte].bytes + 32 * half, _mm256_and_si256(ordered, nibble));
+    store(lines[2 * byte + 1].bytes + 32 * half, _mm256_and_si256(_mm256_srli_epi16(ordered, 4), nibble));
   };
-  put(0, _mm256_unpacklo_epi64(ab_low, cd_low));
-  put(1, _mm256_unpackhi_epi64(ab_low, cd_low));
-  put(2, _mm256_unpacklo_epi64(ab_high, cd_high));
-  put(3, _mm256_unpackhi_epi64(ab_high, cd_high));
+  split_bytes(x.words(at), x.words(at + 8), x.words(at + x.second), x.words(at + x.second + 8), put);
 }
 
 struct Row {  // named, not an array: g++ keeps an indexed array of accumulators in memory

@@ -95,24 +95,14 @@ void make_tables(const Task& task, int64_t row, int64_t count) {
   }
 }
 
-// One word of two tiles to eight vectors of nibbles, the lowest columns first, kColumns bytes apart. A lane has every
-// second four of the outputs: unpacked to 16 and then to 32 bits they are in order.
+// One word of two tiles to eight vectors of nibbles, the lowest columns first, kColumns bytes apart, in the order of
+// split_bytes.
 void split_word(const int32_t* first, const int32_t* second, uint8_t* out) {
-  const __m256i gather =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  const __m256i nibble = _mm256_set1_epi8(15);
-  const auto bytes = [&](const int32_t* words) { return _mm256_shuffle_epi8(load(words), gather); };
-  const __m256i a = bytes(first), b = bytes(first + 8), c = bytes(second), d = bytes(second + 8);
-  const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
-  const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
-  const auto put = [&](int byte, __m256i columns) {
+  split_bytes(load(first), load(first + 8), load(second), load(second + 8), [&](int byte, __m256i columns) {
+    const __m256i nibble = _mm256_set1_epi8(15);
     store(out + 2 * byte * kColumns, _mm256_and_si256(columns, nibble));
     store(out + (2 * byte + 1) * kColumns, _mm256_and_si256(_mm256_srli_epi16(columns, 4), nibble));
-  };
-  put(0, _mm256_unpacklo_epi64(ab_low, cd_low));
-  put(1, _mm256_unpackhi_epi64(ab_low, cd_low));
-  put(2, _mm256_unpacklo_epi64(ab_high, cd_high));
-  put(3, _mm256_unpackhi_epi64(ab_high, cd_high));
+  });
 }
 
 void split_tiles(const Task& task, int64_t tile, int64_t first, int64_t last) {

@@ -58,25 +58,14 @@ void make_offsets(const BinaryMatmulParams& p, int64_t begin, int64_t end, uint1
   }
 }
 
-// One word of two tiles to eight vectors of nibbles, the lowest columns first, kColumns bytes apart. Byte j of a
-// vector is output 0-7, 16-23 (low lane), 8-15, 24-31 (high lane): unpacking to 16 bits then gives outputs in order.
+// One word of two tiles to eight vectors of nibbles, the lowest columns first, kColumns bytes apart, in the order of
+// split_bytes.
 void split_word(const int32_t* first, const int32_t* second, uint8_t* out) {
-  const __m256i gather = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
-                                          0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7), nibble = _mm256_set1_epi8(15);
-  const auto bytes = [&](const int32_t* words) { return _mm256_shuffle_epi8(load(words), gather); };
-  const __m256i a = bytes(first), b = bytes(first + 8), c = bytes(second), d = bytes(second + 8);
-  const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
-  const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
-  const auto put = [&](int byte, __m256i columns) {
-    columns = _mm256_permutevar8x32_epi32(columns, order);
+  split_bytes(load(first), load(first + 8), load(second), load(second + 8), [&](int byte, __m256i columns) {
+    const __m256i nibble = _mm256_set1_epi8(15);
     store(out + 2 * byte * kColumns, _mm256_and_si256(columns, nibble));
     store(out + (2 * byte + 1) * kColumns, _mm256_and_si256(_mm256_srli_epi16(columns, 4), nibble));
-  };
-  put(0, _mm256_unpacklo_epi64(ab_low, cd_low));
-  put(1, _mm256_unpackhi_epi64(ab_low, cd_low));
-  put(2, _mm256_unpacklo_epi64(ab_high, cd_high));
-  put(3, _mm256_unpackhi_epi64(ab_high, cd_high));
+  });
 }
 
 void split_tiles(const BinaryTask& task, int64_t tile, int64_t end, uint8_t* nibbles) {
@@ -117,12 +106,9 @@ void add_parts(const Line* bytes, int64_t parts, bool first, int32_t* opposite) 
     s2 = _mm256_add_epi16(s2, _mm256_unpacklo_epi8(high, zero));
     s3 = _mm256_add_epi16(s3, _mm256_unpackhi_epi8(high, zero));
   }
-  const auto put = [&](int32_t* to, __m128i sums) {
-    const __m256i v = _mm256_cvtepu16_epi32(sums);
-    store(to, first ? v : _mm256_add_epi32(load(to), v));
-  };
+  const auto put = [&](int32_t* to, __m256i sums) { store(to, first ? sums : _mm256_add_epi32(load(to), sums)); };
   const auto put_both = [&](int32_t* to, __m256i sums) {
-    put(to, _mm256_castsi256_si128(sums)), put(to + 8, _mm256_extracti128_si256(sums, 1));
+    put(to, _mm256_unpacklo_epi16(sums, zero)), put(to + 8, _mm256_unpackhi_epi16(sums, zero));
   };
   put_both(opposite, s0), put_both(opposite + 16, s1), put_both(opposite + 32, s2), put_both(opposite + 48, s3);
 }

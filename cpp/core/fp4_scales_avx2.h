@@ -11,29 +11,6 @@
 namespace bitmill::detail {
 namespace {
 
-// 8 rows of 8 values to columns.
-static inline void transpose8(__m256 (&z)[8]) {
-  __m256 pair[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    pair[i] = _mm256_unpacklo_ps(z[i], z[i + 1]);
-    pair[i + 1] = _mm256_unpackhi_ps(z[i], z[i + 1]);
-  }
-  __m256 four[8];
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    four[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
-    four[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xEE);
-    four[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
-    four[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    z[i] = _mm256_permute2f128_ps(four[i], four[i + 4], 0x20);
-    z[i + 4] = _mm256_permute2f128_ps(four[i], four[i + 4], 0x31);
-  }
-}
-
 // biased_log2 of 8 magnitudes.
 static inline __m256i biased_log2(__m256i magnitude, bool up) {
   if (!up) return _mm256_srli_epi32(magnitude, 23);

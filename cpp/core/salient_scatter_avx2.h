@@ -121,28 +121,6 @@ static inline void finish(const SalientTask& task, int64_t row, int64_t tile, Ou
   store_tile(task, row, tile, finished(task, row, tile, sum, factors, totals));
 }
 
-static inline void transpose8(__m256 (&v)[8]) {
-  __m256 a[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
-    a[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
-  }
-  __m256 b[8];
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
-    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xEE);
-    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
-    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xEE);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
-    v[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
-  }
-}
-
 // The same for `count` <= 8 rows: rows_of(lane) are the sums of 8 rows for one output. `totals`: [count][groups]. All
 // rows are computed before one is written: rows 4 KiB apart, or multiples of that, would wait for one another.
 template <class RowsOf>
