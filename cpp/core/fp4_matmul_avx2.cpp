@@ -128,19 +128,20 @@ void multiply(const Task& task, const float* x, const float* panel, const float*
 }
 
 // 16 results of a row to memory, except those past n.
-template <class T>
 void finish(const Fp4MatmulParams& p, int64_t row, int64_t tile, const float* result) {
   const int64_t column = tile * kTileRows, lanes = std::min(kTileRows, p.weight.n - column);
-  T* out = static_cast<T*>(p.out) + row * p.weight.n + column;
-  T last[kTileRows];
   float bias[kTileRows];
   std::fill_n(bias, kTileRows, -0.0f);  // adding it changes nothing
   if (p.bias) std::copy_n(p.bias + column, lanes, bias);
-  for (int i = 0; i < kTileRows; i += 8) {
-    const __m256 value = _mm256_add_ps(_mm256_load_ps(result + i), _mm256_loadu_ps(bias + i));
-    store8(lanes == kTileRows ? out + i : last + i, value);
-  }
-  if (lanes < kTileRows) std::copy_n(last, lanes, out);
+  with_dtype(p.dtype, p.out, [&]<class T>(T* all) {
+    T* out = all + row * p.weight.n + column;
+    T last[kTileRows];
+    for (int i = 0; i < kTileRows; i += 8) {
+      const __m256 value = _mm256_add_ps(_mm256_load_ps(result + i), _mm256_loadu_ps(bias + i));
+      store8(lanes == kTileRows ? out + i : last + i, value);
+    }
+    if (lanes < kTileRows) std::copy_n(last, lanes, out);
+  });
 }
 
 // A word of 8 outputs times 8 packed activations.
@@ -160,7 +161,7 @@ template <int planes>
 }
 
 // One packed row times two tiles: 4 parts of 8 outputs hide each other's latencies.
-template <class T, int planes>
+template <int planes>
 void single(const Task& task, const Fp4TileLookup<planes>& lookup, int64_t tile, const float* x, const float* scale) {
   const int32_t *first = task.codes(tile), *second = task.codes(tile + 1);
   alignas(32) float result[2][kTileRows] = {};
@@ -184,11 +185,11 @@ void single(const Task& task, const Fp4TileLookup<planes>& lookup, int64_t tile,
     fold(s2, 1, 0);
     fold(s3, 1, 8);
   }
-  for (int t = 0; t < kSingleTiles && tile + t < task.end; ++t) finish<T>(task.p, 0, tile + t, result[t]);
+  for (int t = 0; t < kSingleTiles && tile + t < task.end; ++t) finish(task.p, 0, tile + t, result[t]);
 }
 
 // Rows [0, rows) of packed x, whose blocks of kBlockRows are `stride` floats a row apart, times the chunk of tiles.
-template <class T, int planes>
+template <int planes>
 void many(const Task& task, const Fp4TileLookup<planes>& lookup, int64_t first, int64_t rows, int64_t chunk,
           const float* x, const float* scale, float* panels, const Sums& sums) {
   const int64_t tiles = std::min(kChunkTiles, task.end - chunk), stride = 8 * task.words;
@@ -217,12 +218,12 @@ void many(const Task& task, const Fp4TileLookup<planes>& lookup, int64_t first, 
   }
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t t = 0; t < tiles; ++t) {
-      finish<T>(task.p, first + row, chunk + t, sums.result + t * sums.stride + row * kTileRows);
+      finish(task.p, first + row, chunk + t, sums.result + t * sums.stride + row * kTileRows);
     }
   }
 }
 
-template <class T, int planes>
+template <int planes>
 void multiply_tiles(const Fp4MatmulParams& p, int64_t begin, int64_t end) {
   const Fp4TileLookup<planes> lookup(p.weight.table);
   const int64_t k = p.weight.k, words = word_count(k, 4);
@@ -237,21 +238,22 @@ void multiply_tiles(const Fp4MatmulParams& p, int64_t begin, int64_t end) {
   float* sums = p.m > 1 ? new_aligned<float>(2 * kChunkTiles * tile_sums) : nullptr;
   for (int64_t first = 0; first < p.m; first += most) {
     const int64_t rows = std::min(most, p.m - first);
-    const T* x = static_cast<const T*>(p.x) + first * k;
-    for (int64_t row = 0; row < rows; row += kBlockRows) {
-      pack(x + row * k, k, std::min(kBlockRows, rows - row), packed + row * 8 * words);
-    }
+    with_dtype(p.dtype, p.x, [&](const auto* x) {
+      for (int64_t row = 0; row < rows; row += kBlockRows) {
+        pack(x + (first + row) * k, k, std::min(kBlockRows, rows - row), packed + row * 8 * words);
+      }
+    });
     for (int64_t chunk = begin; chunk < end; chunk += kChunkTiles) {
       for (int64_t t = 0; t < kChunkTiles; ++t) {
         expand_scales(p.weight, task.groups, task.clamp(chunk + t), 1.0f, scale + t * task.groups * kTileRows);
       }
       if (p.m > 1) {
-        many<T>(task, lookup, first, rows, chunk, packed, scale, panels,
-                {sums, sums + kChunkTiles * tile_sums, tile_sums});
+        many(task, lookup, first, rows, chunk, packed, scale, panels,
+             {sums, sums + kChunkTiles * tile_sums, tile_sums});
         continue;
       }
       for (int64_t t = 0; t < kChunkTiles && chunk + t < end; t += kSingleTiles) {
-        single<T>(task, lookup, chunk + t, packed, scale + t * task.groups * kTileRows);
+        single(task, lookup, chunk + t, packed, scale + t * task.groups * kTileRows);
       }
     }
   }
@@ -264,9 +266,7 @@ void multiply_tiles(const Fp4MatmulParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void fp4_matmul_tiles_avx2(const Fp4MatmulParams& p, int64_t begin, int64_t end) {
-  with_dtype(p.dtype, p.x, [&]<class T>(const T*) {
-    are_bfloat16(p.weight.table) ? multiply_tiles<T, 2>(p, begin, end) : multiply_tiles<T, 4>(p, begin, end);
-  });
+  are_bfloat16(p.weight.table) ? multiply_tiles<2>(p, begin, end) : multiply_tiles<4>(p, begin, end);
 }
 
 }  // namespace bitmill::detail

@@ -35,7 +35,7 @@ def instruction_set() -> str | None:
 
 
 def kernel_of(op: str) -> str:
-    """What runs for an op on CPU tensors: "avx512", "generic", or "torch" for the default kernel."""
+    """What runs for an op on CPU tensors: "avx512", "avx2", "neon", "generic", or "torch" for the default kernel."""
     op = "binary_matmul" if op == "integer_linear" else op  # which is composed of it
     if not library.has_compiled_kernel(op):
         return "torch"
