@@ -58,14 +58,9 @@ void make_offsets(const BinaryMatmulParams& p, int64_t begin, int64_t end, uint1
   }
 }
 
-// One word of two tiles to eight vectors of nibbles, the lowest columns first, kColumns bytes apart, in the order of
-// split_bytes.
+// A word of two tiles to 8 vectors of nibbles, kColumns bytes apart, in the order of split_bytes.
 void split_word(const int32_t* first, const int32_t* second, uint8_t* out) {
-  split_bytes(load(first), load(first + 8), load(second), load(second + 8), [&](int byte, __m256i columns) {
-    const __m256i nibble = _mm256_set1_epi8(15);
-    store(out + 2 * byte * kColumns, _mm256_and_si256(columns, nibble));
-    store(out + (2 * byte + 1) * kColumns, _mm256_and_si256(_mm256_srli_epi16(columns, 4), nibble));
-  });
+  split_nibbles(load(first), load(first + 8), load(second), load(second + 8), out, kColumns);
 }
 
 void split_tiles(const BinaryTask& task, int64_t tile, int64_t end, uint8_t* nibbles) {

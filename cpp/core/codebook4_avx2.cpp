@@ -64,20 +64,11 @@ void each_block(const T* x, int64_t count, const F& f) {
 
 template <class T>
 uint32_t largest_magnitude(const T* x, int64_t count) {
-  const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
   __m256i largest[4] = {};
   each_block(x, count, [&](const T* values, int64_t, int64_t) {
-    for (int i = 0; i < 4; ++i) {
-      const __m256i bits = _mm256_and_si256(_mm256_castps_si256(load8(values + 8 * i)), magnitude);
-      largest[i] = _mm256_max_epu32(largest[i], bits);
-    }
+    for (int i = 0; i < 4; ++i) largest[i] = _mm256_max_epu32(largest[i], magnitudes(load8(values + 8 * i)));
   });
-  alignas(32) uint32_t lanes[8];
-  const __m256i low = _mm256_max_epu32(largest[0], largest[1]), high = _mm256_max_epu32(largest[2], largest[3]);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_max_epu32(low, high));
-  uint32_t amax = 0;
-  for (const uint32_t lane : lanes) amax = lane > amax ? lane : amax;
-  return amax;
+  return highest(_mm256_max_epu32(_mm256_max_epu32(largest[0], largest[1]), _mm256_max_epu32(largest[2], largest[3])));
 }
 
 template <class T>

@@ -16,10 +16,6 @@ struct ScaledBlocks {
   __m256i valid;
 };
 
-static inline __m256i magnitudes(__m256 value) {
-  return _mm256_and_si256(_mm256_castps_si256(value), _mm256_set1_epi32(0x7FFFFFFF));
-}
-
 // The largest lane of each of 8 vectors.
 static inline __m256i largest_of_each(const __m256i (&v)[8]) {
   const auto pairs = [](__m256i a, __m256i b) {

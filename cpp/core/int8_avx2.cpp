@@ -29,8 +29,7 @@ __m256i round32(const T* x, __m256 inverse, __m256i& sum) {
     return _mm256_and_si256(q, _mm256_set1_epi32(0xFF));
   };
   const __m256i a = _mm256_packus_epi32(low(0), low(8)), b = _mm256_packus_epi32(low(16), low(24));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m256i q = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order);
+  const __m256i q = in_order(_mm256_packus_epi16(a, b));
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   return q;
