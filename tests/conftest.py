@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,15 @@ import torch
 
 from bitmill import cli, strict_json
 from vision_inputs import write_images
+
+
+def pytest_configure() -> None:
+    """Processes of pytest-xdist, and what they start, share the cores instead of each taking all."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:
+        threads = max(1, torch.get_num_threads() // workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        torch.set_num_threads(threads)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

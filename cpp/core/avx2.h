@@ -2,11 +2,43 @@
 // What the AVX2 files share: 8 floats to and from memory in each dtype, largest magnitudes, transposing.
 #pragma once
 
+#ifdef __aarch64__
+#include "avx2_on_neon.h"
+#else
 #include <immintrin.h>
+#endif
+
+#include <cstdint>
 
 #include "floats.h"
 
 namespace bitmill::detail {
+
+#ifndef __aarch64__
+// Everything so far is done, and x in a register. Without it g++ begins with more than it has registers for.
+[[gnu::always_inline]] static inline void settle(__m256& x) { asm volatile("" : "+x"(x)); }
+[[gnu::always_inline]] static inline void settle(__m256i& x) { asm volatile("" : "+x"(x)); }
+
+// 4 bytes to all lanes from memory: the compiler would take some through a general register.
+[[gnu::always_inline]] static inline __m256i broadcast(const void* p) {
+  __m256i lanes;
+  asm("vpbroadcastd %1, %0" : "=x"(lanes) : "m"(*static_cast<const int32_t*>(p)));
+  return lanes;
+}
+
+// 4 floats to both halves, loaded where it says so: g++ would keep them for later, in registers that others need.
+[[gnu::always_inline]] static inline __m256 broadcast_four(const float* p) {
+  __m256 lanes;
+  asm volatile("vbroadcastf128 %1, %0" : "=x"(lanes) : "m"(*reinterpret_cast<const float (*)[4]>(p)));
+  return lanes;
+}
+
+// Lane 1, 2 or 3 of v from memory, in one instruction: the compiler takes two.
+template <int lane>
+static inline void insert(__m128& v, const float* p) {
+  asm("vinsertps %2, %1, %0, %0" : "+x"(v) : "m"(*p), "i"(lane << 4));
+}
+#endif
 
 static inline __m256 load8(const float* x) { return _mm256_loadu_ps(x); }
 static inline __m256 load8(const BFloat16* x) {

@@ -190,8 +190,8 @@ Status binary_attention(const BinaryAttentionParams& p) {
   };
   auto* rows = detail::attention_rows_generic;
   double nanoseconds = 0.02;  // of a product of two bits
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2) rows = detail::attention_rows_avx2, nanoseconds = 0.003;
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes()) rows = detail::attention_rows_avx2, nanoseconds = 0.003;
 #endif
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512) rows = detail::attention_rows_avx512, nanoseconds = 0.002;

@@ -5,11 +5,11 @@
 // loaded of 64 keys or channels. Bit-equal to the generic form, which takes heads too wide for bytes.
 #include <algorithm>
 #include <bit>
-#include <memory>
 
 #include "avx2.h"
 #include "binary_attention_task.h"
 #include "layout.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 namespace {
@@ -102,11 +102,11 @@ template <int vectors, bool zeros>
   const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(entry)));
   row.c0 = _mm256_add_epi8(row.c0, _mm256_shuffle_epi8(table, p0));
   if constexpr (zeros) row.c0 = _mm256_sub_epi8(row.c0, _mm256_shuffle_epi8(table, m0));
-  asm volatile("" : "+x"(row.c0));  // keeps the steps of one sum together; otherwise g++ runs out of registers
+  settle(row.c0);  // keeps the steps of one sum together; otherwise g++ runs out of registers
   if constexpr (vectors > 1) {
     row.c1 = _mm256_add_epi8(row.c1, _mm256_shuffle_epi8(table, p1));
     if constexpr (zeros) row.c1 = _mm256_sub_epi8(row.c1, _mm256_shuffle_epi8(table, m1));
-    asm volatile("" : "+x"(row.c1));
+    settle(row.c1);
   }
 }
 
@@ -259,7 +259,7 @@ void decide_row(const Block& b, int64_t row, const int64_t* weights) {
 void decide_rows(const Block& b) {
   const AttentionTask& t = b.t;
   if (t.biased) {  // in floats
-    const std::unique_ptr<int32_t[]> dot(new int32_t[static_cast<size_t>(32 * t.map_words)]);
+    const Scratch<int32_t> dot(32 * t.map_words);
     const int32_t d = static_cast<int32_t>(t.p.d), unit = b.zeros ? 1 : 2;
     for (int64_t row = 0; row < b.rows; ++row) {
       const uint8_t* distance = b.distance + row * 32 * t.map_words;
@@ -396,27 +396,22 @@ void make_context(const Block& b) {
   }
 }
 
-template <class T>
-std::unique_ptr<T[]> scratch(int64_t count) {
-  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
-}
-
 }  // namespace
 
 void attention_rows_avx2(const AttentionTask& t, int64_t batch, int64_t first, int64_t last) {
   const int64_t rows = last - first, room = ceil_div(rows, kRows) * kRows, words = t.words, map_words = t.map_words;
   if (words > kMostWords || map_words == 0) return attention_rows_generic(t, batch, first, last);
-  const auto q = scratch<int32_t>(2 * rows * words);
+  const Scratch<int32_t> q(2 * rows * words);
   int32_t* q_nonzero = q.get() + rows * words;
   const bool zeros = pack_queries(t, batch, first, last, t.k_zeros[batch], q.get(), q_nonzero) || t.k_zeros[batch];
   if (zeros && t.p.d > kMostColumnsWithZeros) return attention_rows_generic(t, batch, first, last);
 
   const bool looks_back = t.biased || t.p.rule != AttentionRule::bool_;  // at the scores of a whole row
-  const auto offsets = scratch<uint16_t>(room * 8 * std::max(words, map_words));
-  const auto distance = scratch<uint8_t>(looks_back ? room * 32 * map_words : 0);
-  const auto bits = scratch<uint32_t>(room * map_words);
-  const auto lines = scratch<Line>(2 * 8 * kMostWords);
-  const auto whole = scratch<int32_t>(room * kColumns);
+  const Scratch<uint16_t> offsets(room * 8 * std::max(words, map_words));
+  const Scratch<uint8_t> distance(looks_back ? room * 32 * map_words : 0);
+  const Scratch<uint32_t> bits(room * map_words);
+  const Scratch<Line> lines(2 * 8 * kMostWords);
+  const Scratch<int32_t> whole(room * kColumns);
   const uint32_t* keep[kRowsTogether];
   int32_t count[kRowsTogether];
   float addend[kRowsTogether];

@@ -100,8 +100,8 @@ bool has_zeros(const HeadRows& head, int64_t rows) {
 
 // Bits [rows, columns] to bits [columns, rows] in tiles.
 void transpose(const int32_t* rows, int64_t stride, int64_t m, int64_t e, int64_t longest, int32_t* tiles) {
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2) return attention_transpose_avx2(rows, stride, m, e, longest, tiles);
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes()) return attention_transpose_avx2(rows, stride, m, e, longest, tiles);
 #endif
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512) return attention_transpose_avx512(rows, stride, m, e, longest, tiles);

@@ -139,7 +139,7 @@ class ValueAddend {
   }
 
   // Of a row with this map; summed by halves, the upper onto the lower, so that the order is the same everywhere.
-  float of(const uint32_t* bits) {
+  [[gnu::always_inline]] float of(const uint32_t* bits) {
     if (m_ == 0) return 0.0f;
     float* z = values_.get() + padded_;
     for (int64_t w = 0; w < word_count(m_); ++w) {

@@ -59,8 +59,8 @@ struct Kernel {
 };
 
 Kernel choose_kernel() {
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2) return {pack_planes_avx2, store_planes_avx2};
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes()) return {pack_planes_avx2, store_planes_avx2};
 #endif
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512) return {pack_planes_avx512, store_planes_avx512};

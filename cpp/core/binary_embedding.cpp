@@ -30,8 +30,8 @@ Status binary_embedding(const BinaryEmbeddingParams& p) {
   if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
   if (std::any_of(p.ids, p.ids + p.m, [&](int64_t id) { return id < 0 || id >= p.rows; })) return Status::bad_size;
   auto* rows = detail::binary_embedding_rows_generic;
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2) rows = detail::binary_embedding_rows_avx2;
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes()) rows = detail::binary_embedding_rows_avx2;
 #endif
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512) rows = detail::binary_embedding_rows_avx512;
@@ -41,7 +41,7 @@ Status binary_embedding(const BinaryEmbeddingParams& p) {
 }
 
 double nanoseconds_per_row(const BinaryEmbeddingParams& p) {
-  const bool vectors = selected() == InstructionSet::avx2 || selected() == InstructionSet::avx512;
+  const bool vectors = eight_lanes() || selected() == InstructionSet::avx512;
   return static_cast<double>(p.k) * (vectors ? 0.1 : 1.0);
 }
 

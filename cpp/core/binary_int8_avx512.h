@@ -5,6 +5,7 @@
 #include "avx512.h"
 #include "binary_int8_matmul.h"
 #include "layout.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 

@@ -46,8 +46,8 @@ struct Kernel {
 };
 
 Kernel choose_kernel([[maybe_unused]] const BinaryInt8MatmulParams& p) {
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2 && !p.weight_nonzero && p.k > 0) return {binary_int8_matmul_tiles_avx2, 0.2};
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes() && !p.weight_nonzero && p.k > 0) return {binary_int8_matmul_tiles_avx2, 0.2};
 #endif
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512 && !p.weight_nonzero && p.k > 0) {

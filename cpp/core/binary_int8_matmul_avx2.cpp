@@ -11,6 +11,7 @@
 #include "avx2.h"
 #include "binary_int8_matmul.h"
 #include "layout.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 namespace {
@@ -35,20 +36,13 @@ struct alignas(64) Kept {
 struct Task {
   const BinaryInt8MatmulParams& p;
   int64_t words, groups, group_words;
-  int64_t end;         // the first tile that belongs to somebody else
-  uint8_t* table;      // [rows][words][8][kTableBytes]
-  int32_t* magnitude;  // [rows][words + 1]: the sum of |q| over the words before
-  uint8_t* nibbles;    // [kSpanWords][8][kColumns], of a block of outputs
-  uint16_t* total;     // [2][kColumns]: of two rows, in a span
-  Kept* kept;          // [rows]
+  int64_t end;                 // the first tile that belongs to somebody else
+  Scratch<uint8_t> table;      // [rows][words][8][kTableBytes]
+  Scratch<int32_t> magnitude;  // [rows][words + 1]: the sum of |q| over the words before
+  Scratch<uint8_t> nibbles;    // [kSpanWords][8][kColumns], of a block of outputs
+  Scratch<uint16_t> total;     // [2][kColumns]: of two rows, in a span
+  Scratch<Kept> kept;          // [rows]
 };
-
-// 4 bytes to all lanes from memory: the compiler would take some through a general register.
-__m256i broadcast(const void* p) {
-  __m256i lanes;
-  asm("vpbroadcastd %1, %0" : "=x"(lanes) : "m"(*static_cast<const int32_t*>(p)));
-  return lanes;
-}
 
 // The tables of a word, from its 32 columns; answers the sum of |q|.
 int32_t make_tables(const int8_t* q, uint8_t* table) {
@@ -121,11 +115,11 @@ void look_up(Row& row, const uint8_t* table, __m256i i0, __m256i i1) {
   const __m256i low = half(0);
   row.low0 = _mm256_add_epi8(row.low0, _mm256_shuffle_epi8(low, i0));
   row.low1 = _mm256_add_epi8(row.low1, _mm256_shuffle_epi8(low, i1));
-  asm volatile("" : "+x"(row.low0), "+x"(row.low1));  // keeps them together; otherwise g++ runs out of registers
+  settle(row.low0), settle(row.low1);  // keeps them together; otherwise g++ runs out of registers
   const __m256i high = half(16);
   row.high0 = _mm256_add_epi8(row.high0, _mm256_shuffle_epi8(high, i0));
   row.high1 = _mm256_add_epi8(row.high1, _mm256_shuffle_epi8(high, i1));
-  asm volatile("" : "+x"(row.high0), "+x"(row.high1));
+  settle(row.high0), settle(row.high1);
 }
 
 // Both bytes of sums to 16 bits.
@@ -241,11 +235,11 @@ void binary_int8_matmul_tiles_avx2(const BinaryInt8MatmulParams& p, int64_t begi
                   groups,
                   group_words,
                   end,
-                  new uint8_t[rows * words * kWordTables],
-                  new int32_t[rows * (words + 1)],
-                  new uint8_t[kSpanWords * 8 * kColumns],
-                  new uint16_t[2 * kColumns],
-                  new Kept[rows]};
+                  Scratch<uint8_t>(rows * words * kWordTables),
+                  Scratch<int32_t>(rows * (words + 1)),
+                  Scratch<uint8_t>(kSpanWords * 8 * kColumns),
+                  Scratch<uint16_t>(2 * kColumns),
+                  Scratch<Kept>(rows)};
   float scale[kColumns] = {};
   for (int64_t row = 0; row < p.m; row += rows) {
     const int64_t count = std::min(rows, p.m - row);
@@ -263,11 +257,6 @@ void binary_int8_matmul_tiles_avx2(const BinaryInt8MatmulParams& p, int64_t begi
       finish(task, row, count, tile);
     }
   }
-  delete[] task.kept;
-  delete[] task.total;
-  delete[] task.nibbles;
-  delete[] task.magnitude;
-  delete[] task.table;
 }
 
 }  // namespace bitmill::detail

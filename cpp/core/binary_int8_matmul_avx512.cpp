@@ -234,24 +234,21 @@ void multiply_span(const Int8Task& task, int64_t row, int64_t count, int64_t beg
 
 void binary_int8_matmul_tiles_avx512(const BinaryInt8MatmulParams& p, int64_t begin, int64_t end) {
   const int64_t groups = p.group_size > 0 ? ceil_div(p.k, p.group_size) : 1;
-  int32_t* total = new int32_t[p.m * groups];
+  const Scratch<int32_t> total(p.m * groups);
   const Int8Task task = make_int8_task(p, end, total);
-  Tables* tables = new Tables;
-  Kept* kept = new Kept[ceil_div(end - begin, kBlockTiles) * kRows];
+  const Scratch<Tables> tables(1);
+  const Scratch<Kept> kept(ceil_div(end - begin, kBlockTiles) * kRows);
   for (int64_t row = 0; row < p.m; row += kRows) {  // rows that are missing are not stored
     const int64_t count = p.m - row < kRows ? p.m - row : kRows;
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t last = task.group_end(group);
       for (int64_t w = group * task.group_words; w < last; w += kSpanWords) {
         const Span span{group, w, w + kSpanWords < last ? kSpanWords : last - w};
-        tables->build(p.q + row * p.k, count, p.k, span);
-        multiply_span(task, row, count, begin, span, tables->entries(), kept);
+        tables.get()->build(p.q + row * p.k, count, p.k, span);
+        multiply_span(task, row, count, begin, span, tables.get()->entries(), kept);
       }
     }
   }
-  delete[] kept;
-  delete tables;
-  delete[] total;
 }
 
 }  // namespace bitmill::detail

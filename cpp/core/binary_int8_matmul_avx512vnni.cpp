@@ -81,15 +81,13 @@ void pair_of_tiles(const Int8Task& task, int64_t row, int64_t tile, const int32_
 
 void binary_int8_matmul_tiles_avx512vnni(const BinaryInt8MatmulParams& p, int64_t begin, int64_t end) {
   const int64_t groups = p.group_size > 0 ? ceil_div(p.k, p.group_size) : 1;
-  int32_t* total = new int32_t[p.m * groups];
+  const Scratch<int32_t> total(p.m * groups);
   const Int8Task task = make_int8_task(p, end, total);
-  int32_t* q = new int32_t[8 * task.words];
+  const Scratch<int32_t> q(8 * task.words);
   for (int64_t row = 0; row < p.m; ++row) {
     arrange(p.q + row * p.k, p.k, q);
     for (int64_t tile = begin; tile < end; tile += kTilePair) pair_of_tiles(task, row, tile, q);
   }
-  delete[] q;
-  delete[] total;
 }
 
 }  // namespace bitmill::detail

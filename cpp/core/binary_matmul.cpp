@@ -114,7 +114,8 @@ struct WeightKernel {
 WeightKernel choose_weight_kernel(const BinaryWeightMatmulParams& p) {
   if (p.weight_nonzero || p.k == 0) return {nullptr, 0.0};
   switch (selected()) {
-#ifdef BITMILL_AVX2
+#ifdef BITMILL_EIGHT_LANES
+    case InstructionSet::neon:
     case InstructionSet::avx2:
       return {binary_weight_matmul_tiles_avx2, 0.015};
 #endif

@@ -9,6 +9,7 @@
 // the generic form.
 #include "avx2.h"
 #include "binary_tiles.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 namespace {
@@ -80,9 +81,9 @@ void step(Row& row, uint16_t offset, __m256i w0, __m256i w1) {
   const uint8_t* entry = &kTables.row[0][0] + offset;
   const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(entry)));
   row.c0 = _mm256_add_epi8(row.c0, _mm256_shuffle_epi8(table, w0));
-  asm volatile("" : "+x"(row.c0));  // keeps shuffle and addition together; otherwise g++ runs out of registers
+  settle(row.c0);  // keeps shuffle and addition together; otherwise g++ runs out of registers
   row.c1 = _mm256_add_epi8(row.c1, _mm256_shuffle_epi8(table, w1));
-  asm volatile("" : "+x"(row.c1));
+  settle(row.c1);
 }
 
 // Words a part, so that the parts of a run are about equally long: a loop that always ends alike is predicted.
@@ -199,7 +200,7 @@ void count_stored(const BinaryTask& task, const int32_t* const (&weight)[kTiles]
         const __m256i low = _mm256_shuffle_epi8(bits, _mm256_and_si256(x, nibble));
         const __m256i high = _mm256_shuffle_epi8(bits, _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble));
         counts[i] = _mm256_add_epi8(counts[i], _mm256_add_epi8(low, high));
-        asm volatile("" : "+x"(counts[i]));  // one after the other; otherwise g++ runs out of registers
+        settle(counts[i]);  // one after the other; otherwise g++ runs out of registers
       }
     }
 #pragma GCC unroll 8
@@ -236,22 +237,20 @@ void multiply_prepared(const BinaryTask& task, int64_t begin, int64_t end, Outpu
   int64_t block_rows = kOffsetBytes / (16 * words) / 4 * 4;
   if (block_rows < 4) block_rows = 4;
   if (block_rows > p.m) block_rows = p.m;
-  Line* nibbles = new Line[8 * words];
-  uint16_t* offsets = new uint16_t[8 * words * block_rows];
+  const Scratch<Line> nibbles(8 * words);
+  const Scratch<uint16_t> offsets(8 * words * block_rows);
   for (int64_t top = 0; top < p.m; top += block_rows) {
     const int64_t bottom = top + block_rows < p.m ? top + block_rows : p.m;
     make_offsets(p, top * words, bottom * words, offsets);
     for (int64_t tile = begin; tile < end; tile += kTiles) {
-      split_tiles(task, tile, end, nibbles->bytes);
+      split_tiles(task, tile, end, nibbles.get()->bytes);
       load_block(task, tile, end, outputs);
       int64_t row = top;
       const auto at = [&](int64_t r) { return offsets + (r - top) * 8 * words; };
-      for (; row + 4 <= bottom; row += 4) block<4>(task, outputs, row, at(row), nibbles->bytes);
-      for (; row < bottom; ++row) block<1>(task, outputs, row, at(row), nibbles->bytes);
+      for (; row + 4 <= bottom; row += 4) block<4>(task, outputs, row, at(row), nibbles.get()->bytes);
+      for (; row < bottom; ++row) block<1>(task, outputs, row, at(row), nibbles.get()->bytes);
     }
   }
-  delete[] offsets;
-  delete[] nibbles;
 }
 
 }  // namespace
@@ -260,9 +259,9 @@ void binary_matmul_tiles_avx2(const BinaryMatmulParams& p, int64_t begin, int64_
   if (p.weight_nonzero || p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
   const BinaryTask task = make_task(p);
   OutputBlock<kColumns> outputs;
-  outputs.scale = new float[task.groups * kColumns];
+  const Scratch<float> scale(task.groups * kColumns);
+  outputs.scale = scale;
   (p.m < kFewRows ? multiply_stored : multiply_prepared)(task, begin, end, outputs);
-  delete[] outputs.scale;
   delete[] task.present;
 }
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Float activations times 1-bit weights by table lookup (lookup_tables_avx2.h). 4 rows share the shifted bits of a
 // tile; a single row takes 4 tiles and runs at the speed of memory. Exact float32 activations.
-#include <new>
 
 #include "binary_matmul.h"
 #include "layout.h"
 #include "lookup_tables_avx2.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 namespace {
@@ -77,7 +77,7 @@ void finish(const Task& task, int64_t row, int64_t tile, const float* result) {
 
 // 4 columns of a row: a table for each pair of them.
 void add(Sums& sums, const float* table, __m256i low, __m256i low_next, __m256i high, __m256i high_next) {
-  const __m256 first = table_at(table), second = table_at(table + 4);
+  const __m256 first = broadcast_four(table), second = broadcast_four(table + 4);
   look_up(sums.low, low, first, low_next, second);
   look_up(sums.high, high, first, high_next, second);
 }
@@ -137,7 +137,8 @@ template <bool last>
                                             const float* table) {
 #pragma GCC unroll 1
   for (int byte = 0; byte < 4; ++byte, table += 2 * kFourFloats) {
-    const __m256 t0 = table_at(table), t1 = table_at(table + 4), t2 = table_at(table + 8), t3 = table_at(table + 12);
+    const __m256 t0 = broadcast_four(table), t1 = broadcast_four(table + 4), t2 = broadcast_four(table + 8),
+                 t3 = broadcast_four(table + 12);
     add_byte<last>(s0, w0, byte, t0, t1, t2, t3);
     add_byte<last>(s1, w1, byte, t0, t1, t2, t3);
     add_byte<last>(s2, w2, byte, t0, t1, t2, t3);
@@ -173,7 +174,7 @@ template <class T>
 template <class T>
 void multiply(const Task& task, int64_t begin, const T* x) {
   const BinaryWeightMatmulParams& p = task.p;
-  float* tables = new (std::align_val_t{64}) float[std::min(kRows, p.m) * task.words * kWordFloats];
+  const Scratch<float> tables(std::min(kRows, p.m) * task.words * kWordFloats);
   int64_t row = 0;
   for (; row + kRows <= p.m; row += kRows) {
     for (int64_t r = 0; r < kRows; ++r) build_tables(x + (row + r) * p.k, p.k, kRows, tables + r * kFourFloats);
@@ -183,7 +184,6 @@ void multiply(const Task& task, int64_t begin, const T* x) {
     build_tables(x + row * p.k, p.k, 1, tables);
     for (int64_t tile = begin; tile < task.end; tile += kTiles) single<T>(task, row, tile, tables);
   }
-  ::operator delete[](tables, std::align_val_t{64});
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include "binary_matmul.h"
 #include "layout.h"
 #include "lookup_tables_avx512.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 namespace {
@@ -188,7 +189,7 @@ void single(const Task& task, int64_t row, int64_t tile, const float* tables) {
 template <class T>
 void multiply(const Task& task, int64_t begin, const T* x) {
   const BinaryWeightMatmulParams& p = task.p;
-  float* tables = new (std::align_val_t{64}) float[4 * task.words * kTableFloats];
+  const Scratch<float> tables(4 * task.words * kTableFloats);
   int64_t row = 0;
   for (; row + 4 <= p.m; row += 4) {
     for (int r = 0; r < 4; ++r) build_tables(x + (row + r) * p.k, p.k, tables + r * task.words * kTableFloats);
@@ -198,7 +199,6 @@ void multiply(const Task& task, int64_t begin, const T* x) {
     build_tables(x + row * p.k, p.k, tables);
     for (int64_t tile = begin; tile < task.end; tile += kSingleTiles) single<T>(task, row, tile, tables);
   }
-  ::operator delete[](tables, std::align_val_t{64});
 }
 
 }  // namespace

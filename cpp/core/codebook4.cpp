@@ -55,8 +55,8 @@ Status codebook4_quantize(const Codebook4QuantizeParams& p) {
     largest = std::max(largest, magnitude_bits(p.codebook[i]));
   }
   for (int i = 0; i < 15; ++i) place_middle(i, ordered);
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2 && !p.stochastic) {
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes() && !p.stochastic) {
     split(p.parallel_for, p.m, static_cast<double>(p.k) * kVectorNanoseconds,
           [&](int64_t begin, int64_t end) { detail::codebook4_quantize_rows_avx2(p, ordered, largest, begin, end); });
     return Status::ok;
@@ -70,8 +70,8 @@ Status codebook4_quantize(const Codebook4QuantizeParams& p) {
 
 Status codebook4_dequantize(const Codebook4DequantizeParams& p) {
   if (const Status status = check(p.m, p.k, p.group_size); status != Status::ok) return status;
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2) {
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes()) {
     split(p.parallel_for, p.m, static_cast<double>(p.k) * kVectorNanoseconds,
           [&](int64_t begin, int64_t end) { detail::codebook4_dequantize_rows_avx2(p, begin, end); });
     return Status::ok;

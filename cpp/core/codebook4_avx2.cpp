@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // 4-bit codes of any 16 values with AVX2, bit-equal to the generic form. The code nearest to a value is found by
 // halving the middles of neighbours, which are in order: 4 comparisons, each with a middle that those before it choose.
+#include <algorithm>
+#include <cstring>
+
 #include "codebook4.h"
 #include "fp4_cast_avx2.h"
 
@@ -74,7 +77,7 @@ uint32_t largest_magnitude(const T* x, int64_t count) {
 template <class T>
 void quantize_group(const Search& search, const T* x, int64_t count, const ScaledGroup& scaled, uint8_t* packed) {
   if (scaled.scale != scaled.scale) {
-    std::memset(packed, 0, static_cast<size_t>(ceil_div(count, 2)));
+    std::fill_n(packed, ceil_div(count, 2), uint8_t{0});
     return;
   }
   each_block(x, count, [&](const T* values, int64_t column, int64_t columns) {

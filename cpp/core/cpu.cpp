@@ -78,6 +78,8 @@ bool select(InstructionSet set) {
   return true;
 }
 
+bool eight_lanes() { return selected() == InstructionSet::neon || selected() == InstructionSet::avx2; }
+
 bool has_int8_dot() {
 #ifdef BITMILL_AVX512
   static const bool has = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&

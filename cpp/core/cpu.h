@@ -21,6 +21,9 @@ InstructionSet best();
 InstructionSet selected();
 bool select(InstructionSet set);  // false, and no change, if this machine does not have it
 
+// Whether kernels for 8 floats at a time serve the selected set: AVX2, and NEON in pairs of registers (avx2_on_neon.h).
+bool eight_lanes();
+
 // Extensions that single kernels ask for on top of avx512.
 bool has_int8_dot();  // VNNI, VBMI and VBMI2
 bool has_bf16_dot();  // BF16
@@ -30,8 +33,30 @@ struct KernelRow {
   InstructionSet set;
   const char* function;
 };
-inline constexpr KernelRow kKernels[] = {{InstructionSet::neon, "binary_matmul"},
+inline constexpr KernelRow kKernels[] = {{InstructionSet::neon, "binary_attention"},
+                                         {InstructionSet::neon, "binary_embedding"},
+                                         {InstructionSet::neon, "binary_matmul"},
+                                         {InstructionSet::neon, "binary_weight_linear"},
                                          {InstructionSet::neon, "bitpack"},
+                                         {InstructionSet::neon, "codebook4_dequantize"},
+                                         {InstructionSet::neon, "codebook4_quantize"},
+                                         {InstructionSet::neon, "decode_attention"},
+                                         {InstructionSet::neon, "e8m0_cast"},
+                                         {InstructionSet::neon, "e8m0_uncast"},
+                                         {InstructionSet::neon, "fp4_activations"},
+                                         {InstructionSet::neon, "fp4_cast"},
+                                         {InstructionSet::neon, "fp4_fp4_linear"},
+                                         {InstructionSet::neon, "fp4_linear"},
+                                         {InstructionSet::neon, "fp4_uncast"},
+                                         {InstructionSet::neon, "fp4_weight"},
+                                         {InstructionSet::neon, "int8_quantize"},
+                                         {InstructionSet::neon, "layer_norm"},
+                                         {InstructionSet::neon, "mxfp4_dequantize"},
+                                         {InstructionSet::neon, "mxfp4_quantize"},
+                                         {InstructionSet::neon, "nvfp4_dequantize"},
+                                         {InstructionSet::neon, "nvfp4_quantize"},
+                                         {InstructionSet::neon, "salient_linear"},
+                                         {InstructionSet::neon, "zoned_linear"},
                                          {InstructionSet::avx2, "binary_attention"},
                                          {InstructionSet::avx2, "binary_embedding"},
                                          {InstructionSet::avx2, "binary_matmul"},

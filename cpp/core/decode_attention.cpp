@@ -32,8 +32,8 @@ void decode_attention_heads_generic(const DecodeAttentionParams& p, int64_t begi
 namespace {
 
 auto* choose_kernel() {
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2) return decode_attention_heads_avx2;
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes()) return decode_attention_heads_avx2;
 #endif
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512) return decode_attention_heads_avx512;

@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "decode_attention.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 
@@ -27,24 +27,24 @@ static void turn(const DecodeAttentionParams& p, const float* x, float* out) {
 template <class Set>
 static void decode_attention_heads(const DecodeAttentionParams& p, int64_t begin, int64_t end) {
   const int64_t shared = p.heads / p.key_heads, tokens = p.position + 1;
-  std::vector<float> query(static_cast<size_t>(p.d)), weights(static_cast<size_t>(tokens));
+  Scratch<float> query(p.d), weights(tokens);
   for (int64_t head = begin; head < end; ++head) {
     float* keys = p.keys + head * p.capacity * p.d;
     float* values = p.values + head * p.capacity * p.d;
     turn<Set>(p, p.rows + (p.heads + head) * p.d, keys + p.position * p.d);
     std::copy_n(p.rows + (p.heads + p.key_heads + head) * p.d, p.d, values + p.position * p.d);
     for (int64_t q = head * shared; q < (head + 1) * shared; ++q) {
-      turn<Set>(p, p.rows + q * p.d, query.data());
+      turn<Set>(p, p.rows + q * p.d, query.get());
       float most = -std::numeric_limits<float>::infinity(), total = 0.0f;
       for (int64_t t = 0; t < tokens; ++t) {
-        const float score = Set::dot(query.data(), keys + t * p.d, p.d) * p.scaling;
-        weights[static_cast<size_t>(t)] = score;
+        const float score = Set::dot(query.get(), keys + t * p.d, p.d) * p.scaling;
+        weights[t] = score;
         most = std::max(most, score);
       }
       float* context = p.out + q * p.d;
       std::fill_n(context, p.d, 0.0f);
       for (int64_t t = 0; t < tokens; ++t) {
-        const float weight = std::exp(weights[static_cast<size_t>(t)] - most);
+        const float weight = std::exp(weights[t] - most);
         total += weight;
         Set::add_scaled(values + t * p.d, weight, p.d, context);
       }

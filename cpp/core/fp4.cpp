@@ -43,8 +43,8 @@ Status check(const Fp4Weight& w) {
 
 Status fp4_weight(const Fp4Weight& w, float* values, ParallelFor parallel_for) {
   if (const Status status = detail::check(w); status != Status::ok) return status;
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2 && w.k > 0) {
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes() && w.k > 0) {
     split(parallel_for, tile_count(w.n), static_cast<double>(w.k) * kTileRows * 0.3,
           [&](int64_t begin, int64_t end) { detail::fp4_weight_tiles_avx2(w, values, begin, end); });
     return Status::ok;
@@ -82,8 +82,8 @@ static Status int8_matmul(const Fp4MatmulParams& p) {
   if (!fp4_integers(w.table, integers) || width > fp4_int8_columns(integers)) return Status::bad_argument;
   auto* tiles = detail::fp4_int8_matmul_tiles_generic;
   double nanoseconds = 0.1;
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2 && p.m > 0 && w.k > 0) {
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes() && p.m > 0 && w.k > 0) {
     tiles = detail::fp4_int8_matmul_tiles_avx2;
     nanoseconds = 0.008;
   }
@@ -113,8 +113,8 @@ Status fp4_matmul(const Fp4MatmulParams& p) {
     return Status::ok;
   }
 #endif
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2 && p.m > 0 && w.k > 0) {
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes() && p.m > 0 && w.k > 0) {
     const double nanoseconds = static_cast<double>(p.m + 2) * static_cast<double>(w.k) * kTileRows * 0.03;
     split(p.parallel_for, tile_count(w.n), nanoseconds,
           [&](int64_t begin, int64_t end) { detail::fp4_matmul_tiles_avx2(p, begin, end); });

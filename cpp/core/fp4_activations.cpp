@@ -95,8 +95,8 @@ Status fp4_activations(const Fp4ActivationsParams& p) {
   }
   auto* rows = detail::fp4_activations_rows_generic;
   double nanoseconds = 4.0;
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2) {
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes()) {
     rows = detail::fp4_activations_rows_avx2;
     nanoseconds = 0.8;
   }

@@ -148,7 +148,7 @@ const CastKernels& cast_kernels(Rounding rounding = Rounding::nearest_even) {
                                            0.6};
   if (selected() == InstructionSet::avx512) return rounding == Rounding::stochastic ? kStochastic : kAvx512;
 #endif
-#ifdef BITMILL_AVX2
+#ifdef BITMILL_EIGHT_LANES
   static constexpr CastKernels kAvx2{fp4_cast_rows_avx2,
                                      fp4_uncast_rows_avx2,
                                      mxfp4_quantize_rows_avx2,
@@ -163,7 +163,7 @@ const CastKernels& cast_kernels(Rounding rounding = Rounding::nearest_even) {
                                                e8m0_cast_avx2,
                                                e8m0_uncast_avx2,
                                                1.0};
-  if (selected() == InstructionSet::avx2) return rounding == Rounding::stochastic ? kAvx2Stochastic : kAvx2;
+  if (eight_lanes()) return rounding == Rounding::stochastic ? kAvx2Stochastic : kAvx2;
 #endif
   static constexpr CastKernels kGeneric{fp4_cast_rows_generic,
                                         fp4_uncast_rows_generic,

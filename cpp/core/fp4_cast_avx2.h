@@ -87,7 +87,7 @@ static inline __m256i pairs_of(const Fp4Caster& caster, __m256i a, __m256i b, ui
   const __m256i bit4 = _mm256_slli_epi16(bytes, 3);  // to where a blend looks
   const auto codes = [&](int part) { return _mm256_shuffle_epi8(caster.table[part], bytes); };
   __m256i low = _mm256_blendv_epi8(codes(0), codes(1), bit4), high = _mm256_blendv_epi8(codes(2), codes(3), bit4);
-  asm volatile("" : "+x"(low), "+x"(high));  // now the next bit; otherwise g++ runs out of registers
+  settle(low), settle(high);  // now the next bit; otherwise g++ runs out of registers
   const __m256i bit5 = _mm256_slli_epi16(bytes, 2);
   const __m256i sign = _mm256_and_si256(_mm256_srli_epi16(bytes, 3), _mm256_set1_epi8(8));
   const __m256i code = _mm256_or_si256(_mm256_blendv_epi8(low, high, bit5), sign);
@@ -131,7 +131,7 @@ static inline void cast_floats(const Fp4Caster& caster, const Value& value, uint
     return pairs_of(caster, a, b, nans);
   };
   __m256i left = pairs(0);
-  asm volatile("" : "+x"(left));  // one after the other; otherwise g++ runs out of registers
+  settle(left);  // one after the other; otherwise g++ runs out of registers
   const __m256i bytes = _mm256_packus_epi16(left, pairs(4));  // of every 8 values 4 in each lane
   const __m128i first = _mm256_castsi256_si128(bytes), second = _mm256_extracti128_si256(bytes, 1);
   store_bytes<stream>(packed, _mm_unpacklo_epi16(first, second));
@@ -148,7 +148,7 @@ static inline void cast_block(const Fp4Caster& caster, const Half* x, uint8_t* p
     return pairs_of(caster, words_of(caster, x + i), words_of(caster, x + i + 16), nans);
   };
   __m256i left = pairs(0);
-  asm volatile("" : "+x"(left));
+  settle(left);
   const __m256i bytes = _mm256_packus_epi16(left, pairs(32));  // of every 16 values 8 in each lane
   const __m128i first = _mm256_castsi256_si128(bytes), second = _mm256_extracti128_si256(bytes, 1);
   store_bytes<stream>(packed, _mm_unpacklo_epi32(first, second));

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "fp4_scales_avx2.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 namespace {
@@ -30,11 +31,11 @@ struct Task {
   __m256i table;                        // values plus offset, twice
   int64_t words, groups, group_chunks;  // of the weight
   int64_t rows, chunks, width;          // of a block of rows; `width` bytes a row
-  int8_t* q;                            // [rows][width]: each 8 columns as 0, 2, 4, 6, 1, 3, 5, 7
-  int32_t* start;                       // [chunks][rows]: two 16-bit sums
-  float* row_scale;                     // [groups][rows] or null
-  float* scale;                         // [groups][16], of a tile, times unit
-  Kept* kept;                           // [rows]
+  Scratch<int8_t> q;                    // [rows][width]: each 8 columns as 0, 2, 4, 6, 1, 3, 5, 7
+  Scratch<int32_t> start;               // [chunks][rows]: two 16-bit sums
+  Scratch<float> row_scale;             // [groups][rows] or nothing
+  Scratch<float> scale;                 // [groups][16], of a tile, times unit
+  Scratch<Kept> kept;                   // [rows]
 };
 
 // Rows of activations, padded with zeros, and the sums that their chunks of `words` words begin with.
@@ -48,7 +49,7 @@ void arrange(const Task& task, int64_t row, int64_t count, int offset) {
     int8_t* q = task.q + i * task.width;
     std::memcpy(q, static_cast<const int8_t*>(task.p.x) + (row + i) * k, static_cast<size_t>(k));
     std::memset(q + k, 0, static_cast<size_t>(task.width - k));
-    for (int64_t group = 0; task.row_scale && group < task.groups; ++group) {
+    for (int64_t group = 0; task.p.grouped_rows && group < task.groups; ++group) {
       task.row_scale[group * task.rows + i] = task.p.row_scale[(row + i) * task.groups + group];
     }
     for (int64_t j = 0, chunk = 0; j < task.width; j += 32) {
@@ -65,13 +66,6 @@ void arrange(const Task& task, int64_t row, int64_t count, int offset) {
       }
     }
   }
-}
-
-// 4 bytes to all lanes from memory: the compiler would take some through a general register.
-__m256i broadcast(const void* p) {
-  __m256i lanes;
-  asm("vpbroadcastd %1, %0" : "=x"(lanes) : "m"(*static_cast<const int32_t*>(p)));
-  return lanes;
 }
 
 struct Values {  // 4 columns of 16 outputs
@@ -123,9 +117,9 @@ struct Sums {  // 16 bits each, two of them for an output; named, not an array: 
 void step(Sums& sums, const int8_t* q, const Values& w) {
   const __m256i x = broadcast(q);
   sums.a = _mm256_add_epi16(sums.a, _mm256_maddubs_epi16(w.a, x));
-  asm volatile("" : "+x"(sums.a));  // keeps product and addition together; otherwise g++ runs out of registers
+  settle(sums.a);  // keeps product and addition together; otherwise g++ runs out of registers
   sums.b = _mm256_add_epi16(sums.b, _mm256_maddubs_epi16(w.b, x));
-  asm volatile("" : "+x"(sums.b));
+  settle(sums.b);
 }
 
 // Adds a group's dots, as floats. `row_scale` is used if every group of a row has its own.
@@ -247,7 +241,7 @@ void multiply_tiles(const Task& task, const Fp4Integers& integers, int offset, i
     for (int64_t tile = begin; tile < end; ++tile) {
       const Codes codes{p.weight.tiles + tile * task.words * kTileRows, task.table};
       expand_scales(p.weight, task.groups, tile, integers.unit, task.scale);
-      std::fill_n(task.kept, rows, Kept{});
+      std::fill_n(task.kept.get(), rows, Kept{});
       const auto multiply_rows = [&](const auto& weights, int64_t first, int64_t last) {
         int64_t i = 0;
         for (; i + 4 <= rows; i += 4) multiply<4, words, grouped, whole>(task, weights, i, first, last);
@@ -297,11 +291,11 @@ void fp4_int8_matmul_tiles_avx2(const Fp4MatmulParams& p, const Fp4Integers& int
                   rows,
                   chunks,
                   width,
-                  new int8_t[rows * width],
-                  new int32_t[rows * chunks],
-                  p.grouped_rows ? new float[rows * groups] : nullptr,
-                  new float[groups * kTileRows],
-                  new Kept[rows]};
+                  Scratch<int8_t>(rows * width),
+                  Scratch<int32_t>(rows * chunks),
+                  Scratch<float>(p.grouped_rows ? rows * groups : 0),
+                  Scratch<float>(groups * kTileRows),
+                  Scratch<Kept>(rows)};
   const auto run = [&]<int size, bool grouped>() {
     group_words == size ? multiply_tiles<size, grouped, true>(task, integers, offset, begin, end)
                         : multiply_tiles<size, grouped, false>(task, integers, offset, begin, end);
@@ -312,11 +306,6 @@ void fp4_int8_matmul_tiles_avx2(const Fp4MatmulParams& p, const Fp4Integers& int
   size == 4   ? run_size.template operator()<4>()
   : size == 2 ? run_size.template operator()<2>()
               : run_size.template operator()<1>();
-  delete[] task.kept;
-  delete[] task.scale;
-  delete[] task.row_scale;
-  delete[] task.start;
-  delete[] task.q;
 }
 
 }  // namespace bitmill::detail

@@ -4,10 +4,10 @@
 // One row is multiplied with what a lookup gives at once, and needs no panel.
 // Sums run over the words of a tile first to last, and over the columns of a word in the order of a lookup
 // (decoded_column), one accumulator an output: they depend neither on the threads nor on how many rows there are.
-#include <new>
 
 #include "fp4_lookup_avx2.h"
 #include "fp4_scales_avx2.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 namespace {
@@ -19,15 +19,6 @@ constexpr int64_t kPanel = kPanelWords * 8 * kTileRows;
 constexpr int64_t kPackedRows = 192;  // rows packed together; fewer if k is large
 constexpr int kSingleTiles = 2;       // side by side for one row
 constexpr int64_t kPrefetchWords = 32;
-
-template <class T>
-T* new_aligned(int64_t count) {
-  return new (std::align_val_t{64}) T[static_cast<size_t>(count)];
-}
-template <class T>
-void delete_aligned(T* array) {
-  ::operator delete[](array, std::align_val_t{64});
-}
 
 struct Task {
   const Fp4MatmulParams& p;
@@ -157,7 +148,7 @@ template <int planes>
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) sum = _mm256_fmadd_ps(_mm256_broadcast_ss(x + 4 * half + i), values[i], sum);
   }
-  asm volatile("" : "+x"(sum));  // one part after the other
+  settle(sum);  // one part after the other
 }
 
 // One packed row times two tiles: 4 parts of 8 outputs hide each other's latencies.
@@ -231,11 +222,11 @@ void multiply_tiles(const Fp4MatmulParams& p, int64_t begin, int64_t end) {
   const Task task{p, words, ceil_div(words, group_words), group_words, end};
   const int64_t fit = (int64_t{1} << 20) / (8 * words) / kBlockRows * kBlockRows;
   const int64_t most = std::min({p.m, kPackedRows, std::max(fit, kBlockRows)});
-  float* packed = new_aligned<float>(most * 8 * words + 8);
-  float* scale = new_aligned<float>(kChunkTiles * task.groups * kTileRows);
-  float* panels = p.m > 1 ? new_aligned<float>(kChunkTiles * kPanel) : nullptr;
+  Scratch<float> packed(most * 8 * words + 8);
+  Scratch<float> scale(kChunkTiles * task.groups * kTileRows);
+  Scratch<float> panels(p.m > 1 ? kChunkTiles * kPanel : 0);
   const int64_t tile_sums = most * kTileRows;
-  float* sums = p.m > 1 ? new_aligned<float>(2 * kChunkTiles * tile_sums) : nullptr;
+  Scratch<float> sums(p.m > 1 ? 2 * kChunkTiles * tile_sums : 0);
   for (int64_t first = 0; first < p.m; first += most) {
     const int64_t rows = std::min(most, p.m - first);
     with_dtype(p.dtype, p.x, [&](const auto* x) {
@@ -257,10 +248,6 @@ void multiply_tiles(const Fp4MatmulParams& p, int64_t begin, int64_t end) {
       }
     }
   }
-  delete_aligned(sums);
-  delete_aligned(panels);
-  delete_aligned(scale);
-  delete_aligned(packed);
 }
 
 }  // namespace

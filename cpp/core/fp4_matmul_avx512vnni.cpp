@@ -71,9 +71,9 @@ template <bool grouped, int words>
 void multiply_one_row(const Fp4MatmulParams& p, const Int8Path<grouped, words>& path, int64_t begin, int64_t end) {
   const Fp4Weight& w = p.weight;
   const int64_t k = w.k, all = word_count(k, 4);
-  float* packed = new_aligned<float>(ceil_div(2 * all, 16) * 16);
+  Scratch<float> packed(ceil_div(2 * all, 16) * 16);
   pack<Int8Path<grouped, words>, 1>(path, static_cast<const int8_t*>(p.x), k, packed, 1);
-  const Int8Row row{path.table, reinterpret_cast<const int32_t*>(packed), path.first_sum, path.row_scale};
+  const Int8Row row{path.table, reinterpret_cast<const int32_t*>(packed.get()), path.first_sum, path.row_scale};
   const Fp4Task task{p, all, all / words, words, end, begin, nullptr};
   const auto store = [&](int64_t tile, __m512 sum) {
     alignas(64) float result[kTileRows];
@@ -82,7 +82,6 @@ void multiply_one_row(const Fp4MatmulParams& p, const Int8Path<grouped, words>& 
   };
   w.global_scale ? multiply_row<words, grouped>(w, row, E4m3Scales(path.unit, *w.global_scale), begin, end, store)
                  : multiply_row<words, grouped>(w, row, E8m0Scales(path.unit), begin, end, store);
-  delete_aligned(packed);
 }
 
 // Sum of a row of n values.
@@ -112,8 +111,7 @@ void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& p, const Fp4Integer
   for (const int8_t value : integers.value) offset = -value > offset ? -value : offset;
   const auto* x = static_cast<const int8_t*>(p.x);
   const int64_t rows = p.m == 1 ? 1 : p.m + 3;
-  const auto numbers = static_cast<size_t>(rows * groups);
-  int32_t* first_sum = new int32_t[numbers]();
+  const Scratch<int32_t> first_sum(rows * groups, 0);
   for (int64_t row = 0; row < p.m; ++row) {
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t last = (group + 1) * width < k ? (group + 1) * width : k;
@@ -123,8 +121,10 @@ void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& p, const Fp4Integer
   alignas(16) uint8_t table[16];
   for (int i = 0; i < 16; ++i) table[i] = static_cast<uint8_t>(integers.value[i] + offset);
   const __m512i values = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
-  float* row_scale = p.grouped_rows ? new float[numbers]() : nullptr;
-  for (int64_t i = 0; row_scale && i < p.m * groups; ++i) row_scale[i % groups * rows + i / groups] = p.row_scale[i];
+  const Scratch<float> row_scale(p.grouped_rows ? rows * groups : 0, 0);
+  for (int64_t i = 0; p.grouped_rows && i < p.m * groups; ++i) {
+    row_scale[i % groups * rows + i / groups] = p.row_scale[i];
+  }
   const auto multiply = [&]<bool grouped, int words>() {
     const Int8Path<grouped, words> path{values, integers.unit, rows, first_sum, row_scale};
     if constexpr (words > 0) {
@@ -140,8 +140,6 @@ void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& p, const Fp4Integer
     multiply.template operator()<grouped, 0>();
   };
   p.grouped_rows ? multiply_groups.template operator()<true>() : multiply_groups.template operator()<false>();
-  delete[] row_scale;
-  delete[] first_sum;
 }
 
 }  // namespace bitmill::detail

@@ -21,12 +21,11 @@
 // size of the block that a row is in.
 #pragma once
 
-#include <new>
-
 #include "avx512.h"
 #include "fp4.h"
 #include "fp4_scales_avx512.h"
 #include "layout.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 
@@ -34,15 +33,6 @@ inline constexpr int64_t kChunkTiles = 8;    // tiles whose scales are expanded 
 inline constexpr int64_t kPackedRows = 256;  // rows packed together; fewer if k is large
 // How far ahead codes are asked for, 2 KiB a tile, and to the second-level cache: 8 tiles fill half of the first.
 inline constexpr int64_t kPrefetchWords = 32;
-
-template <class T>
-static T* new_aligned(int64_t count) {
-  return new (std::align_val_t{64}) T[static_cast<size_t>(count)];
-}
-template <class T>
-static void delete_aligned(T* array) {
-  ::operator delete[](array, std::align_val_t{64});
-}
 
 struct Fp4Task {
   const Fp4MatmulParams& p;
@@ -210,9 +200,9 @@ template <class Path>
   const int64_t stride = ceil_div(words * Path::kSteps, 16) * 16;  // elements of a packed row
   const int64_t fit = (int64_t{1} << 20) / stride / 8 * 8;
   const int64_t most = fit < 8 ? 8 : fit < kPackedRows ? fit : kPackedRows;
-  float* packed = new_aligned<float>((p.m < most ? ceil_div(p.m, 4) * 4 : most) * stride);
+  Scratch<float> packed((p.m < most ? ceil_div(p.m, 4) * 4 : most) * stride);
   const int64_t chunk_tiles = end - begin < kChunkTiles ? end - begin : kChunkTiles;
-  float* scale = new_aligned<float>(chunk_tiles * task.groups * kTileRows);
+  Scratch<float> scale(chunk_tiles * task.groups * kTileRows);
   task.scale = scale;
   for (int64_t first = 0; first < p.m; first += most) {
     const int64_t rows = p.m - first < most ? p.m - first : most;
@@ -243,8 +233,6 @@ template <class Path>
       for (int64_t row = fours; row < rows; ++row) path.single(task, first + row, task.chunk, packed + row * stride);
     }
   }
-  delete_aligned(scale);
-  delete_aligned(packed);
 }
 
 }  // namespace bitmill::detail

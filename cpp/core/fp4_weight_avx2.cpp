@@ -2,6 +2,7 @@
 // FP4 weights as floats with AVX2, bit-equal to the generic form.
 #include "fp4_lookup_avx2.h"
 #include "fp4_scales_avx2.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 namespace {
@@ -27,7 +28,7 @@ void weight_tiles(const Fp4Weight& w, float* values, int64_t begin, int64_t end)
   const float one = 1.0f, factor = w.global_scale ? *w.global_scale : one;
   Fp4Weight bytes = w;
   if (w.global_scale) bytes.global_scale = &one;
-  float* scale = new float[static_cast<size_t>(groups * kTileRows)];
+  const Scratch<float> scale(groups * kTileRows);
   for (int64_t tile = begin; tile < end; ++tile) {
     expand_scales(bytes, groups, tile, 1.0f, scale);
     for (int64_t first = tile * kTileRows; first < (tile + 1) * kTileRows && first < w.n; first += 8) {
@@ -48,7 +49,6 @@ void weight_tiles(const Fp4Weight& w, float* values, int64_t begin, int64_t end)
       }
     }
   }
-  delete[] scale;
 }
 
 }  // namespace

@@ -38,8 +38,8 @@ Status int8_quantize(const Int8QuantizeParams& p) {
   if (p.m < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
   auto* rows = detail::int8_quantize_rows_generic;
   double nanoseconds = 2.0;
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2) {
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes()) {
     rows = detail::int8_quantize_rows_avx2;
     nanoseconds = 0.2;
   }

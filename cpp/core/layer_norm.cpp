@@ -51,7 +51,8 @@ namespace {
 
 auto* choose_kernel() {
   switch (selected()) {
-#ifdef BITMILL_AVX2
+#ifdef BITMILL_EIGHT_LANES
+    case InstructionSet::neon:
     case InstructionSet::avx2:
       return layer_norm_rows_avx2;
 #endif

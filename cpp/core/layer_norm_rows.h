@@ -2,8 +2,7 @@
 // Layer normalisation in vectors of 8, for some rows at once: each vector of a row waits for the one before it.
 #pragma once
 
-#include <immintrin.h>
-
+#include "avx2.h"
 #include "layer_norm.h"
 #include "layer_norm_moments.h"
 

@@ -42,19 +42,12 @@ static void build_tables(const T* x, int64_t k, int64_t rows, float* tables) {
   for (const T* from = rest; column < word_count(k) * 32; column += 8, from += 8) put8(from);
 }
 
-// The table of 2 columns, loaded where it says so: g++ would keep tables for later, in registers that sums need.
-[[gnu::always_inline]] static inline __m256 table_at(const float* table) {
-  __m256 sums;
-  asm volatile("vbroadcastf128 %1, %0" : "=x"(sums) : "m"(*reinterpret_cast<const float (*)[4]>(table)));
-  return sums;
-}
-
 // Adds what the lowest 2 bits of `bits` and of `next` select: 4 columns.
 [[gnu::always_inline]] static inline void look_up(__m256& sum, __m256i bits, __m256 table, __m256i next,
                                                   __m256 next_table) {
   const __m256 left = _mm256_permutevar_ps(table, bits), right = _mm256_permutevar_ps(next_table, next);
   sum = _mm256_add_ps(sum, _mm256_add_ps(left, right));
-  asm volatile("" : "+x"(sum));  // lookups and sum stay together; otherwise registers run out
+  settle(sum);  // lookups and sum stay together; otherwise registers run out
 }
 
 static inline __m256i load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

@@ -56,8 +56,8 @@ Status nvfp4_quantize(const Nvfp4QuantizeParams& p) {
     return Status::ok;
   }
 #endif
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2) {
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes()) {
     auto* quantize = p.rounding == Rounding::stochastic ? detail::nvfp4_quantize_rows_stochastic_avx2
                                                         : detail::nvfp4_quantize_rows_avx2;
     split(p.parallel_for, p.m, static_cast<double>(p.k) * kVectorNanoseconds,
@@ -73,8 +73,8 @@ Status nvfp4_quantize(const Nvfp4QuantizeParams& p) {
 
 Status nvfp4_dequantize(const Nvfp4DequantizeParams& p) {
   if (!valid_size(p.m, p.k)) return Status::bad_size;
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2) {
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes()) {
     split(p.parallel_for, p.m, static_cast<double>(p.k) * kVectorNanoseconds,
           [&](int64_t begin, int64_t end) { detail::nvfp4_dequantize_rows_avx2(p, begin, end); });
     return Status::ok;

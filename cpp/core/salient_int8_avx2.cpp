@@ -92,9 +92,9 @@ void bitmap_output(const SalientWeight& w, int64_t tile, int64_t lane, const int
 
 // A row of activations in the forms that lists and bitmaps read.
 struct Row {
-  float* wide;
-  int16_t* q;
-  uint8_t *positive, *spare;  // spare: room for the codes of an output and 8 more
+  Scratch<float> wide;
+  Scratch<int16_t> q;
+  Scratch<uint8_t> positive, spare;  // spare: room for the codes of an output and 8 more
 };
 
 Outputs bitmap_single(const SalientWeight& w, int64_t tile, const Row& row, const TileFactors& factors) {
@@ -119,8 +119,7 @@ Outputs bitmap_single(const SalientWeight& w, int64_t tile, const Row& row, cons
 void multiply_few(const SalientTask& task, const float* totals, int64_t begin, int64_t end, TileFactors& factors) {
   const SalientWeight& w = task.weight;
   const int64_t room = (word_count(w.k) + 1) * 32;  // at least one zero after the last column
-  const Row x{new_scratch<float>(room), new_scratch<int16_t>(room), new_scratch<uint8_t>(room),
-              new_scratch<uint8_t>(room)};
+  const Row x{{room, 0}, {room, 0}, {room, 0}, {room, 0}};
   for (int64_t row = 0; row < task.m; ++row) {
     const int8_t* q = task.q + row * w.k;
     for (int64_t i = 0; i < w.k; ++i) {
@@ -133,10 +132,6 @@ void multiply_few(const SalientTask& task, const float* totals, int64_t begin, i
       finish(task, row, tile, sum, factors, totals + row);
     }
   }
-  delete_scratch(x.spare);
-  delete_scratch(x.positive);
-  delete_scratch(x.q);
-  delete_scratch(x.wide);
 }
 
 void add_pair(Integers& sum, Integers codes, const int32_t* pair) {
@@ -167,9 +162,9 @@ void add_columns(const int16_t* panel, int64_t pairs, const int32_t* x, int64_t 
 void multiply_columns(const SalientTask& task, const float* totals, int64_t begin, int64_t end, TileFactors& factors) {
   const SalientWeight& w = task.weight;
   const int64_t words = ceil_div(w.entries, 4), width = 2 * words;
-  int32_t* x = new_scratch<int32_t>(task.m * width);
-  int32_t* chosen = new_scratch<int32_t>(task.m);  // T, which all outputs have in common
-  int32_t* sums = new_scratch<int32_t>(task.m * kTileRows);
+  Scratch<int32_t> x(task.m * width, 0);
+  Scratch<int32_t> chosen(task.m, 0);  // T, which all outputs have in common
+  Scratch<int32_t> sums(task.m * kTileRows, 0);
   for (int64_t row = 0; row < task.m; ++row) {
     for (int64_t j = 0; j < w.entries; ++j) {
       const int32_t q = task.q[row * w.k + w.column[j]];
@@ -207,16 +202,13 @@ void multiply_columns(const SalientTask& task, const float* totals, int64_t begi
       finish(task, row, tile, sum, factors, totals + row);
     }
   }
-  delete_scratch(sums);
-  delete_scratch(chosen);
-  delete_scratch(x);
 }
 
 }  // namespace
 
 void salient_tiles_int8_avx2(const SalientTask& task, int64_t begin, int64_t end) {
   const SalientWeight& w = task.weight;
-  float* totals = new_scratch<float>(task.m);
+  Scratch<float> totals(task.m, 0);
   for (int64_t row = 0; row < task.m; ++row) totals[row] = static_cast<float>(task.total[row]);
   float factor[2 * kTileRows];
   TileFactors factors{{}, {}, factor, w.mu ? factor + kTileRows : nullptr};
@@ -227,7 +219,6 @@ void salient_tiles_int8_avx2(const SalientTask& task, int64_t begin, int64_t end
   } else {
     salient_int8_many_rows_avx2(task, totals, begin, end);
   }
-  delete_scratch(totals);
 }
 
 }  // namespace bitmill::detail

@@ -18,11 +18,11 @@ struct Sixteen {
   void add(__m256i a, __m256i b, __m256i codes) {
     // The barriers keep each sum in its register; otherwise g++ moves all of them once more in every step.
     low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), codes));
-    asm volatile("" : "+x"(low));
+    settle(low);
     high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), codes));
-    asm volatile("" : "+x"(high));
+    settle(high);
     plain = _mm256_add_epi16(plain, _mm256_add_epi16(a, b));
-    asm volatile("" : "+x"(plain));
+    settle(plain);
   }
 
   void add_to(int32_t* code_sums, int32_t* plain_sums) const {

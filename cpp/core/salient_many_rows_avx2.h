@@ -109,11 +109,11 @@ static void multiply_transposed(const SalientTask& task, const typename Form::In
   const int64_t k = task.weight.k, size = (k + 1) * kBlockRows, bytes = size * sizeof(typename Form::Element);
   const int64_t all = ceil_div(task.m, kBlockRows), most = bytes < kTransposedBytes ? kTransposedBytes / bytes : 1;
   const int64_t together = most < all ? most : all, tiles = end - begin < kTilesTogether ? end - begin : kTilesTogether;
-  auto* turned = new_scratch<typename Form::Element>(together * size);
-  auto* sums = new_scratch<typename Form::Sum>(tiles * together * Form::kSums);
-  auto* factor = new_scratch<float>(tiles * 2 * task.groups * kTileRows);
-  auto* walks = new_scratch<Walk>(tiles);
-  auto* chunk = new_scratch<typename Form::Entries>(1);
+  Scratch<typename Form::Element> turned(together * size, {});
+  Scratch<typename Form::Sum> sums(tiles * together * Form::kSums, {});
+  Scratch<float> factor(tiles * 2 * task.groups * kTileRows, 0);
+  Scratch<Walk> walks(tiles, Walk());
+  Scratch<typename Form::Entries> chunk(1, {});
   for (int64_t i = 0; i < tiles; ++i) {
     walks[i].factors.base = factor + 2 * i * task.groups * kTileRows;
     walks[i].factors.mu = task.weight.mu ? walks[i].factors.base + task.groups * kTileRows : nullptr;
@@ -143,11 +143,6 @@ static void multiply_transposed(const SalientTask& task, const typename Form::In
       }
     }
   }
-  delete_scratch(chunk);
-  delete_scratch(walks);
-  delete_scratch(factor);
-  delete_scratch(sums);
-  delete_scratch(turned);
 }
 
 }  // namespace

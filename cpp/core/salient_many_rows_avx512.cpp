@@ -205,8 +205,8 @@ void multiply(const SalientRows& rows, int64_t begin, int64_t end, TileFactors& 
   const SalientTask& task = rows.task;
   const int64_t size = (rows.width + 1) * kBlockRows, all = ceil_div(task.m, kBlockRows);
   const int64_t most = blocks_together(size * int64_t{sizeof(float)}), together = most < all ? most : all;
-  float* x = new_scratch<float>(together * size);
-  float* sums = new_scratch<float>(together * kSums);
+  Scratch<float> x(together * size, 0);
+  Scratch<float> sums(together * kSums, 0);
   for (int64_t row = 0; row < task.m; row += together * kBlockRows) {
     const int64_t left = ceil_div(task.m - row, kBlockRows);
     const Blocks blocks{x, size, left < together ? left : together};
@@ -226,8 +226,6 @@ void multiply(const SalientRows& rows, int64_t begin, int64_t end, TileFactors& 
       }
     }
   }
-  delete_scratch(sums);
-  delete_scratch(x);
 }
 
 }  // namespace

@@ -203,12 +203,12 @@ void salient_many_rows_avx512vnni(const SalientInt8Rows& rows, int64_t begin, in
   const bool columns = w.encoding == SalientEncoding::columns;
   const int64_t size = (rows.width + 1) * kBlockRows, all = ceil_div(task.m, kBlockRows);
   const int64_t together = blocks_together(size) < all ? blocks_together(size) : all;
-  int8_t* q = new_scratch<int8_t>(together * size);
-  int32_t* every = new_scratch<int32_t>(columns ? rows.width : 0);
+  Scratch<int8_t> q(together * size, 0);
+  Scratch<int32_t> every(columns ? rows.width : 0, 0);
   for (int64_t i = 0; columns && i < rows.width; ++i) every[i] = static_cast<int32_t>(i);
-  float* totals = new_scratch<float>(task.m);
+  Scratch<float> totals(task.m, 0);
   for (int64_t i = 0; i < task.m; ++i) totals[i] = static_cast<float>(task.total[i]);
-  Sums* sums = new_scratch<Sums>(together);
+  Scratch<Sums> sums(together, {});
   for (int64_t row = 0; row < task.m; row += together * kBlockRows) {
     const int64_t left = task.m - row, most = together * kBlockRows, count = left < most ? left : most;
     Blocks blocks{q, size, ceil_div(count, kBlockRows), nullptr, count, w.n};
@@ -233,10 +233,6 @@ void salient_many_rows_avx512vnni(const SalientInt8Rows& rows, int64_t begin, in
       }
     }
   }
-  delete_scratch(sums);
-  delete_scratch(totals);
-  delete_scratch(every);
-  delete_scratch(q);
 }
 
 }  // namespace bitmill::detail

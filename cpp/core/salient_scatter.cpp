@@ -137,8 +137,8 @@ void widen(Dtype dtype, const void* x, int64_t count, float* out) {
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512) return detail::widen_avx512(dtype, x, count, out);
 #endif
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2) return detail::widen_avx2(dtype, x, count, out);
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes()) return detail::widen_avx2(dtype, x, count, out);
 #endif
   with_dtype(dtype, x, [&](const auto* values) {
     for (int64_t i = 0; i < count; ++i) out[i] = to_float(values[i]);
@@ -196,8 +196,8 @@ Kernel choose_kernel([[maybe_unused]] const SalientMatmulParams& p) {
     return {detail::salient_tiles_avx512, 0.05, false};
   }
 #endif
-#ifdef BITMILL_AVX2
-  if (selected() == InstructionSet::avx2) {
+#ifdef BITMILL_EIGHT_LANES
+  if (eight_lanes()) {
     if (integers) return {detail::salient_tiles_int8_avx2, 0.05, true};
     return {detail::salient_tiles_avx2, 0.1, false};
   }

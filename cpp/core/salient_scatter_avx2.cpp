@@ -120,8 +120,8 @@ template <bool codes>
 void multiply_few(const SalientFloatRows& rows, int64_t begin, int64_t end, TileFactors& factors) {
   const SalientTask& task = rows.task;
   const int64_t room = (word_count(rows.width) + 1) * 32;  // at least one zero after the last column
-  float* x = new_scratch<float>(room);
-  char* spare = new_scratch<char>(2 * room);
+  Scratch<float> x(room, 0);
+  Scratch<char> spare(2 * room, 0);
   for (int64_t row = 0; row < task.m; ++row) {
     for (int64_t i = 0; i < rows.width; ++i) x[i] = rows.x[row * rows.width + i];
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -130,8 +130,6 @@ void multiply_few(const SalientFloatRows& rows, int64_t begin, int64_t end, Tile
       finish(task, row, tile, sum, factors, rows.totals + row * task.groups);
     }
   }
-  delete_scratch(spare);
-  delete_scratch(x);
 }
 
 // Differences of salient columns [begin, end) of a tile: [column][16]. base_of: where a column's base lies.
@@ -191,9 +189,9 @@ void add_columns(const float* panel, int64_t columns, const float* x, int64_t wi
 void multiply_columns(const SalientTask& task, const float* totals, int64_t begin, int64_t end, TileFactors& factors) {
   const SalientWeight& w = task.weight;
   const int64_t width = w.entries;
-  float* x = new_scratch<float>(task.m * width);
-  float* sums = new_scratch<float>(task.m * kTileRows);
-  int32_t* base_of = new_scratch<int32_t>(width);
+  Scratch<float> x(task.m * width, 0);
+  Scratch<float> sums(task.m * kTileRows, 0);
+  Scratch<int32_t> base_of(width, 0);
   for (int64_t j = 0; j < width; ++j) {
     base_of[j] = static_cast<int32_t>(w.column[j] / task.group_width * kTileRows);
   }
@@ -220,9 +218,6 @@ void multiply_columns(const SalientTask& task, const float* totals, int64_t begi
       finish(task, row, tile, load_outputs(sums + row * kTileRows), factors, totals + row * task.groups);
     }
   }
-  delete_scratch(base_of);
-  delete_scratch(sums);
-  delete_scratch(x);
 }
 
 void row_totals(const SalientTask& task, float* totals) {
@@ -248,8 +243,8 @@ void row_totals(const SalientTask& task, float* totals) {
 
 void salient_tiles_avx2(const SalientTask& task, int64_t begin, int64_t end) {
   const SalientWeight& w = task.weight;
-  float* totals = new_scratch<float>(task.m * task.groups);
-  float* factor = new_scratch<float>(2 * task.groups * kTileRows);
+  Scratch<float> totals(task.m * task.groups, 0);
+  Scratch<float> factor(2 * task.groups * kTileRows, 0);
   if (w.mu) row_totals(task, totals);
   TileFactors factors{{}, {}, factor, w.mu ? factor + task.groups * kTileRows : nullptr};
   const SalientFloatRows rows{task, w.k, task.x, totals};
@@ -260,8 +255,6 @@ void salient_tiles_avx2(const SalientTask& task, int64_t begin, int64_t end) {
   } else {
     salient_many_rows_avx2(rows, begin, end);
   }
-  delete_scratch(factor);
-  delete_scratch(totals);
 }
 
 void widen_avx2(Dtype dtype, const void* x, int64_t count, float* out) {

@@ -3,25 +3,15 @@
 // sum.
 #pragma once
 
-#include <new>
-
 #include "avx2.h"
 #include "layout.h"
 #include "salient_scatter.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 namespace {
 
 inline constexpr int64_t kListSteps = 64;  // steps of a list that are decoded, and added up, together
-
-template <class T>
-static T* new_scratch(int64_t count) {
-  return new (std::align_val_t{64}) T[static_cast<size_t>(count)]();
-}
-template <class T>
-static void delete_scratch(T* array) {
-  ::operator delete[](array, std::align_val_t{64});
-}
 
 // What will be read 1 KiB further on in a stream.
 static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + 1024, _MM_HINT_T0); }
@@ -211,12 +201,6 @@ struct ListColumns {
     return _mm256_blendv_epi8(_mm256_min_epu16(column, last), _mm256_set1_epi16(static_cast<int16_t>(k)), none);
   }
 };
-
-// Lane 1, 2 or 3 of v from memory, in one instruction: the compiler takes two.
-template <int lane>
-static inline void insert(__m128& v, const float* p) {
-  asm("vinsertps %2, %1, %0, %0" : "+x"(v) : "m"(*p), "i"(lane << 4));
-}
 
 // x[column] for 8 columns. Single loads and inserts: the gather instruction is a sixth slower on Zen 3.
 static inline __m256 fetch8(const float* x, const uint16_t* column) {

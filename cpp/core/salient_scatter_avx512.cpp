@@ -117,7 +117,7 @@ __m512 single(const SalientRows& rows, int64_t tile, const float* x, const TileF
 template <bool codes>
 void multiply(const SalientRows& rows, int64_t begin, int64_t end, TileFactors& factors) {
   const SalientTask& task = rows.task;
-  float* x = new_scratch<float>(ceil_div(rows.width, 32) * 32);
+  Scratch<float> x(ceil_div(rows.width, 32) * 32, 0);
   for (int64_t row = 0; row < task.m; ++row) {
     for (int64_t i = 0; i < rows.width; ++i) x[i] = rows.x[row * rows.width + i];
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -126,7 +126,6 @@ void multiply(const SalientRows& rows, int64_t begin, int64_t end, TileFactors& 
       finish(task, row, tile, sum, factors, rows.totals + row * task.groups);
     }
   }
-  delete_scratch(x);
 }
 
 void row_totals(const SalientTask& task, float* totals) {
@@ -149,10 +148,10 @@ void salient_tiles_avx512(const SalientTask& task, int64_t begin, int64_t end) {
   const SalientWeight& w = task.weight;
   const bool columns = w.encoding == SalientEncoding::columns;
   const int64_t width = columns ? w.entries : w.k;
-  float* totals = new_scratch<float>(task.m * task.groups);
-  float* chosen = new_scratch<float>(columns ? task.m * width : 0);
-  int32_t* base_of = new_scratch<int32_t>(columns ? width : 0);
-  float* factor = new_scratch<float>(2 * task.groups * kTileRows);
+  Scratch<float> totals(task.m * task.groups, 0);
+  Scratch<float> chosen(columns ? task.m * width : 0, 0);
+  Scratch<int32_t> base_of(columns ? width : 0, 0);
+  Scratch<float> factor(2 * task.groups * kTileRows, 0);
   if (w.mu) row_totals(task, totals);
   for (int64_t j = 0; columns && j < width; ++j) {
     base_of[j] = static_cast<int32_t>(w.column[j] / task.group_width * kTileRows);
@@ -165,10 +164,6 @@ void salient_tiles_avx512(const SalientTask& task, int64_t begin, int64_t end) {
   } else {
     w.value_scale ? multiply<true>(rows, begin, end, factors) : multiply<false>(rows, begin, end, factors);
   }
-  delete_scratch(factor);
-  delete_scratch(base_of);
-  delete_scratch(chosen);
-  delete_scratch(totals);
 }
 
 void widen_avx512(Dtype dtype, const void* x, int64_t count, float* out) {

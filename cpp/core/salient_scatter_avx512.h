@@ -2,11 +2,10 @@
 // What the AVX-512 forms of the salient part share: the factors of a tile, columns from masks, and the end of a sum.
 #pragma once
 
-#include <new>
-
 #include "avx512.h"
 #include "layout.h"
 #include "salient_scatter.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 
@@ -22,15 +21,6 @@ static inline __m512i fresh_zeros() {
   __m512i zeros = _mm512_setzero_si512();
   asm volatile("" : "+v"(zeros));
   return zeros;
-}
-
-template <class T>
-static T* new_scratch(int64_t count) {
-  return new (std::align_val_t{64}) T[static_cast<size_t>(count)]();
-}
-template <class T>
-static void delete_scratch(T* array) {
-  ::operator delete[](array, std::align_val_t{64});
 }
 
 static inline __mmask16 lanes_of_tile(const SalientWeight& w, int64_t tile) {

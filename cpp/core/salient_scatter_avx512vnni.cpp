@@ -197,8 +197,8 @@ void multiply_few_by_bitmap(const SalientInt8Rows& rows, int64_t begin, int64_t 
   const SalientWeight& w = task.weight;
   constexpr int64_t kTogether = 4;
   const int64_t steps = ceil_div(rows.width, 64), width = 64 * steps;
-  int8_t* q = new_scratch<int8_t>((task.m < kTogether ? task.m : kTogether) * width);
-  uint64_t* masks = new_scratch<uint64_t>(kTileRows * ceil_div(steps, 8) * 8);
+  Scratch<int8_t> q((task.m < kTogether ? task.m : kTogether) * width, 0);
+  Scratch<uint64_t> masks(kTileRows * ceil_div(steps, 8) * 8, 0);
   for (int64_t row = 0; row < task.m;) {
     const int64_t left = task.m - row, count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
     for (int64_t r = 0; r < count; ++r) {
@@ -217,14 +217,12 @@ void multiply_few_by_bitmap(const SalientInt8Rows& rows, int64_t begin, int64_t 
     }
     row += count;
   }
-  delete_scratch(masks);
-  delete_scratch(q);
 }
 
 void multiply_few(const SalientInt8Rows& rows, int64_t begin, int64_t end, TileFactors& factors) {
   const SalientTask& task = rows.task;
   const SalientWeight& w = task.weight;
-  float* wide = new_scratch<float>(rows.width);
+  Scratch<float> wide(rows.width, 0);
   for (int64_t row = 0; row < task.m; ++row) {
     const int8_t* q = rows.q + row * rows.width;
     int32_t total = 0;
@@ -237,7 +235,6 @@ void multiply_few(const SalientInt8Rows& rows, int64_t begin, int64_t end, TileF
       finish(task, row, tile, to_sum(sums, factors), factors, &all);
     }
   }
-  delete_scratch(wide);
 }
 
 }  // namespace
@@ -246,7 +243,7 @@ void salient_tiles_avx512vnni(const SalientTask& task, int64_t begin, int64_t en
   const SalientWeight& w = task.weight;
   const bool columns = w.encoding == SalientEncoding::columns;
   const int64_t width = columns ? ceil_div(w.entries, 4) * 4 : w.k;
-  int8_t* chosen = new_scratch<int8_t>(columns ? task.m * width : 0);
+  Scratch<int8_t> chosen(columns ? task.m * width : 0, 0);
   for (int64_t row = 0; columns && row < task.m; ++row) {
     for (int64_t j = 0; j < w.entries; ++j) chosen[row * width + j] = task.q[row * w.k + w.column[j]];
   }
@@ -259,7 +256,6 @@ void salient_tiles_avx512vnni(const SalientTask& task, int64_t begin, int64_t en
   } else {
     bitmap ? multiply_few_by_bitmap(rows, begin, end, factors) : multiply_few(rows, begin, end, factors);
   }
-  delete_scratch(chosen);
 }
 
 }  // namespace bitmill::detail

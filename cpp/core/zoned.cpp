@@ -90,7 +90,8 @@ struct Kernel {
 
 Kernel choose_kernel() {
   switch (selected()) {
-#ifdef BITMILL_AVX2
+#ifdef BITMILL_EIGHT_LANES
+    case InstructionSet::neon:
     case InstructionSet::avx2:
       return {detail::zoned_tiles_avx2, 0.05};
 #endif

@@ -34,7 +34,7 @@ struct ZonedWeight {
 
   // Zone after zone (concentrated, sparse, salient or its two parts): mu if there is one, alpha, beta if salient.
   int64_t zones() const { return split ? 4 : 3; }
-  int64_t scales() const { return zones() * (centred ? 2 : 1) + zones() - 2; }
+  [[gnu::always_inline]] int64_t scales() const { return zones() * (centred ? 2 : 1) + zones() - 2; }
 };
 
 struct ZonedMatmulParams {

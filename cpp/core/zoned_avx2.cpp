@@ -5,10 +5,10 @@
 // they are multiplied where they are decoded. The sum of an output runs over the columns in their stored order either
 // way.
 #include <algorithm>
-#include <vector>
 
 #include "avx2.h"
 #include "layout.h"
+#include "scratch.h"
 #include "zoned.h"
 
 namespace bitmill::detail {
@@ -71,7 +71,7 @@ struct Task {
   const auto eight = [&](const int32_t* words) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
     __m256 high = _mm256_castsi256_ps(_mm256_sll_epi32(bits, shift));
-    asm("" : "+x"(high));
+    settle(high);
     return high;
   };
   return {eight(word), eight(word + 8)};
@@ -208,24 +208,24 @@ template <bool split, class T>
 void multiply(const Task& task, int64_t begin, int64_t end, const T* x) {
   const ZonedMatmulParams& p = task.p;
   const ZonedWeight& w = p.weight;
-  std::vector<float> scale(w.k, 1.0f);
+  Scratch<float> scale(w.k, 1);
   for (int64_t i = 0; w.column_scale && i < w.k; ++i) {
     with_dtype(w.scale_dtype, w.column_scale, [&](const auto* s) { scale[i] = to_float(s[task.plan.order[i]]); });
   }
   // Rows in stored order, `side` side by side.
-  std::vector<float> stored(w.k * (p.m == 1 ? 1 : std::min(kBlockRows, ceil_div(p.m, kRows) * kRows)));
+  Scratch<float> stored(w.k * (p.m == 1 ? 1 : std::min(kBlockRows, ceil_div(p.m, kRows) * kRows)));
   const auto store_row = [&](int64_t row, float* to, int64_t side) {
     for (int64_t i = 0; i < w.k; ++i) to[i * side] = to_float(x[row * w.k + task.plan.order[i]]) * scale[i];
   };
   if (p.m == 1) {
-    store_row(0, stored.data(), 1);
-    for (int64_t tile = begin; tile < end; ++tile) single<split>(task, 0, tile, stored.data());
+    store_row(0, stored, 1);
+    for (int64_t tile = begin; tile < end; ++tile) single<split>(task, 0, tile, stored);
     return;
   }
   for (int64_t row = 0; row < p.m; row += kBlockRows) {
     const int64_t rows = std::min(kBlockRows, p.m - row);
-    for (int64_t r = 0; r < rows; ++r) store_row(row + r, stored.data() + r / kRows * kRows * w.k + r % kRows, kRows);
-    for (int64_t tile = begin; tile < end; ++tile) many<split>(task, row, rows, tile, stored.data());
+    for (int64_t r = 0; r < rows; ++r) store_row(row + r, stored + r / kRows * kRows * w.k + r % kRows, kRows);
+    for (int64_t tile = begin; tile < end; ++tile) many<split>(task, row, rows, tile, stored);
   }
 }
 

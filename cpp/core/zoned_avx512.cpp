@@ -3,12 +3,12 @@
 // (the signs b1, the zones t, and t b1), two for salient ones, and three more if they are split too; the scales come in
 // once a block. 4 rows share the bits of a tile; a single row takes 4 tiles. The arithmetic of an output is the same
 // either way.
-#include <new>
 #include <type_traits>
 
 #include "avx512.h"
 #include "layout.h"
 #include "lookup_tables_avx512.h"
+#include "scratch.h"
 #include "zoned.h"
 
 namespace bitmill::detail {
@@ -282,7 +282,10 @@ void block(const Task& task, int64_t row, int64_t tile, const float* tables, con
 class Row {
  public:
   explicit Row(const Task& task)
-      : task_(task), values_(task.p.weight.k + 1), slots_(task.plan.slots.size()), scale_(task.p.weight.k, 1.0f) {
+      : task_(task),
+        values_(task.p.weight.k + 1, 0),
+        slots_(static_cast<int64_t>(task.plan.slots.size())),
+        scale_(task.p.weight.k, 1) {
     const ZonedWeight& w = task.p.weight;
     if (!w.column_scale) return;
     with_dtype(w.scale_dtype, w.column_scale, [&](const auto* scale) {
@@ -292,11 +295,11 @@ class Row {
 
   template <class T>
   void prepare(const T* x, float* tables, float* totals) {
-    const int64_t k = task_.p.weight.k, slots = static_cast<int64_t>(slots_.size());
+    const int64_t k = task_.p.weight.k, slots = static_cast<int64_t>(task_.plan.slots.size());
     for (int64_t i = 0; i < k; ++i) values_[i] = to_float(x[i]) * scale_[i];
     for (int64_t i = 0; i < slots; ++i) slots_[i] = values_[task_.plan.slots[i]];
-    build_tables(slots_.data(), slots, tables);
-    const float* from = slots_.data();
+    build_tables(slots_.get(), slots, tables);
+    const float* from = slots_;
     for (const ZonedBlock& b : task_.plan.blocks) {
       for (const int64_t octets : {b.salient_octets(), b.other_octets()}) {
         __m256 sum = _mm256_setzero_ps();
@@ -308,35 +311,33 @@ class Row {
 
  private:
   const Task& task_;
-  std::vector<float> values_;  // the last one is 0
-  std::vector<float> slots_, scale_;
+  Scratch<float> values_;  // the last one is 0
+  Scratch<float> slots_, scale_;
 };
 
 template <bool split, class T, class S>
 void multiply(const Task& task, int64_t begin) {
   const ZonedMatmulParams& p = task.p;
   const int64_t k = p.weight.k, row_totals = 2 * static_cast<int64_t>(task.plan.blocks.size());
-  float* tables = new (std::align_val_t{64}) float[kUnits * task.row_floats];
-  std::vector<float> totals(kUnits * row_totals);
+  Scratch<float> tables(kUnits * task.row_floats), totals(kUnits * row_totals);
   Row prepared(task);
   const T* x = static_cast<const T*>(p.x);
   const auto prepare = [&](int64_t row, int64_t unit) {
-    prepared.prepare(x + row * k, tables + unit * task.row_floats, totals.data() + unit * row_totals);
+    prepared.prepare(x + row * k, tables + unit * task.row_floats, totals + unit * row_totals);
   };
   int64_t row = 0;
   for (; row + kUnits <= p.m; row += kUnits) {
     for (int64_t unit = 0; unit < kUnits; ++unit) prepare(row + unit, unit);
     for (int64_t tile = begin; tile < task.end; ++tile) {
-      block<true, split, T, S>(task, row, tile, tables, totals.data());
+      block<true, split, T, S>(task, row, tile, tables, totals);
     }
   }
   for (; row < p.m; ++row) {
     prepare(row, 0);
     for (int64_t tile = begin; tile < task.end; tile += kUnits) {
-      block<false, split, T, S>(task, row, tile, tables, totals.data());
+      block<false, split, T, S>(task, row, tile, tables, totals);
     }
   }
-  ::operator delete[](tables, std::align_val_t{64});
 }
 
 }  // namespace

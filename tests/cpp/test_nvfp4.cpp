@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // NVFP4 blocks: every instruction set that this machine has against the generic form, bit for bit. Buffers end where
 // the arrays end, so that the sanitizer sees an access past them.
+#include <bit>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -31,10 +32,21 @@ void compare(int64_t m, int64_t k, const float* global_scale, Rounding rounding)
     CHECK(select(set) && nvfp4_quantize(p) == Status::ok);
     return bytes;
   };
+  const auto dequantize = [&](InstructionSet set, const std::vector<uint8_t>& bytes) {
+    std::vector<float> values(m * k);
+    Nvfp4DequantizeParams p{.packed = bytes.data(), .scale = bytes.data() + m * ceil_div(k, 2), .m = m, .k = k};
+    p.global_scale = global_scale, p.values = values.data();
+    CHECK(select(set) && nvfp4_dequantize(p) == Status::ok);
+    std::vector<uint32_t> bits(values.size());
+    for (size_t i = 0; i < values.size(); ++i) bits[i] = std::bit_cast<uint32_t>(values[i]);
+    return bits;
+  };
   for (const int64_t row_stride : {k, k + 1}) {
     const std::vector<uint8_t> want = quantize(InstructionSet::generic, row_stride);
     for (const InstructionSet set : kInstructionSets) {
-      if (select(set)) CHECK(quantize(set, row_stride) == want);
+      if (!available(set)) continue;
+      CHECK(quantize(set, row_stride) == want);
+      CHECK(dequantize(set, want) == dequantize(InstructionSet::generic, want));
     }
   }
   select(best());
