@@ -90,11 +90,11 @@ def stopwatch(call: Callable[[], object]) -> Sample:
     their mean."""
     call()
     once = math.inf
-    for _ in range(5):
+    for attempt in range(5):
         start = time.perf_counter()
         call()
         once = min(once, time.perf_counter() - start)
-        if once > 2 * SHORTEST:  # it will not be repeated
+        if once > (2 * SHORTEST if attempt else LONG):  # it will not be repeated; the first may have been interrupted
             break
     repeat = max(1, math.ceil(SHORTEST / max(once, 1e-7)))
 
