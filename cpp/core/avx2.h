@@ -64,6 +64,10 @@ static inline void store8(BFloat16* out, __m256 value) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_packus_epi32(low, high));
 }
 
+// 256 bits, as integers of any width.
+static inline __m256i load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+static inline void store_bits(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
 // Bits of magnitudes: they rise with it, and NaN lies above infinity.
 static inline __m256i magnitudes(__m256 values) {
   return _mm256_and_si256(_mm256_castps_si256(values), _mm256_set1_epi32(0x7FFFFFFF));
@@ -121,8 +125,8 @@ static inline __m256i in_order(__m256i bytes) {
 static inline void split_nibbles(__m256i a, __m256i b, __m256i c, __m256i d, uint8_t* out, int64_t next) {
   split_bytes(a, b, c, d, [&](int byte, __m256i bytes) {
     const __m256i nibble = _mm256_set1_epi8(15), high = _mm256_srli_epi16(bytes, 4);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 2 * byte * next), _mm256_and_si256(bytes, nibble));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (2 * byte + 1) * next), _mm256_and_si256(high, nibble));
+    store_bits(out + 2 * byte * next, _mm256_and_si256(bytes, nibble));
+    store_bits(out + (2 * byte + 1) * next, _mm256_and_si256(high, nibble));
   });
 }
 

@@ -46,9 +46,6 @@ struct alignas(64) Line {
   uint8_t bytes[kColumns];
 };
 
-__m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-
 // Where the tables of the 8 times 4 bits of a word are: entries [high][low] of 16 bytes, after `base` bytes.
 void put_offsets(uint32_t high, uint32_t low, int base, uint16_t* offsets) {
   const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28), nibble = _mm256_set1_epi32(15);
@@ -68,9 +65,9 @@ struct Signs {
   bool minus = false;
 
   __m256i words(int64_t at) const {
-    __m256i x = load(sign + at);
+    __m256i x = load_bits(sign + at);
     if (minus) x = _mm256_xor_si256(x, _mm256_set1_epi32(-1));
-    return nonzero ? _mm256_and_si256(x, load(nonzero + at)) : x;
+    return nonzero ? _mm256_and_si256(x, load_bits(nonzero + at)) : x;
   }
 };
 
@@ -78,8 +75,8 @@ struct Signs {
 void split(const Signs& x, int64_t at, int half, Line* lines) {
   const auto put = [&](int byte, __m256i columns) {
     const __m256i nibble = _mm256_set1_epi8(15), ordered = in_order(columns);
-    store(lines[2 * byte].bytes + 32 * half, _mm256_and_si256(ordered, nibble));
-    store(lines[2 * byte + 1].bytes + 32 * half, _mm256_and_si256(_mm256_srli_epi16(ordered, 4), nibble));
+    store_bits(lines[2 * byte].bytes + 32 * half, _mm256_and_si256(ordered, nibble));
+    store_bits(lines[2 * byte + 1].bytes + 32 * half, _mm256_and_si256(_mm256_srli_epi16(ordered, 4), nibble));
   };
   split_bytes(x.words(at), x.words(at + 8), x.words(at + x.second), x.words(at + x.second + 8), put);
 }
@@ -121,8 +118,9 @@ template <int vectors, bool zeros>
     asm("" : "+r"(o1), "+r"(o2), "+r"(o3));  // four pointers; otherwise g++ keeps twelve distances from o0
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const __m256i p0 = load(plus[i].bytes), p1 = vectors > 1 ? load(plus[i].bytes + 32) : p0;
-      const __m256i m0 = zeros ? load(minus[i].bytes) : p0, m1 = zeros && vectors > 1 ? load(minus[i].bytes + 32) : p0;
+      const __m256i p0 = load_bits(plus[i].bytes), p1 = vectors > 1 ? load_bits(plus[i].bytes + 32) : p0;
+      const __m256i m0 = zeros ? load_bits(minus[i].bytes) : p0,
+                    m1 = zeros && vectors > 1 ? load_bits(minus[i].bytes + 32) : p0;
       step<vectors, zeros>(r0, o0[i], p0, p1, m0, m1);
       step<vectors, zeros>(r1, o1[i], p0, p1, m0, m1);
       step<vectors, zeros>(r2, o2[i], p0, p1, m0, m1);
@@ -163,7 +161,7 @@ void meet_keys(const Block& b, int64_t w) {
   const __m256i start = _mm256_set1_epi8(zeros ? static_cast<char>(d) : 0);
   const __m256i bound = _mm256_set1_epi8(static_cast<char>(zeros ? d : (d + 1) / 2));  // of a dot above 0
   const auto put = [&](int64_t row, int64_t word, __m256i y) {
-    if (b.distance) return store(b.distance + 32 * (row * map_words + word), y);
+    if (b.distance) return store_bits(b.distance + 32 * (row * map_words + word), y);
     b.bits[row * map_words + word] = nearer(y, bound) & b.keep[row][word];
   };
   const auto put_row = [&](int64_t row, const Row& y) {
@@ -239,8 +237,8 @@ void decide_row(const Block& b, int64_t row, const int64_t* weights) {
   __m256i low = _mm256_set1_epi8(static_cast<char>(kFar));
   for (int64_t w = 0; w < t.map_words; ++w) {
     const __m256i dropped = _mm256_andnot_si256(to_bytes(b.keep[row][w]), _mm256_set1_epi8(static_cast<char>(kFar)));
-    const __m256i y = _mm256_or_si256(load(distance + 32 * w), dropped);
-    store(distance + 32 * w, y);
+    const __m256i y = _mm256_or_si256(load_bits(distance + 32 * w), dropped);
+    store_bits(distance + 32 * w, y);
     low = _mm256_min_epu8(low, y);
   }
   const int32_t nearest = least(low);
@@ -252,7 +250,9 @@ void decide_row(const Block& b, int64_t row, const int64_t* weights) {
     bound = elastic_bound(t, distance, nearest, weights);
   }
   const __m256i bounds = _mm256_set1_epi8(static_cast<char>(bound));
-  for (int64_t w = 0; w < t.map_words; ++w) b.bits[row * t.map_words + w] = nearer(load(distance + 32 * w), bounds);
+  for (int64_t w = 0; w < t.map_words; ++w) {
+    b.bits[row * t.map_words + w] = nearer(load_bits(distance + 32 * w), bounds);
+  }
 }
 
 // The maps of all rows, of rules that look at whole rows.
@@ -286,12 +286,12 @@ template <int vectors, bool zeros>
 void meet_values(const Block& b, int64_t begin, int64_t words) {
   const auto put_row = [&](int64_t row, const Row& sums) {
     Line bytes;
-    store(bytes.bytes, sums.c0);
-    if constexpr (vectors > 1) store(bytes.bytes + 32, sums.c1);
+    store_bits(bytes.bytes, sums.c0);
+    if constexpr (vectors > 1) store_bits(bytes.bytes + 32, sums.c1);
     int32_t* whole = b.whole + row * kColumns;
     for (int i = 0; i < 32 * vectors; i += 8) {
       const __m256i x = widen<zeros>(bytes.bytes + i);
-      store(whole + i, begin == 0 ? x : _mm256_add_epi32(load(whole + i), x));
+      store_bits(whole + i, begin == 0 ? x : _mm256_add_epi32(load_bits(whole + i), x));
     }
   };
   const __m256i zero = _mm256_setzero_si256();
@@ -314,9 +314,9 @@ void put_levels(const Block& b, int64_t channel, int64_t channels) {
     const auto inside = [&](const int32_t* ranges, const int32_t* whole) {
       uint32_t found = 0;
       for (int lane = 0; lane < 32; lane += 8) {  // at most `length` past the first, as unsigned numbers
-        const __m256i first = load(ranges + column + i + lane);
-        const __m256i length = _mm256_sub_epi32(load(ranges + n + column + i + lane), first);
-        const __m256i past = _mm256_sub_epi32(load(whole + lane), first);
+        const __m256i first = load_bits(ranges + column + i + lane);
+        const __m256i length = _mm256_sub_epi32(load_bits(ranges + n + column + i + lane), first);
+        const __m256i past = _mm256_sub_epi32(load_bits(whole + lane), first);
         const __m256i is_inside = _mm256_cmpeq_epi32(_mm256_min_epu32(past, length), past);
         found |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(is_inside))) << lane;
       }
@@ -340,7 +340,7 @@ void put_floats(const Block& b, int64_t channel, int64_t channels) {
       T* to = out + p.out_offset[b.batch] + (b.first + row) * p.out_row_stride + channel;
       const int32_t* whole = b.whole + row * kColumns;
       const auto value = [&](int64_t i) {
-        const __m256 x = _mm256_mul_ps(step, _mm256_cvtepi32_ps(load(whole + i)));
+        const __m256 x = _mm256_mul_ps(step, _mm256_cvtepi32_ps(load_bits(whole + i)));
         return _mm256_add_ps(x, _mm256_set1_ps(b.addend[row]));
       };
       int64_t i = 0;
@@ -373,8 +373,8 @@ void make_context(const Block& b, const int32_t* sign, const int32_t* nonzero, i
     const __m256i set = _mm256_set1_epi32(b.count[row]);
     int32_t* whole = b.whole + row * kColumns;
     for (int i = 0; i < 32 * vectors; i += 8) {
-      const __m256i x = load(whole + i);
-      store(whole + i, _mm256_sub_epi32(_mm256_add_epi32(x, x), set));
+      const __m256i x = load_bits(whole + i);
+      store_bits(whole + i, _mm256_sub_epi32(_mm256_add_epi32(x, x), set));
     }
   }
   (t.p.bits.heads ? put_levels : put_floats)(b, tile * kTileRows, channels);

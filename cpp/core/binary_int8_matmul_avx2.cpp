@@ -24,9 +24,6 @@ constexpr int64_t kWordTables = 8 * kTableBytes;   // of the columns of a word
 constexpr int64_t kBlockTables = 3 << 17;          // a block of rows has about so many bytes of tables, in L2
 constexpr int64_t kMostRows = 64, kLeastRows = 8;  // of a block
 
-__m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-
 // 64 outputs of a row: what the spans of a group have added up to, and the groups before.
 struct alignas(64) Kept {
   int32_t dot[kColumns];
@@ -46,11 +43,11 @@ struct Task {
 
 // The tables of a word, from its 32 columns; answers the sum of |q|.
 int32_t make_tables(const int8_t* q, uint8_t* table) {
-  const __m256i zero = _mm256_setzero_si256(), columns = load(q);
+  const __m256i zero = _mm256_setzero_si256(), columns = load_bits(q);
   const __m256i negative = _mm256_max_epi8(_mm256_sub_epi8(zero, columns), zero);
   const __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(negative, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
   alignas(32) int32_t least[8];  // twice 16 bits: the magnitudes of the negative ones of 4 columns
-  store(least, _mm256_or_si256(fours, _mm256_slli_epi32(fours, 16)));
+  store_bits(least, _mm256_or_si256(fours, _mm256_slli_epi32(fours, 16)));
   const __m256i first = _mm256_set1_epi16(0x0100), second = _mm256_set1_epi16(0x0302);
   // Entry i: bits 0 and 1, bits 2 and 3 of i.
   const __m256i low = _mm256_setr_epi16(0, 1, 256, 257, 0, 1, 256, 257, 0, 1, 256, 257, 0, 1, 256, 257);
@@ -61,7 +58,7 @@ int32_t make_tables(const int8_t* q, uint8_t* table) {
     const __m256i b = _mm256_maddubs_epi16(high, _mm256_shuffle_epi8(x, second));
     const __m256i sum = _mm256_add_epi16(_mm256_add_epi16(a, b), broadcast(least + i));
     const __m256i lowest = _mm256_and_si256(sum, _mm256_set1_epi16(31)), others = _mm256_srli_epi16(sum, 5);
-    store(table + i * kTableBytes, _mm256_permute4x64_epi64(_mm256_packus_epi16(lowest, others), 0xD8));
+    store_bits(table + i * kTableBytes, _mm256_permute4x64_epi64(_mm256_packus_epi16(lowest, others), 0xD8));
   }
   const __m256i sums = _mm256_sad_epu8(_mm256_abs_epi8(columns), zero);
   const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
@@ -91,7 +88,7 @@ void make_tables(const Task& task, int64_t row, int64_t count) {
 
 // A word of two tiles to 8 vectors of nibbles, kColumns bytes apart, in the order of split_bytes.
 void split_word(const int32_t* first, const int32_t* second, uint8_t* out) {
-  split_nibbles(load(first), load(first + 8), load(second), load(second + 8), out, kColumns);
+  split_nibbles(load_bits(first), load_bits(first + 8), load_bits(second), load_bits(second + 8), out, kColumns);
 }
 
 void split_tiles(const Task& task, int64_t tile, int64_t first, int64_t last) {
@@ -126,7 +123,7 @@ void look_up(Row& row, const uint8_t* table, __m256i i0, __m256i i1) {
 void add_word(const Row& row, uint16_t* total) {
   const __m256i weights = _mm256_set1_epi16(1 | 32 << 8);
   const auto add = [&](int i, __m256i bytes) {
-    store(total + i, _mm256_add_epi16(load(total + i), _mm256_maddubs_epi16(bytes, weights)));
+    store_bits(total + i, _mm256_add_epi16(load_bits(total + i), _mm256_maddubs_epi16(bytes, weights)));
   };
   add(0, _mm256_unpacklo_epi8(row.low0, row.high0));
   add(16, _mm256_unpackhi_epi8(row.low0, row.high0));
@@ -144,7 +141,7 @@ template <int rows>
     Row r0{zero, zero, zero, zero}, r1 = r0;
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      const __m256i i0 = load(nibbles + i * kColumns), i1 = load(nibbles + i * kColumns + 32);
+      const __m256i i0 = load_bits(nibbles + i * kColumns), i1 = load_bits(nibbles + i * kColumns + 32);
       look_up(r0, t0 + i * kTableBytes, i0, i1);
       if constexpr (rows == 2) look_up(r1, t1 + i * kTableBytes, i0, i1);
     }
@@ -165,15 +162,15 @@ void fold(const Part& part, const uint16_t* total, int32_t magnitude, float row_
   const __m256i zero = _mm256_setzero_si256(), less = _mm256_set1_epi32(magnitude);
   const auto add = [&](int i, __m256i sums) {
     __m256i dot = _mm256_sub_epi32(_mm256_add_epi32(sums, sums), less);
-    if (!part.begins) dot = _mm256_add_epi32(dot, load(kept.dot + i));
-    if (!part.ends) return store(kept.dot + i, dot);
+    if (!part.begins) dot = _mm256_add_epi32(dot, load_bits(kept.dot + i));
+    if (!part.ends) return store_bits(kept.dot + i, dot);
     const __m256 factor = _mm256_mul_ps(_mm256_loadu_ps(part.scale + i), _mm256_set1_ps(row_scale));
     __m256 value = _mm256_mul_ps(factor, _mm256_cvtepi32_ps(dot));
     if (!part.first_group) value = _mm256_add_ps(_mm256_load_ps(kept.sum + i), value);
     _mm256_store_ps(kept.sum + i, value);
   };
   for (int i = 0; i < kColumns; i += 16) {
-    const __m256i sums = load(total + i);
+    const __m256i sums = load_bits(total + i);
     add(i, _mm256_unpacklo_epi16(sums, zero));
     add(i + 8, _mm256_unpackhi_epi16(sums, zero));
   }

@@ -43,9 +43,6 @@ struct alignas(64) Line {
   uint8_t bytes[64];
 };
 
-__m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-
 // Eight offsets of table rows a word.
 void make_offsets(const BinaryMatmulParams& p, int64_t begin, int64_t end, uint16_t* offsets) {
   const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28), nibble = _mm256_set1_epi32(15);
@@ -61,7 +58,7 @@ void make_offsets(const BinaryMatmulParams& p, int64_t begin, int64_t end, uint1
 
 // A word of two tiles to 8 vectors of nibbles, kColumns bytes apart, in the order of split_bytes.
 void split_word(const int32_t* first, const int32_t* second, uint8_t* out) {
-  split_nibbles(load(first), load(first + 8), load(second), load(second + 8), out, kColumns);
+  split_nibbles(load_bits(first), load_bits(first + 8), load_bits(second), load_bits(second + 8), out, kColumns);
 }
 
 void split_tiles(const BinaryTask& task, int64_t tile, int64_t end, uint8_t* nibbles) {
@@ -96,13 +93,15 @@ void add_parts(const Line* bytes, int64_t parts, bool first, int32_t* opposite) 
   const __m256i zero = _mm256_setzero_si256();
   __m256i s0 = zero, s1 = zero, s2 = zero, s3 = zero;
   for (int64_t i = 0; i < parts; ++i) {
-    const __m256i low = load(bytes[i].bytes), high = load(bytes[i].bytes + 32);
+    const __m256i low = load_bits(bytes[i].bytes), high = load_bits(bytes[i].bytes + 32);
     s0 = _mm256_add_epi16(s0, _mm256_unpacklo_epi8(low, zero));
     s1 = _mm256_add_epi16(s1, _mm256_unpackhi_epi8(low, zero));
     s2 = _mm256_add_epi16(s2, _mm256_unpacklo_epi8(high, zero));
     s3 = _mm256_add_epi16(s3, _mm256_unpackhi_epi8(high, zero));
   }
-  const auto put = [&](int32_t* to, __m256i sums) { store(to, first ? sums : _mm256_add_epi32(load(to), sums)); };
+  const auto put = [&](int32_t* to, __m256i sums) {
+    store_bits(to, first ? sums : _mm256_add_epi32(load_bits(to), sums));
+  };
   const auto put_both = [&](int32_t* to, __m256i sums) {
     put(to, _mm256_unpacklo_epi16(sums, zero)), put(to + 8, _mm256_unpackhi_epi16(sums, zero));
   };
@@ -115,7 +114,7 @@ void count(const BinaryTask& task, const uint16_t* offsets, const uint8_t* nibbl
            int32_t (&opposite)[rows][kColumns]) {
   const int64_t next = rows > 1 ? 8 * task.words : 0, step_words = words_of_part(end - begin, kByteWords);
   Line bytes[rows][kParts];
-  const auto keep = [](Line& to, Row counts) { store(to.bytes, counts.c0), store(to.bytes + 32, counts.c1); };
+  const auto keep = [](Line& to, Row counts) { store_bits(to.bytes, counts.c0), store_bits(to.bytes + 32, counts.c1); };
   for (int64_t run = begin; run < end; run += kParts * step_words) {
     int64_t parts = 0;
     for (int64_t part = run; parts < kParts && part < end; part += step_words, ++parts) {
@@ -129,7 +128,7 @@ void count(const BinaryTask& task, const uint16_t* offsets, const uint8_t* nibbl
         asm("" : "+r"(o1), "+r"(o2), "+r"(o3));  // four pointers; otherwise g++ keeps twelve distances from o0
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          const __m256i w0 = load(weight + i * kColumns), w1 = load(weight + i * kColumns + 32);
+          const __m256i w0 = load_bits(weight + i * kColumns), w1 = load_bits(weight + i * kColumns + 32);
           step(r0, o0[i], w0, w1);
           if constexpr (rows > 1) {
             step(r1, o1[i], w0, w1);
@@ -154,7 +153,7 @@ constexpr auto inside = [](const int32_t* range, int64_t n, int64_t column, cons
     const __m256i exist = _mm256_cmpgt_epi32(left, lanes);
     const __m256i first = _mm256_maskload_epi32(range + column + i, exist);
     const __m256i width = _mm256_sub_epi32(_mm256_maskload_epi32(range + n + column + i, exist), first);
-    const __m256i distance = _mm256_sub_epi32(load(dot + i), first);
+    const __m256i distance = _mm256_sub_epi32(load_bits(dot + i), first);
     const __m256i is_inside = _mm256_cmpeq_epi32(_mm256_min_epu32(distance, width), distance);
     const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_and_si256(is_inside, exist)));
     found |= static_cast<uint32_t>(mask) << i;
@@ -195,7 +194,7 @@ void count_stored(const BinaryTask& task, const int32_t* const (&weight)[kTiles]
       const __m256i z = _mm256_set1_epi32(masked ? static_cast<int>(nonzero_word(task.p, at + w)) : -1);
 #pragma GCC unroll 8
       for (int i = 0; i < 2 * kTiles; ++i) {
-        __m256i x = _mm256_xor_si256(s, load(weight[i / 2] + w * kTileRows + i % 2 * 8));
+        __m256i x = _mm256_xor_si256(s, load_bits(weight[i / 2] + w * kTileRows + i % 2 * 8));
         if (masked) x = _mm256_and_si256(x, z);
         const __m256i low = _mm256_shuffle_epi8(bits, _mm256_and_si256(x, nibble));
         const __m256i high = _mm256_shuffle_epi8(bits, _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble));
@@ -207,7 +206,7 @@ void count_stored(const BinaryTask& task, const int32_t* const (&weight)[kTiles]
     for (int i = 0; i < 2 * kTiles; ++i) {
       const __m256i pairs = _mm256_maddubs_epi16(counts[i], _mm256_set1_epi8(1));
       const __m256i sums = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-      store(opposite + 8 * i, part == begin ? sums : _mm256_add_epi32(load(opposite + 8 * i), sums));
+      store_bits(opposite + 8 * i, part == begin ? sums : _mm256_add_epi32(load_bits(opposite + 8 * i), sums));
     }
   }
 }

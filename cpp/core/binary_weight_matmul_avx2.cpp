@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Float activations times 1-bit weights by table lookup (lookup_tables_avx2.h). 4 rows share the shifted bits of a
 // tile; a single row takes 4 tiles and runs at the speed of memory. Exact float32 activations.
-
 #include "binary_matmul.h"
 #include "layout.h"
 #include "lookup_tables_avx2.h"

@@ -18,8 +18,6 @@ constexpr int64_t kSpanColumns = 512;   // of a tile, that are decoded together:
 constexpr int64_t kPrefetchWords = 64;  // 4 KiB ahead
 constexpr int64_t kWordBytes = 128;     // a decoded word of 16 outputs: columns 0, 2, 4, 6 of them, then 1, 3, 5, 7
 
-__m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-
 // 16 outputs of a row: what the chunks of a group have added up to, and the groups before.
 struct Kept {
   __m256i dot_a, dot_b;
@@ -53,7 +51,7 @@ void arrange(const Task& task, int64_t row, int64_t count, int offset) {
       task.row_scale[group * task.rows + i] = task.p.row_scale[(row + i) * task.groups + group];
     }
     for (int64_t j = 0, chunk = 0; j < task.width; j += 32) {
-      const __m256i columns = _mm256_shuffle_epi8(load(q + j), order);
+      const __m256i columns = _mm256_shuffle_epi8(load_bits(q + j), order);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + j), columns);
       __m256i sums = _mm256_sub_epi16(zero, _mm256_maddubs_epi16(each, columns));
       sums = _mm256_add_epi16(sums, _mm256_shuffle_epi32(sums, 0xB1));
@@ -80,7 +78,7 @@ struct Codes {
   Values operator()(int64_t word, int half) const {
     if (half == 0) _mm_prefetch(reinterpret_cast<const char*>(tile + (word + kPrefetchWords) * kTileRows), _MM_HINT_T0);
     const auto values = [&](int i) {
-      const __m256i codes = load(tile + word * kTileRows + i);
+      const __m256i codes = load_bits(tile + word * kTileRows + i);
       const __m256i low = half == 0 ? codes : _mm256_srli_epi32(codes, 4);
       return _mm256_shuffle_epi8(table, _mm256_and_si256(low, _mm256_set1_epi8(15)));
     };
@@ -95,7 +93,7 @@ struct Panel {
 
   Values operator()(int64_t word, int half) const {
     const uint8_t* at = bytes + word * kWordBytes + half * kWordBytes / 2;
-    return {load(at), load(at + kWordBytes / 4)};
+    return {load_bits(at), load_bits(at + kWordBytes / 4)};
   }
   void advance(int64_t words) { bytes += words * kWordBytes; }
 };

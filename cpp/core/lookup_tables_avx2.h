@@ -50,7 +50,5 @@ static void build_tables(const T* x, int64_t k, int64_t rows, float* tables) {
   settle(sum);  // lookups and sum stay together; otherwise registers run out
 }
 
-static inline __m256i load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-
 }  // namespace
 }  // namespace bitmill::detail

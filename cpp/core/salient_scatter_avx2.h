@@ -16,9 +16,6 @@ inline constexpr int64_t kListSteps = 64;  // steps of a list that are decoded, 
 // What will be read 1 KiB further on in a stream.
 static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + 1024, _MM_HINT_T0); }
 
-static inline __m256i load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-static inline void store_bits(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-
 // The outputs of a tile that exist.
 static inline int64_t outputs_of_tile(const SalientWeight& w, int64_t tile) {
   const int64_t left = w.n - tile * kTileRows;
