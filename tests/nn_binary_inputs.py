@@ -51,20 +51,19 @@ def name(config: BinaryConfig) -> str:
 
 
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=name)
-# One of each graph: zero="plus", more planes, codes or groups of the same kind change a constant only.
-graphs = {
-    (
-        c.method,
-        min(c.act_bits, 2),
-        c.act_bits == 32,
-        c.weight_rule.levels,
-        c.signed,
-        c.activations,
-        c.group_size is None,
-    ): c
-    for c in CONFIGS
-    if c.zero == "torch" and c.group_size in (None, 128)
-}
+
+
+def graph_of(config: BinaryConfig) -> tuple[object, ...]:
+    """Equal for two configurations that differ in constants only: zero, number of planes, codes or groups.
+
+    Float activations have no rule, so their graph is the weight's, whatever the method is called.
+    """
+    rule = config.weight_rule
+    activation = "float" if config.act_bits == 32 else (config.method, config.act_bits == 1, config.signed)
+    return activation, rule.levels, rule.scale, rule.redistribute, config.activations, config.group_size is None
+
+
+graphs = {graph_of(c): c for c in CONFIGS if c.zero == "torch" and c.group_size in (None, 128)}
 every_graph = pytest.mark.parametrize("config", graphs.values(), ids=name)
 every_method = pytest.mark.parametrize("config", [BinaryConfig(m) for m in method_names()], ids=name)
 

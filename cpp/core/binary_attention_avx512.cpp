@@ -4,13 +4,13 @@
 // channel. Bit-equal to the generic form. Rules that need a row's largest score keep its scores, as integers,
 // meanwhile.
 #include <cstring>
-#include <memory>
 #include <type_traits>
 
 #include "avx512.h"
 #include "binary_attention_task.h"
 #include "bit_output_avx512.h"
 #include "layout.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 namespace {
@@ -335,20 +335,17 @@ void attention_rows_avx512(const AttentionTask& t, int64_t batch, int64_t first,
   const int64_t distances = looks_back ? kRows * 32 * t.map_words : 0;
   const int64_t queries = kRowsTogether * t.words, map = kRows * t.map_words;
   const int64_t keys = key_tiles(t.p.m) * t.words * kTileRows;
-  const std::unique_ptr<int32_t[]> scratch(new int32_t[static_cast<size_t>(2 * queries + map + distances)]());
+  const Scratch<int32_t> scratch(2 * queries + map + distances, 0);
   const bool weighs = t.biased && t.p.rule == AttentionRule::elastic;
-  const std::unique_ptr<double[]> weight(weighs ? new double[static_cast<size_t>(32 * t.map_words)] : nullptr);
+  const Scratch<double> weight(weighs ? 32 * t.map_words : 0);
   int32_t *q = scratch.get(), *q_nonzero = q + queries, *distance = q_nonzero + queries + map;
   uint32_t* bits = reinterpret_cast<uint32_t*>(q_nonzero + queries);
   const bool zeros = pack_queries(t, batch, first, last, t.k_zeros[batch], q, q_nonzero) || t.k_zeros[batch];
   const int32_t* k_nonzero = t.k_nonzero ? t.k_nonzero + batch * keys : nullptr;
   ValueAddend value_addend(t.p, batch);
-  std::unique_ptr<int32_t[]> ones;
-  if (zeros && !t.k_zeros[batch]) {  // only queries are 0
-    ones.reset(new int32_t[static_cast<size_t>(keys)]);
-    std::fill_n(ones.get(), keys, -1);
-    k_nonzero = ones.get();
-  }
+  const bool only_queries = zeros && !t.k_zeros[batch];
+  const Scratch<int32_t> ones(only_queries ? keys : 0, -1);
+  if (only_queries) k_nonzero = ones;
   for (int64_t row = first; row < last; row += kRows) {  // rows past the last are computed, but not written
     const int64_t rows = std::min<int64_t>(kRows, last - row), at = (row - first) * t.words;
     int32_t count[kRows] = {};

@@ -186,24 +186,24 @@ bool is_patches(const BinaryConvParams& p) {
   return p.groups == 1 && p.channels % 32 == 0 && every_pixel(p.vertical) && every_pixel(p.horizontal);
 }
 
-// What one thread works with.
-struct Scratch {
+// Room of one thread: the patches that are gathered, and their outputs.
+struct PatchRoom {
   std::unique_ptr<int32_t[]> sign, nonzero;
   std::unique_ptr<char[]> results;
 };
 
 // Output positions [first, first + count) of one group.
 void convolve(const BinaryConvParams& p, const Image& image, const Kernel& kernel, int64_t group, int64_t first,
-              int64_t count, const Scratch& scratch) {
+              int64_t count, const PatchRoom& room) {
   const int64_t k = p.k(), words = word_count(k), area = p.area(), width = p.horizontal.outputs();
   const bool gathers = !is_patches(p);
   auto* const fill = p.group_channels() % 32 == 0 ? gather<WordWriter> : gather<BitWriter>;
   int64_t sample = first / area, y = first % area / width, x = first % width;
   for (int64_t i = 0; gathers && i < count; ++i) {
     const int64_t row = (sample * p.groups + group) * p.vertical.size;
-    fill(p, image.sign.get() + row * image.row_words, image.row_words, y, x, scratch.sign.get() + i * words);
+    fill(p, image.sign.get() + row * image.row_words, image.row_words, y, x, room.sign.get() + i * words);
     if (image.nonzero) {
-      int32_t* const to = scratch.nonzero.get() + i * words;
+      int32_t* const to = room.nonzero.get() + i * words;
       if (image.nonzero_stride == 0 && !is_at_edge(p, y, x)) {
         std::copy_n(image.whole.get(), words, to);
       } else {
@@ -221,8 +221,8 @@ void convolve(const BinaryConvParams& p, const Image& image, const Kernel& kerne
   const int64_t outputs = p.n / p.groups, tile = group * outputs / kTileRows, skipped = group * outputs % kTileRows;
   const int64_t size = bytes_of(p.dtype), tiles_before = tile * words * kTileRows;
   BinaryMatmulParams product;
-  product.a = gathers ? scratch.sign.get() : image.sign.get() + first * words;
-  if (image.nonzero) product.a_nonzero = gathers ? scratch.nonzero.get() : image.nonzero.get() + first * words;
+  product.a = gathers ? room.sign.get() : image.sign.get() + first * words;
+  if (image.nonzero) product.a_nonzero = gathers ? room.nonzero.get() : image.nonzero.get() + first * words;
   product.operand = p.levels == Levels::bool_ ? Operand::bool_ : image.nonzero ? Operand::ternary : Operand::sign;
   product.weight = p.weight + tiles_before;
   product.weight_nonzero = p.weight_nonzero ? p.weight_nonzero + tiles_before : nullptr;
@@ -235,13 +235,13 @@ void convolve(const BinaryConvParams& p, const Image& image, const Kernel& kerne
   product.out_dtype = p.dtype;
   char* const out = static_cast<char*>(p.out);
   const bool in_place = p.channels_last;  // one group
-  product.out = in_place ? out + first * p.n * size : scratch.results.get();
+  product.out = in_place ? out + first * p.n * size : room.results.get();
   binary_matmul(product);  // its arguments are checked
   if (in_place) return;
   for (int64_t i = 0; i < count;) {  // a sample's positions lie side by side
     const int64_t sample = (first + i) / area, position = (first + i) % area,
                   rows = std::min(count - i, area - position);
-    kernel.store_planes(p.dtype, scratch.results.get() + i * product.n * size, rows, product.n, skipped, outputs,
+    kernel.store_planes(p.dtype, room.results.get() + i * product.n * size, rows, product.n, skipped, outputs,
                         out + ((sample * p.n + group * outputs) * area + position) * size, area);
     i += rows;
   }
@@ -270,13 +270,13 @@ Status binary_conv(const BinaryConvParams& p) {
   split(p.parallel_for, ceil_div(positions, detail::kPatches), cost, [&](int64_t begin, int64_t end) {
     const int64_t rows = std::min(positions, detail::kPatches);
     const int64_t outputs = p.n / p.groups + kTileRows;
-    const detail::Scratch scratch{detail::words_for(rows * words),
-                                  image.nonzero ? detail::words_for(rows * words) : nullptr,
-                                  std::unique_ptr<char[]>(new char[rows * outputs * bytes_of(p.dtype)])};
+    const detail::PatchRoom room{detail::words_for(rows * words),
+                                 image.nonzero ? detail::words_for(rows * words) : nullptr,
+                                 std::unique_ptr<char[]>(new char[rows * outputs * bytes_of(p.dtype)])};
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * detail::kPatches, count = std::min(rows, positions - first);
       for (int64_t group = 0; group < p.groups; ++group) {
-        detail::convolve(p, image, kernel, group, first, count, scratch);
+        detail::convolve(p, image, kernel, group, first, count, room);
       }
     }
   });

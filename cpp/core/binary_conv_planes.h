@@ -6,6 +6,7 @@
 #include "binary_conv.h"
 #include "bit_stream.h"
 #include "layout.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 
@@ -38,7 +39,7 @@ static int64_t pack_planes(const BinaryConvParams& p, const T* x, int64_t sample
   const int64_t c = p.group_channels(), width = p.horizontal.size, words = word_count(c);
   const int64_t plane = p.vertical.size * width, first = group * c;
   const T* row = x + (sample * p.channels + first) * plane + y * width;
-  uint32_t* const blocks = new uint32_t[static_cast<size_t>(2 * words * kPixels)];  // [plane of bits][word][pixel]
+  const Scratch<uint32_t> blocks(2 * words * kPixels);  // [plane of bits][word][pixel]
   uint32_t* const nonzero_blocks = blocks + words * kPixels;
   BitWriter sign_writer{sign}, nonzero_writer{nonzero};
   int64_t present = 0;
@@ -71,7 +72,6 @@ static int64_t pack_planes(const BinaryConvParams& p, const T* x, int64_t sample
   }
   sign_writer.finish();
   if constexpr (levels == Levels::sign) nonzero_writer.finish();
-  delete[] blocks;
   return levels == Levels::sign ? width * c - present : 0;
 }
 

@@ -256,12 +256,11 @@ void multiply_prepared(const BinaryTask& task, int64_t begin, int64_t end, Outpu
 
 void binary_matmul_tiles_avx2(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
   if (p.weight_nonzero || p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
-  const BinaryTask task = make_task(p);
+  const BinaryTask task(p);
   OutputBlock<kColumns> outputs;
   const Scratch<float> scale(task.groups * kColumns);
   outputs.scale = scale;
   (p.m < kFewRows ? multiply_stored : multiply_prepared)(task, begin, end, outputs);
-  delete[] task.present;
 }
 
 }  // namespace bitmill::detail

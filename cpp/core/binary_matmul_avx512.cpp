@@ -8,6 +8,7 @@
 #include "bit_output_avx512.h"
 #include "cpu.h"
 #include "layout.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 namespace {
@@ -345,10 +346,9 @@ bool is_short(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
   return has_int8_dot() && p.dot && p.operand == Operand::sign && word_count(p.k) <= 2 && whole && p.m > 0;
 }
 
-// [m, groups]: columns of the group where the activation is not 0. The caller deletes it.
-int32_t* count_present(const BinaryMatmulParams& p, int64_t groups, int64_t group_words) {
+// present[m, groups]: columns of the group where the activation is not 0.
+void count_present(const BinaryMatmulParams& p, int64_t groups, int64_t group_words, int32_t* present) {
   const int64_t words = word_count(p.k);
-  int32_t* present = new int32_t[p.m * groups];
   for (int64_t row = 0; row < p.m; ++row) {
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t from = group * group_words, to = from + group_words < words ? from + group_words : words;
@@ -361,7 +361,6 @@ int32_t* count_present(const BinaryMatmulParams& p, int64_t groups, int64_t grou
       present[row * groups + group] = static_cast<int32_t>(count);
     }
   }
-  return present;
 }
 
 }  // namespace
@@ -373,9 +372,11 @@ void binary_matmul_tiles_avx512(const BinaryMatmulParams& p, int64_t begin, int6
   const int64_t group_words = p.group_size > 0 && !p.dot && !p.bits.sign ? p.group_size / 32 : words;
   const int64_t groups = ceil_div(words, group_words);
   const bool plain = groups == 1 && !p.bits.sign && (p.dot || p.out_dtype == Dtype::f32);
-  int32_t* present = plain && p.operand == Operand::sign ? nullptr : count_present(p, groups, group_words);
+  const bool counts = !plain || p.operand != Operand::sign;
+  const Scratch<int32_t> present(counts ? p.m * groups : 0);
+  if (counts) count_present(p, groups, group_words, present);
   const bool far = plain && (words >= kShortWords || p.m * p.n * 4 > kNearBytes);
-  const Task task{p, words, groups, group_words, present, plain, far};
+  const Task task{p, words, groups, group_words, counts ? present.get() : nullptr, plain, far};
   for (int64_t row = 0; row < p.m; row += kRowChunk) {
     const int64_t last = row + kRowChunk < p.m ? row + kRowChunk : p.m;
     int64_t tile = begin, left = end - begin;
@@ -385,7 +386,6 @@ void binary_matmul_tiles_avx512(const BinaryMatmulParams& p, int64_t begin, int6
     if (left == 2) columns<2>(task, tile, row, last);
     if (left == 1) columns<1>(task, tile, row, last);
   }
-  delete[] present;
 }
 
 }  // namespace bitmill::detail

@@ -106,9 +106,10 @@ void block(const BinaryTask& task, const OutputBlock<kColumns>& outputs, int64_t
 
 void binary_matmul_tiles_neon(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
   if (p.weight_nonzero || p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
-  const BinaryTask task = make_task(p);
+  const BinaryTask task(p);
   OutputBlock<kColumns> outputs;
-  outputs.scale = new float[task.groups * kColumns];
+  const Scratch<float> scale(task.groups * kColumns);
+  outputs.scale = scale;
   for (int64_t tile = begin; tile < end; ++tile) {
     load_block(task, tile, end, outputs);
     const uint32_t* weight = reinterpret_cast<const uint32_t*>(p.weight + tile * task.words * kTileRows);
@@ -116,8 +117,6 @@ void binary_matmul_tiles_neon(const BinaryMatmulParams& p, int64_t begin, int64_
     for (; row + 4 <= p.m; row += 4) block<4>(task, outputs, row, weight);
     for (; row < p.m; ++row) block<1>(task, outputs, row, weight);
   }
-  delete[] outputs.scale;
-  delete[] task.present;
 }
 
 }  // namespace bitmill::detail

@@ -10,18 +10,26 @@
 #include "binary_matmul.h"
 #include "bit_output.h"
 #include "layout.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 
+namespace {
+
 struct BinaryTask {
+  explicit BinaryTask(const BinaryMatmulParams& p);
+
   const BinaryMatmulParams& p;
-  int64_t words, groups, group_words;
-  int32_t* present;  // [m, groups]: the columns of the group where the activation is not 0
+  int64_t words, group_words, groups;
+  Scratch<int32_t> present;  // [m, groups]: the columns of the group where the activation is not 0
+
   int64_t group_end(int64_t group) const {
     const int64_t end = (group + 1) * group_words;
     return end < words ? end : words;
   }
 };
+
+}  // namespace
 
 template <int columns>
 struct OutputBlock {
@@ -36,25 +44,24 @@ static inline uint32_t nonzero_word(const BinaryMatmulParams& p, int64_t word) {
   return static_cast<uint32_t>(p.operand == Operand::ternary ? p.a_nonzero[word] : p.a[word]);
 }
 
-// The caller deletes `present`.
-static inline BinaryTask make_task(const BinaryMatmulParams& p) {
-  const int64_t words = word_count(p.k);
-  const int64_t group_words = p.group_size > 0 && !p.dot && !p.bits.sign ? p.group_size / 32 : words;
-  const int64_t groups = ceil_div(words, group_words);
-  const BinaryTask task{p, words, groups, group_words, new int32_t[p.m * groups]};
+inline BinaryTask::BinaryTask(const BinaryMatmulParams& p)
+    : p(p),
+      words(word_count(p.k)),
+      group_words(p.group_size > 0 && !p.dot && !p.bits.sign ? p.group_size / 32 : words),
+      groups(ceil_div(words, group_words)),
+      present(p.m * groups) {
   for (int64_t row = 0; row < p.m; ++row) {
     for (int64_t group = 0; group < groups; ++group) {
-      const int64_t begin = group * group_words, end = task.group_end(group);
+      const int64_t begin = group * group_words, end = group_end(group);
       int64_t count = 0;
       if (p.operand == Operand::sign) {  // the pad of both operands is 0, so it is never opposite
         count = (32 * end < p.k ? 32 * end : p.k) - 32 * begin;
       } else {
         for (int64_t w = begin; w < end; ++w) count += __builtin_popcount(nonzero_word(p, row * words + w));
       }
-      task.present[row * groups + group] = static_cast<int32_t>(count);
+      present[row * groups + group] = static_cast<int32_t>(count);
     }
   }
-  return task;
 }
 
 // The block that begins with `tile`. Tiles from `end` on belong to somebody else.

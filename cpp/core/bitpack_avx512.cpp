@@ -5,6 +5,7 @@
 #include "avx512.h"
 #include "bitpack.h"
 #include "layout.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 namespace {
@@ -53,7 +54,8 @@ template <Levels levels, class T>
 void pack_rows(const BitpackParams& p, const T* x, int64_t begin, int64_t end) {
   const int64_t words = word_count(p.k);
   const __m512 threshold = _mm512_set1_ps(p.threshold);
-  float* magnitudes = p.mean ? new float[std::bit_ceil(static_cast<uint64_t>(p.k)) + 32] : nullptr;
+  const Scratch<float> room(p.mean ? static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(p.k))) + 32 : 0);
+  float* const magnitudes = p.mean ? room.get() : nullptr;
   for (int64_t row = begin; row < end; ++row) {
     const T* input = x + row * p.row_stride;
     int32_t* sign_row = p.sign + row * words;
@@ -95,7 +97,6 @@ void pack_rows(const BitpackParams& p, const T* x, int64_t begin, int64_t end) {
     if (p.count) p.count[row] = static_cast<int32_t>(count);
     if (magnitudes) p.mean[row] = mean_by_halves_avx512(magnitudes, p.k);
   }
-  delete[] magnitudes;
 }
 
 }  // namespace

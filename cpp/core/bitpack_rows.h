@@ -6,6 +6,7 @@
 
 #include "bitpack.h"
 #include "layout.h"
+#include "scratch.h"
 
 namespace bitmill::detail {
 
@@ -19,7 +20,8 @@ template <class Set, Levels levels, class T>
 static void pack_rows(const BitpackParams& p, const T* x, int64_t begin, int64_t end) {
   const int64_t words = word_count(p.k), whole = p.k / 32, left = p.k % 32;
   // as much as mean_by_halves needs, and room to write the last word whole
-  float* magnitudes = p.mean ? new float[2 * static_cast<size_t>(p.k) + 32] : nullptr;
+  const Scratch<float> room(p.mean ? 2 * p.k + 32 : 0);
+  float* const magnitudes = p.mean ? room.get() : nullptr;
   float last_shift[32] = {};
   if (p.shift && left > 0) std::memcpy(last_shift, p.shift + 32 * whole, static_cast<size_t>(left) * sizeof(float));
   for (int64_t row = begin; row < end; ++row) {
@@ -45,7 +47,6 @@ static void pack_rows(const BitpackParams& p, const T* x, int64_t begin, int64_t
     if (p.count) p.count[row] = static_cast<int32_t>(count);
     if (magnitudes) p.mean[row] = mean_by_halves(magnitudes, p.k);
   }
-  delete[] magnitudes;
 }
 
 template <class Set>
