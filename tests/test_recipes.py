@@ -56,16 +56,18 @@ def test_masked_similarities_count_as_zero() -> None:
     assert distillation.similarity_loss([masked], [t]) == distillation.similarity_loss([zero], [t])
 
 
-def test_bert_adam_is_the_published_step() -> None:
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_bert_adam_is_the_published_step(bias_correction: bool) -> None:
     p = nn.Parameter(torch.randn(7, 300))
-    optimizer = BertAdam([p], lr=0.01, weight_decay=0.1)
+    optimizer = BertAdam([p], lr=0.01, weight_decay=0.1, bias_correction=bias_correction)
     want, m, v = p.detach().double(), torch.zeros(7, 300).double(), torch.zeros(7, 300).double()
-    for scale in (0.001, 1.0, 30.0):
+    for step, scale in enumerate((0.001, 1.0, 30.0), 1):
         p.grad = torch.randn_like(p) * scale
         g = p.grad.double()
         g = g * min(1.0, 1.0 / (g.norm().item() + 1e-6))
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        want = want - 0.01 * (m / (v.sqrt() + 1e-6) + 0.1 * want)
+        c = (1 - 0.999**step) ** 0.5 / (1 - 0.9**step) if bias_correction else 1
+        want = want - 0.01 * (c * m / (v.sqrt() + 1e-6) + 0.1 * want)
         optimizer.step()
         torch.testing.assert_close(p.detach(), want.float(), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="lr=-1"):

@@ -102,13 +102,14 @@ def train(
     folder: str | Path | None = None,
     epochs: float | None = None,
     step_lr: float | None = None,
+    bias_correction: bool = False,
 ) -> dict[str, float]:
     """Train and leave the model with the parameters of its best evaluation, in eval mode."""
     train_split, dev = examples
     batches = Batches(len(train_split.ids), args.batch_size, args.seed, train_split.lengths)
     steps = round((args.epochs if epochs is None else epochs) * len(batches))
     model.to(args.device)
-    optimizer = BertAdam(parameter_groups(model, step_lr=step_lr), args.lr)
+    optimizer = BertAdam(parameter_groups(model, step_lr=step_lr), args.lr, bias_correction=bias_correction)
     run = Run(folder or args.out, model, optimizer, linear_schedule(optimizer, steps))
     pad = model.config.pad_token_id
     result = fit(

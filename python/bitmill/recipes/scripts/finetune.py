@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -19,6 +20,12 @@ from .common import Batch, load_model, model_folder, parser, read_splits, start,
 def main(argv: list[str] | None = None) -> int:
     p = parser("Fine-tune a pretrained BERT on a GLUE task in full precision.", lr=5e-5, epochs=2)
     p.add_argument("--model", required=True, help="folder of a pretrained model, or a wheel that has one")
+    p.add_argument(
+        "--bias-correction",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of Adam: without it tasks of few examples, such as MRPC and CoLA, often end at the most frequent class",
+    )
     args = p.parse_args(argv)
     task = start(args)
     model, tokenizer = load_model(model_folder(args.model, args.out), task)
@@ -31,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             return nn.functional.cross_entropy(logits, labels)
         return nn.functional.mse_loss(logits.squeeze(-1), labels)
 
-    result = train(args, task, model, loss, examples)
+    result = train(args, task, model, loss, examples, bias_correction=args.bias_correction)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     strict_json.write(Path(args.out) / "result.json", result)
