@@ -19,6 +19,8 @@ CONFIGS = [
     BinaryConfig("xnor", group_size=64),
 ]
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=repr)
+rules = {(binarize.method(c.method).embedding, c.group_size is None): c for c in CONFIGS}
+every_rule = pytest.mark.parametrize("config", rules.values(), ids=repr)
 IDS = torch.tensor([[0, 3, 3], [16, 17, 22]])
 
 
@@ -87,7 +89,7 @@ def test_copies_state_and_meta(config: BinaryConfig) -> None:
     assert torch.equal(empty(IDS), packed(IDS))
 
 
-@every_config
+@every_rule
 def test_compile_and_export(config: BinaryConfig) -> None:
     torch._dynamo.reset()
     for layer in (table(config).eval(), table(config).pack()):
