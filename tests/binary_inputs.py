@@ -21,11 +21,11 @@ def values(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def tiles(n: int, k: int, zeros: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weight tiles, tiles of their nonzero bits or None, and the same weight as int8 [n, k]."""
-    signs = torch.randint(2, (n, k)) * 2 - 1
+    signs = torch.randint(2, (n, k), dtype=torch.int8) * 2 - 1
     if zeros:
-        signs = signs * (torch.rand(n, k) < 0.8)
-    planes = [ops.tile_pack(plane.to(torch.uint8), 1) for plane in (signs > 0, signs != 0)]
-    return planes[0], planes[1] if zeros else None, signs.to(torch.int8)
+        signs *= torch.rand(n, k) < 0.8
+    plus, nonzero = (ops.tile_pack(plane.to(torch.uint8), 1) for plane in (signs > 0, signs != 0))
+    return plus, nonzero if zeros else None, signs
 
 
 def linear_arguments(
