@@ -121,8 +121,10 @@ static inline __m256i in_order(__m256i bytes) {
   return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
-// The same to nibbles: 8 vectors, the lowest bits first, `next` bytes apart.
-static inline void split_nibbles(__m256i a, __m256i b, __m256i c, __m256i d, uint8_t* out, int64_t next) {
+// 16 words each from `first` and `second` on to nibbles: 8 vectors, the lowest bits first, `next` bytes apart, in the
+// order of split_bytes.
+static inline void split_nibbles(const int32_t* first, const int32_t* second, uint8_t* out, int64_t next) {
+  const __m256i a = load_bits(first), b = load_bits(first + 8), c = load_bits(second), d = load_bits(second + 8);
   split_bytes(a, b, c, d, [&](int byte, __m256i bytes) {
     const __m256i nibble = _mm256_set1_epi8(15), high = _mm256_srli_epi16(bytes, 4);
     store_bits(out + 2 * byte * next, _mm256_and_si256(bytes, nibble));

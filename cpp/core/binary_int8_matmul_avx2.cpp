@@ -86,18 +86,13 @@ void make_tables(const Task& task, int64_t row, int64_t count) {
   }
 }
 
-// A word of two tiles to 8 vectors of nibbles, kColumns bytes apart, in the order of split_bytes.
-void split_word(const int32_t* first, const int32_t* second, uint8_t* out) {
-  split_nibbles(load_bits(first), load_bits(first + 8), load_bits(second), load_bits(second + 8), out, kColumns);
-}
-
 void split_tiles(const Task& task, int64_t tile, int64_t first, int64_t last) {
   const auto at = [&](int64_t t) { return task.p.weight + (t < task.end ? t : task.end - 1) * task.words * kTileRows; };
   const int32_t *w0 = at(tile), *w1 = at(tile + 1), *w2 = at(tile + 2), *w3 = at(tile + 3);
   uint8_t* nibbles = task.nibbles;
   for (int64_t w = first * kTileRows; w < last * kTileRows; w += kTileRows, nibbles += 8 * kColumns) {
-    split_word(w0 + w, w1 + w, nibbles);
-    split_word(w2 + w, w3 + w, nibbles + 32);
+    split_nibbles(w0 + w, w1 + w, nibbles, kColumns);
+    split_nibbles(w2 + w, w3 + w, nibbles + 32, kColumns);
   }
 }
 

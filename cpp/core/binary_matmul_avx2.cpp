@@ -56,17 +56,12 @@ void make_offsets(const BinaryMatmulParams& p, int64_t begin, int64_t end, uint1
   }
 }
 
-// A word of two tiles to 8 vectors of nibbles, kColumns bytes apart, in the order of split_bytes.
-void split_word(const int32_t* first, const int32_t* second, uint8_t* out) {
-  split_nibbles(load_bits(first), load_bits(first + 8), load_bits(second), load_bits(second + 8), out, kColumns);
-}
-
 void split_tiles(const BinaryTask& task, int64_t tile, int64_t end, uint8_t* nibbles) {
   const auto at = [&](int64_t t) { return task.p.weight + (t < end ? t : end - 1) * task.words * kTileRows; };
   const int32_t *w0 = at(tile), *w1 = at(tile + 1), *w2 = at(tile + 2), *w3 = at(tile + 3);
   for (int64_t w = 0; w < task.words; ++w, nibbles += 8 * kColumns) {
-    split_word(w0 + w * kTileRows, w1 + w * kTileRows, nibbles);
-    split_word(w2 + w * kTileRows, w3 + w * kTileRows, nibbles + 32);
+    split_nibbles(w0 + w * kTileRows, w1 + w * kTileRows, nibbles, kColumns);
+    split_nibbles(w2 + w * kTileRows, w3 + w * kTileRows, nibbles + 32, kColumns);
   }
 }
 
