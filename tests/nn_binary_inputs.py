@@ -56,7 +56,8 @@ every_config = pytest.mark.parametrize("config", CONFIGS, ids=name)
 def graph_of(config: BinaryConfig) -> tuple[object, ...]:
     """Equal for two configurations that differ in constants only: zero, number of planes, codes or groups.
 
-    Float activations have no rule, so their graph is the weight's, whatever the method is called.
+    Float activations have no rule, so their methods are told apart by the weight's levels and scale. What else a weight
+    has, its centre and its window, is in the graph of the method's own activations.
     """
     rule = config.weight_rule
     activation = "float" if config.act_bits == 32 else (config.method, config.act_bits == 1, config.signed)
