@@ -15,6 +15,7 @@ from bitmill.nn import BinaryLinear
 from bitmill.ops._surrogates import SURROGATES, surrogate_slope
 
 EDGES = torch.tensor([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 2.0, 1 + 1e-6, float("nan"), float("inf")])
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
@@ -25,6 +26,16 @@ def test_gradient_is_the_slope_of_the_surrogate(function, surrogate: str) -> Non
     function(x, surrogate).backward(g)
     want = g * surrogate_slope(EDGES, surrogate)
     assert torch.equal(x.grad.nan_to_num(-1), want.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("surrogate", ["clip", "clip_open", "unit"])
+def test_windows_end_at_one_to_the_last_bit(surrogate: str, dtype: torch.dtype) -> None:
+    ends = torch.tensor([0.0, -1.0, 1.0], dtype=dtype)
+    around = [torch.nextafter(ends, torch.tensor(to, dtype=dtype)) for to in (-torch.inf, torch.inf)]
+    x = leaf(torch.cat([ends, *around]))
+    binarize.sign(x, surrogate).sum().backward()
+    assert torch.equal(x.grad, surrogate_slope(x.detach(), surrogate))
 
 
 def test_levels_at_the_edges() -> None:

@@ -66,8 +66,9 @@ def test_bert_adam_is_the_published_step(bias_correction: bool) -> None:
         g = p.grad.double()
         g = g * min(1.0, 1.0 / (g.norm().item() + 1e-6))
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        c = (1 - 0.999**step) ** 0.5 / (1 - 0.9**step) if bias_correction else 1
-        want = want - 0.01 * (c * m / (v.sqrt() + 1e-6) + 0.1 * want)
+        corrected = (1 - 0.9**step, 1 - 0.999**step) if bias_correction else (1, 1)
+        update = m / corrected[0] / ((v / corrected[1]).sqrt() + 1e-6)
+        want = want - 0.01 * (update + 0.1 * want)
         optimizer.step()
         torch.testing.assert_close(p.detach(), want.float(), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="lr=-1"):
@@ -80,9 +81,14 @@ def test_bert_adam_takes_parameters_of_any_layout() -> None:
         turned.copy_(whole.T)
     turned.data = turned.data.T.contiguous().T
     grad = torch.randn(5, 9)
-    whole.grad, turned.grad = grad.clone(), grad.T.clone()
-    BertAdam([whole, turned], lr=0.1).step()
-    torch.testing.assert_close(whole.detach(), turned.detach().T)
+    optimizer = BertAdam([whole, turned], lr=0.1)
+    for layout in (torch.preserve_format, torch.contiguous_format):
+        whole.grad, turned.grad = grad.clone(), grad.T.clone(memory_format=layout)
+        optimizer.step()
+        torch.testing.assert_close(whole.detach(), turned.detach().T)
+    with pytest.raises(ValueError, match=r"no gaps in memory, got shape \[5, 4\] with strides \(9, 2\)"):
+        optimizer.add_param_group({"params": nn.Parameter(torch.randn(5, 9)[:, :8:2])})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_groups_and_schedule() -> None:

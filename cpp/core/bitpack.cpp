@@ -3,6 +3,7 @@
 #include "bitpack.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
 #include <vector>
@@ -104,36 +105,85 @@ BitpackParams rows_of(BitpackParams p, int64_t begin, int64_t end) {
   return p;
 }
 
+namespace {
+
+constexpr uint64_t kLowestBits = 0x0101010101010101;
+
+// Byte j is bit j.
+constexpr std::array<uint64_t, 256> kBytesOfBits = [] {
+  std::array<uint64_t, 256> bytes{};
+  for (uint64_t b = 0; b < 256; ++b) {
+    for (int j = 0; j < 8; ++j) bytes[b] |= (b >> j & 1) << (8 * j);
+  }
+  return bytes;
+}();
+
+uint32_t byte_of(uint32_t word, int i) { return word >> (8 * i) & 0xff; }
+
+// Writes the `count` values of a word (at most 32), eight bytes at a time: `eight(i)` are values 8 i to 8 i + 7.
+template <class T, class Eight>
+void spread(T* out, int64_t count, Eight eight) {
+  const int whole = static_cast<int>(count / 8);
+  const auto put = [&](int i, size_t size) {
+    const uint64_t bytes = eight(i);
+    std::memcpy(out + 8 * i, &bytes, size);
+  };
+  if (whole == 4) {  // unrolled: nearly every word
+    for (int i = 0; i < 4; ++i) put(i, 8);
+    return;
+  }
+  for (int i = 0; i < whole; ++i) put(i, 8);
+  if (count % 8 > 0) put(whole, static_cast<size_t>(count % 8));
+}
+
+}  // namespace
+
 Status bitunpack(const int32_t* sign, const int32_t* nonzero, int64_t m, int64_t k, int8_t* values) {
   if (m < 0 || k < 0 || k > kMaxColumns) return Status::bad_size;
   const int64_t words = word_count(k);
   for (int64_t row = 0; row < m; ++row) {
-    for (int64_t column = 0; column < k; ++column) {
-      const int64_t word = row * words + column / 32;
-      const int bit = static_cast<int>(column % 32);
-      const int value = 2 * static_cast<int>((static_cast<uint32_t>(sign[word]) >> bit) & 1u) - 1;
-      const bool present = !nonzero || ((static_cast<uint32_t>(nonzero[word]) >> bit) & 1u);
-      values[row * k + column] = static_cast<int8_t>(present ? value : 0);
+    for (int64_t w = 0; w < words; ++w) {
+      const uint32_t plus = static_cast<uint32_t>(sign[row * words + w]);
+      const uint32_t present = nonzero ? static_cast<uint32_t>(nonzero[row * words + w]) : ~0u;
+      spread(values + row * k + 32 * w, std::min<int64_t>(k - 32 * w, 32), [&](int i) {
+        const uint64_t minus_or_plus = ~(kBytesOfBits[byte_of(plus, i)] * 0xfe);  // 0 becomes -1, 1 becomes 1
+        return minus_or_plus & (kBytesOfBits[byte_of(present, i)] * 0xff);
+      });
     }
   }
   return Status::ok;
 }
 
+namespace {
+
+// The lowest `bits` of each of up to values_per_word(bits) codes, as one word.
+uint32_t word_of_codes(const uint8_t* codes, int64_t count, int bits) {
+  uint32_t word = 0;
+  if (bits == 1 && count == 32) {
+    for (int i = 0; i < 4; ++i) {  // eight bytes to eight bits: byte j is shifted to bit 56 + j
+      uint64_t bytes;
+      std::memcpy(&bytes, codes + 8 * i, sizeof(bytes));
+      word |= static_cast<uint32_t>(((bytes & kLowestBits) * 0x0102040810204080) >> 56) << (8 * i);
+    }
+    return word;
+  }
+  const uint32_t mask = (1u << bits) - 1;
+  for (int64_t v = 0; v < count; ++v) word |= (codes[v] & mask) << (bits * v);
+  return word;
+}
+
+}  // namespace
+
 Status tile_pack(const uint8_t* codes, int64_t n, int64_t k, int bits, int32_t* tiles) {
   if (n < 0 || k < 0 || k > kMaxColumns) return Status::bad_size;
   if (bits != 1 && bits != 4 && bits != 8) return Status::bad_argument;
   const int64_t words = word_count(k, bits), values = values_per_word(bits);
-  const uint32_t mask = (1u << bits) - 1;
-  for (int64_t tile = 0; tile < tile_count(n); ++tile) {
+  for (int64_t row = 0; row < tile_count(n) * kTileRows; ++row) {
+    int32_t* lane = tiles + (row / kTileRows) * words * kTileRows + row % kTileRows;
     for (int64_t w = 0; w < words; ++w) {
-      for (int64_t lane = 0; lane < kTileRows; ++lane) {
-        const int64_t row = kTileRows * tile + lane;
-        uint32_t word = 0;
-        for (int64_t v = 0; row < n && v < values && values * w + v < k; ++v) {
-          word |= (codes[row * k + values * w + v] & mask) << (bits * v);
-        }
-        tiles[(tile * words + w) * kTileRows + lane] = static_cast<int32_t>(word);
-      }
+      const int64_t count = row < n ? std::min(k - values * w, values) : 0;
+      const uint32_t word = count > 0 ? word_of_codes(codes + row * k + values * w, count, bits) : 0;
+      lane[w * kTileRows] = static_cast<int32_t>(word);
     }
   }
   return Status::ok;
@@ -146,9 +196,15 @@ Status tile_unpack(const int32_t* tiles, int64_t n, int64_t k, int bits, uint8_t
   const uint32_t mask = (1u << bits) - 1;
   for (int64_t row = 0; row < n; ++row) {
     const int32_t* lane = tiles + (row / kTileRows) * words * kTileRows + row % kTileRows;
-    for (int64_t column = 0; column < k; ++column) {
-      const uint32_t word = static_cast<uint32_t>(lane[(column / values) * kTileRows]);
-      codes[row * k + column] = static_cast<uint8_t>((word >> (bits * (column % values))) & mask);
+    for (int64_t w = 0; w < words; ++w) {
+      const uint32_t word = static_cast<uint32_t>(lane[w * kTileRows]);
+      const int64_t count = std::min(k - values * w, values);
+      uint8_t* const out = codes + row * k + values * w;
+      if (bits == 1) {
+        spread(out, count, [&](int i) { return kBytesOfBits[byte_of(word, i)]; });
+        continue;
+      }
+      for (int64_t v = 0; v < count; ++v) out[v] = static_cast<uint8_t>((word >> (bits * v)) & mask);
     }
   }
   return Status::ok;

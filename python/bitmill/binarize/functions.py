@@ -132,17 +132,18 @@ def elastic_alpha(x: Tensor, bits: int = 1, signed: bool = True) -> Tensor:
 
 
 class _WeightSign(torch.autograd.Function):
-    """scale * sgn(centred), with the surrogate window on `centred`."""
+    """scale * sgn(centred), with the surrogate window on `centred`; and the signs alone."""
 
     @staticmethod
-    def forward(ctx: Any, centred: Tensor, scale: Tensor, surrogate: str, carries_scale: bool) -> Tensor:
+    def forward(ctx: Any, centred: Tensor, scale: Tensor, surrogate: str, carries_scale: bool) -> tuple[Tensor, Tensor]:
         signs = torch.sign(centred)
         planes = keep_levels(signs) if ctx.needs_input_grad[1] else (None, None)
         ctx.save_for_backward(scale if carries_scale else None, *planes, *keep_slope(ctx, centred, surrogate))
-        return scale * signs
+        ctx.mark_non_differentiable(signs)
+        return scale * signs, signs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         scale, sign, nonzero, *slope = ctx.saved_tensors
         grad_centred = times_slope(ctx, grad, slope)
         if scale is not None:
@@ -189,8 +190,8 @@ def binarize_weight(
         return _residual_planes(latent, scale, rule)
     columns = columns_of_groups(scale, k, group_size)
     if rule.levels == "sign" and terms is None:
-        value = _WeightSign.apply(latent, columns.expand(n, k), rule.surrogate, rule.carries_scale)
-        return BinarizedWeight(value, torch.sign(latent.detach()), scale)
+        value, signs = _WeightSign.apply(latent, columns.expand(n, k), rule.surrogate, rule.carries_scale)
+        return BinarizedWeight(value, signs, scale)
     levels = weight_levels(latent.detach(), columns, rule)
     value = with_slope(latent, columns * levels, level_slope(latent.detach(), columns, rule, terms))
     signs, scale = planes_of(levels, scale, rule)
@@ -201,9 +202,10 @@ def _residual_planes(latent: Tensor, scale: Tensor, rule: WeightRule) -> Binariz
     """Each plane binarises what the ones before leave, and gradients flow through what they leave (BinaryDM)."""
     rest, values, signs = latent, [], []
     for s in scale.unbind(1):
-        values.append(_WeightSign.apply(rest, s.unsqueeze(1).expand_as(rest), rule.surrogate, rule.carries_scale))
-        signs.append(torch.sign(rest.detach()))
-        rest = rest - values[-1]
+        value, sign_ = _WeightSign.apply(rest, s.unsqueeze(1).expand_as(rest), rule.surrogate, rule.carries_scale)
+        values.append(value)
+        signs.append(sign_)
+        rest = rest - value
     return BinarizedWeight(torch.stack(values).sum(0), torch.cat(signs, 1), scale, len(signs) == 1)
 
 

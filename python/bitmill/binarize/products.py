@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import binary_matmul, binary_weight_linear, tile_pack
+from ..ops import binary_matmul, binary_weight_linear, bitpack
 from ..ops._groups import columns_of_groups
 from ..ops._library import has_compiled_kernel, without_autocast
 from ..ops.binary_matmul import canonical_linear, int8_levels, unpack_signs
+from ..ops.bitpack import tiles_of_rows
 from .functions import BinarizedWeight
 from .saved import keep_levels, keep_slope, kept_levels, times_slope
 
@@ -71,7 +72,7 @@ class _ExactLinear(torch.autograd.Function):
                 del value  # before as large a gradient comes
             if need_x:
                 columns = columns_of_groups(scale, ctx.w_shape[1], ctx.group_size)
-                grad_x = grad @ (columns * unpack_signs(signs, w_nonzero, *ctx.w_shape))
+                grad_x = grad @ unpack_signs(signs, w_nonzero, *ctx.w_shape).mul_(columns)
                 if ctx.window:
                     grad_x = times_slope(ctx, grad_x if rows is None else grad_x.mul_(rows), slope, owned=True)
         return grad_x, grad_w, flat.sum(0) if need_bias else None, *[None] * 7
@@ -79,10 +80,10 @@ class _ExactLinear(torch.autograd.Function):
 
 def _tiles(signs: Tensor) -> tuple[Tensor, Tensor | None]:
     """Planes of a weight: signs, and nonzeros unless it is known that there is no 0."""
-    plane = tile_pack((signs > 0).to(torch.uint8), 1)
-    if signs.device.type == "cpu" and not torch.compiler.is_compiling() and signs.all():
-        return plane, None
-    return plane, tile_pack((signs != 0).to(torch.uint8), 1)
+    plane, nonzero, present, _ = bitpack(signs)
+    if signs.device.type == "cpu" and not torch.compiler.is_compiling() and (present == signs.shape[1]).all():
+        return tiles_of_rows(plane), None
+    return tiles_of_rows(plane), tiles_of_rows(nonzero)
 
 
 def _packed_forward(level: Tensor) -> bool:
@@ -146,7 +147,7 @@ class _WeightLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, *tiles = ctx.saved_tensors
         columns = columns_of_groups(scale, ctx.w_shape[1], ctx.group_size)
-        value = columns * unpack_signs(tiles[0], tiles[1], *ctx.w_shape)
+        value = unpack_signs(tiles[0], tiles[1], *ctx.w_shape).mul_(columns)
         return *linear_gradients(ctx, grad, x, value), None, None
 
 

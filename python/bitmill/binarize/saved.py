@@ -17,6 +17,7 @@ from ..ops import bitpack, bitunpack
 from ..ops._surrogates import surrogate_slope
 
 WINDOWS = ("clip", "clip_open", "unit")  # surrogates whose slope is 0 or 1
+BELOW_ONE, ABOVE_ONE = 1 - 2**-24, 1 + 2**-23  # the neighbours of 1 in float32
 CHUNK = 1 << 18  # elements that are floats at a time on their way to bits or back
 
 
@@ -48,8 +49,17 @@ def keep_slope(ctx: Any, x: Tensor, surrogate: str) -> tuple[Tensor, ...]:
     if surrogate == "identity":
         return ()
     if surrogate in WINDOWS:
-        return (torch.cat([keep_flags(surrogate_slope(part, surrogate) != 0) for part in _rows(x)]),)
+        return (torch.cat([_keep_window(part, surrogate) for part in _rows(x)]),)
     return (x,)
+
+
+def _keep_window(x: Tensor, surrogate: str) -> Tensor:
+    """`keep_flags` of where the slope is 1; |x| is compared as it is packed, which takes no tensor of flags."""
+    if surrogate == "clip" and x.dtype != torch.float64:  # |x| <= 1, not at NaN
+        return bitpack(x.abs().neg_(), None, "bool", -ABOVE_ONE)[0]
+    if surrogate == "clip_open" and x.dtype != torch.float64:  # not |x| >= 1, so at NaN, too
+        return bitpack(x.abs(), None, "bool", BELOW_ONE)[0].bitwise_not_()
+    return keep_flags(surrogate_slope(x, surrogate) != 0)
 
 
 def times_slope(ctx: Any, grad: Tensor, kept: Sequence[Tensor], owned: bool = False) -> Tensor:

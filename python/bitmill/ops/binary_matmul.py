@@ -43,8 +43,8 @@ library.define(
 
 def unpack_signs(weight: Tensor, weight_nonzero: Tensor | None, n: int, k: int) -> Tensor:
     """Weight tiles to float32 [n, k] of -1, 0, +1."""
-    signs = tile_unpack(weight, n, k, 1).float() * 2 - 1
-    return signs if weight_nonzero is None else signs * tile_unpack(weight_nonzero, n, k, 1)
+    signs = tile_unpack(weight, n, k, 1).float().mul_(2).sub_(1)
+    return signs if weight_nonzero is None else signs.mul_(tile_unpack(weight_nonzero, n, k, 1))
 
 
 def _scaled_signs(weight: Tensor, weight_nonzero: Tensor | None, scale: Tensor, k: int, group_size: int) -> Tensor:

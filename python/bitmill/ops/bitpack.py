@@ -52,6 +52,13 @@ def _unpack_bits(words: Tensor, k: int) -> Tensor:
     return ((words.unsqueeze(-1) >> place) & 1).flatten(-2)[..., :k].bool()
 
 
+def tiles_of_rows(words: Tensor) -> Tensor:
+    """Words of rows, int32 [n, w], such as a plane that `bitpack` answers, to weight tiles [ceil(n / 16), w, 16]."""
+    n, count = words.shape
+    padded = torch.nn.functional.pad(words, (0, 0, 0, -n % TILE_ROWS))
+    return padded.view(ceil_div(n, TILE_ROWS), TILE_ROWS, count).transpose(1, 2).contiguous()
+
+
 def mean_by_halves(magnitudes: Tensor) -> Tensor:
     """Row means in the order of summation of cpp/core/bitpack.h."""
     return sum_by_halves(magnitudes) / max(magnitudes.shape[-1], 1)
@@ -105,12 +112,11 @@ def _bitunpack_reference(sign: Tensor, nonzero: Tensor | None, k: int) -> Tensor
 def _tile_pack_reference(codes: Tensor, bits: int) -> Tensor:
     _check_tile_pack(codes, bits)
     n, k = codes.shape
-    tiles, words, _ = tile_shape(n, k, bits)
-    values = 32 // bits
-    padded = torch.nn.functional.pad(codes & ((1 << bits) - 1), (0, words * values - k, 0, tiles * TILE_ROWS - n))
+    words, values = tile_shape(n, k, bits)[1], 32 // bits
+    padded = torch.nn.functional.pad(codes & ((1 << bits) - 1), (0, words * values - k))
     place = torch.arange(32, device=codes.device, dtype=torch.uint8)[:bits]
     planes = ((padded.unsqueeze(-1) >> place) & 1).flatten(1).bool()  # [rows, words * 32], the lowest bits first
-    return _pack_bits(planes).view(tiles, TILE_ROWS, words).transpose(1, 2).contiguous()
+    return tiles_of_rows(_pack_bits(planes))
 
 
 @library.default("tile_unpack")

@@ -24,20 +24,22 @@ from tqdm.auto import tqdm
 from .. import strict_json
 
 
-class BertAdam(torch.optim.Optimizer):
+class BertAdam(torch.optim.AdamW):
     """Adam as BERT was trained: no bias correction, decoupled weight decay, every gradient clipped on its own.
 
-    m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, p = p - lr (c m / (sqrt(v) + eps) + weight_decay p), where g is the
-    gradient of one parameter tensor scaled to a norm of at most `max_norm`, and c is 1, or with bias correction
-    sqrt(1 - b2^t) / (1 - b1^t) at step t. Without it the first steps are up to 3 times as large, and a few hundred are
-    all that a small task has: such runs often end at the most frequent class (Zhang et al., Revisiting Few-sample BERT
-    Fine-tuning, ICLR 2021).
+    m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, p = p - lr (m / (sqrt(v) + eps) + weight_decay p), where g is the
+    gradient of one parameter tensor scaled to a norm of at most `max_norm`, in place. With bias correction m and v are
+    divided by 1 - b1^t and 1 - b2^t at step t. Without it the first steps are up to 3 times as large, and a few hundred
+    are all that a small task has: such runs often end at the most frequent class (Zhang et al., Revisiting Few-sample
+    BERT Fine-tuning, ICLR 2021).
 
     Args:
         parameters: parameters or groups; a group may set its own lr, weight_decay and max_norm.
         lr: the rate; a scheduler may change it.
         max_norm: bound on the norm of each parameter's gradient.
         bias_correction: whether steps are as large as Adam's from the first on.
+    Raises:
+        ValueError: for a number out of its range, or a parameter that is a slice with gaps in memory.
     Source: Devlin et al., BERT, 2019, appendix A.2, and the optimizer of the published BiBERT and BiT recipes.
     """
 
@@ -56,9 +58,18 @@ class BertAdam(torch.optim.Optimizer):
                 "BertAdam: expected lr >= 0, eps > 0, max_norm > 0 and betas in [0, 1), got"
                 f" lr={lr}, eps={eps}, max_norm={max_norm}, betas={betas}"
             )
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_norm": max_norm}
-        self.bias_correction = bias_correction
-        super().__init__(parameters, defaults)
+        self.max_norm, self.bias_correction = max_norm, bias_correction
+        super().__init__(parameters, lr, betas, eps, weight_decay, fused=True)
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        super().add_param_group({"max_norm": self.max_norm, **group})
+        for p in self.param_groups[-1]["params"]:
+            if torch.empty_like(p, device="meta").stride() != p.stride():  # fused steps walk through memory
+                self.param_groups.pop()
+                raise ValueError(
+                    f"BertAdam: parameters must have no gaps in memory, got shape {list(p.shape)} with strides"
+                    f" {p.stride()}; use .contiguous()"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -71,35 +82,17 @@ class BertAdam(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if not self.state[p]:
-                    self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "step": 0}
-                self.state[p]["step"] += 1
-                clip = (group["max_norm"] / (p.grad.norm() + 1e-6)).clamp(max=1.0)
-                tensors = p, p.grad, self.state[p]["m"], self.state[p]["v"]
-                step_size = group["lr"] * self._correction(self.state[p]["step"], group["betas"])
-                for part in _parts(tensors):
-                    self._update(part, clip, step_size, group)
+                    self.state[p] = self._start(p)
+                if p.grad.stride() != p.stride():
+                    p.grad = torch.empty_like(p).copy_(p.grad)
+                p.grad.mul_((group["max_norm"] / (p.grad.norm() + 1e-6)).clamp(max=1.0))
+        super().step()
         return loss
 
-    def _correction(self, step: int, betas: tuple[float, float]) -> float:
-        return math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step) if self.bias_correction else 1.0
-
-    @staticmethod
-    def _update(part: tuple[Tensor, ...], clip: Tensor, step_size: float, group: dict[str, Any]) -> None:
-        p, grad, m, v = part
-        b1, b2 = group["betas"]
-        grad = grad * clip
-        m.lerp_(grad, 1 - b1)
-        v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-        if group["weight_decay"]:
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
-
-
-def _parts(tensors: tuple[Tensor, ...], size: int = 1 << 16) -> Iterator[tuple[Tensor, ...]]:
-    """The same pieces of all tensors; on a CPU small enough that the passes of one update stay in its cache."""
-    if tensors[0].device.type != "cpu" or not all(t.is_contiguous() for t in tensors):
-        return iter([tensors])
-    return zip(*(t.view(-1).split(size) for t in tensors), strict=True)
+    def _start(self, p: Tensor) -> dict[str, Tensor]:
+        """AdamW's state; after infinitely many steps nothing is left to correct."""
+        steps = torch.full((), 0.0 if self.bias_correction else math.inf, device=p.device)
+        return {"step": steps, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
 def parameter_groups(
