@@ -12,7 +12,7 @@ namespace {
 
 // 32 words to 32 columns of bits: column c of them all is word c.
 void transpose32(const uint32_t* rows, uint32_t* columns) {
-  const auto load = [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + i)); };
+  const auto load = [&](int i) { return load_bits(rows + i); };
   split_bytes(load(0), load(8), load(16), load(24), [&](int byte, __m256i bytes) {
     __m256i x = in_order(bytes);
     for (int bit = 7; bit >= 0; --bit, x = _mm256_add_epi8(x, x)) {

@@ -23,8 +23,8 @@ struct Bits {
     high = _mm256_or_si256(high, chosen(y));
   }
   void put(uint32_t* words) const {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), low);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + kPixels / 2), high);
+    store_bits(words, low);
+    store_bits(words + kPixels / 2, high);
   }
 };
 

@@ -44,8 +44,7 @@ void write_word(T* out, uint32_t signs, uint32_t nonzeros, T scale) {
       return _mm256_cmpeq_epi16(_mm256_and_si256(word, bit), bit);
     };
     const __m256i sign = _mm256_blendv_epi8(all(values.negative), all(values.positive), mask(signs));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
-                        _mm256_blendv_epi8(all(values.zero), sign, mask(nonzeros)));
+    store_bits(out + i, _mm256_blendv_epi8(all(values.zero), sign, mask(nonzeros)));
   }
 }
 

@@ -56,7 +56,7 @@ bool fpq_step(const Caster& cast, const T* x, const float* step, const int32_t* 
     const __m256 value = _mm256_div_ps(load8(x + i), _mm256_loadu_ps(step + i));
     const __m256 nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
     nans = _mm256_or_ps(nans, nan);
-    const __m256i shifts = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(left + i));
+    const __m256i shifts = load_bits(left + i);
     return _mm256_andnot_si256(_mm256_castps_si256(nan), _mm256_sllv_epi32(cast(value), shifts));
   };
   const __m256i a = integers(0), b = integers(8);

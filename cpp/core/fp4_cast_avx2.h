@@ -64,7 +64,7 @@ static inline __m256i words_of(const Fp4Caster& caster, __m256 a, __m256 b) {
 }
 // 16 halves to words.
 static inline __m256i words_of(const Fp4Caster& caster, const void* x) {
-  const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(x));
+  const __m256i bits = load_bits(x);
   const __m256i below = _mm256_set1_epi16(static_cast<short>((1 << caster.shift) - 1));
   const __m256i carry = _mm256_add_epi16(_mm256_and_si256(bits, below), below);
   return _mm256_srl_epi16(_mm256_or_si256(bits, carry), _mm_cvtsi32_si128(caster.shift));

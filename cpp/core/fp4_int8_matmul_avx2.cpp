@@ -52,7 +52,7 @@ void arrange(const Task& task, int64_t row, int64_t count, int offset) {
     }
     for (int64_t j = 0, chunk = 0; j < task.width; j += 32) {
       const __m256i columns = _mm256_shuffle_epi8(load_bits(q + j), order);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + j), columns);
+      store_bits(q + j, columns);
       __m256i sums = _mm256_sub_epi16(zero, _mm256_maddubs_epi16(each, columns));
       sums = _mm256_add_epi16(sums, _mm256_shuffle_epi32(sums, 0xB1));
       if constexpr (words > 1) sums = _mm256_add_epi16(sums, _mm256_shuffle_epi32(sums, 0x4E));

@@ -81,9 +81,7 @@ struct Fp4TileLookup : Fp4Lookup<planes> {
     return order;
   }();
 
-  static __m256i load(const int32_t* words) {
-    return _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)), both_lanes(kOrder));
-  }
+  static __m256i load(const int32_t* words) { return _mm256_shuffle_epi8(load_bits(words), both_lanes(kOrder)); }
   static __m256i half(__m256i pairs, int half) {
     return _mm256_and_si256(half ? _mm256_srli_epi16(pairs, 4) : pairs, _mm256_set1_epi8(15));
   }

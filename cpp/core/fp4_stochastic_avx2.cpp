@@ -43,7 +43,7 @@ void philox8(uint64_t block, RandomStream stream, uint32_t* out) {
   }
   const __m256i a = _mm256_unpacklo_epi32(c0, c1), b = _mm256_unpackhi_epi32(c0, c1);
   const __m256i c = _mm256_unpacklo_epi32(c2, c3), d = _mm256_unpackhi_epi32(c2, c3);
-  const auto put = [&](int i, __m256i words) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8 * i), words); };
+  const auto put = [&](int i, __m256i words) { store_bits(out + 8 * i, words); };
   put(0, _mm256_unpacklo_epi64(a, c));
   put(1, _mm256_unpackhi_epi64(a, c));
   put(2, _mm256_unpacklo_epi64(b, d));
@@ -116,7 +116,7 @@ __m256i codes_of(const StochasticCaster& caster, __m256 x, const uint32_t* rando
   const __m256 within = _mm256_min_ps(_mm256_castsi256_ps(magnitude), caster.largest);  // NaN becomes the largest
   const __m256 above = _mm256_sub_ps(within, _mm256_permutevar8x32_ps(caster.value, index));
   const __m256i chance = to_unsigned(_mm256_mul_ps(above, _mm256_permutevar8x32_ps(caster.inverse, index)));
-  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(random));
+  const __m256i words = load_bits(random);
   const __m256i rounded = _mm256_sub_epi32(index, below(_mm256_add_epi32(chance, words), chance));
   const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 28), _mm256_set1_epi32(8));
   return _mm256_blendv_epi8(_mm256_or_si256(rounded, sign), caster.nan_code, nan);

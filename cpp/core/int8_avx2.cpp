@@ -47,7 +47,7 @@ void quantize_row(const T* x, int64_t k, int8_t* q, float* scale, int32_t* total
   const float amax = std::bit_cast<float>(highest(largest));
   const __m256 inverse = _mm256_set1_ps(127.0f / amax);
   for (int64_t i = 0; i < whole; i += kStep) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), round32(x + i, inverse, sum));
+    store_bits(q + i, round32(x + i, inverse, sum));
   }
   if (rest) {
     alignas(32) int8_t bytes[kStep];

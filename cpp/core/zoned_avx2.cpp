@@ -69,7 +69,7 @@ struct Task {
 // Bits of 16 outputs, shifted to the highest bits of the lanes. g++ would make masks of them, which blends do without.
 [[gnu::always_inline]] inline Pair bits_of(const int32_t* word, __m128i shift) {
   const auto eight = [&](const int32_t* words) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+    const __m256i bits = load_bits(words);
     __m256 high = _mm256_castsi256_ps(_mm256_sll_epi32(bits, shift));
     settle(high);
     return high;
