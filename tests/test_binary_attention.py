@@ -247,7 +247,8 @@ def test_attention_compiles(attention: Callable[..., Tensor]) -> None:
     q, k, v = qkv(2, 2, 8, 16)
     keep = torch.rand(2, 1, 1, 8) < 0.8
     keep[..., 0] = True
-    compiled = torch.compile(attention, fullgraph=True)
+    backend = "inductor" if attention is softmax_aware_attention else "aot_eager"  # one is enough for generated code
+    compiled = torch.compile(attention, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(q, k, v, keep), attention(q, k, v, keep))
     gradients = [torch.autograd.grad(f(q, k, v, keep).square().sum(), (q, k, v)) for f in (compiled, attention)]
     for a, b in zip(*gradients, strict=True):

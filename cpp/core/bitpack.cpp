@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The obvious form of every packing function, and the choice of the instruction set.
+// The obvious form of packing rows, the choice of the instruction set, and what needs none: unpacking and weight tiles.
 #include "bitpack.h"
 
 #include <algorithm>

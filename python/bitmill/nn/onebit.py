@@ -37,6 +37,8 @@ def rank_one(magnitude: Tensor) -> tuple[Tensor, Tensor]:
     The leading singular vectors of such a matrix have no negative entry (Perron and Frobenius), so this is its best
     non-negative factorisation too. Alternating least squares: each half step solves for one vector exactly.
     """
+    if magnitude.is_meta:  # a layer that is about to be loaded
+        return magnitude.new_empty(magnitude.shape[0]), magnitude.new_empty(magnitude.shape[1])
     tiny = torch.finfo(torch.float32).tiny
     size = magnitude.amax().clamp_min(tiny) if magnitude.numel() else magnitude.new_ones(())
     a = magnitude / size
