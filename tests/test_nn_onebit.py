@@ -23,7 +23,7 @@ CONFIGS = (OneBitConfig(), OneBitConfig("plus"), OneBitConfig(activations="int8"
 configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.zero}-{c.activations}")
 
 
-class count_ops(TorchDispatchMode):
+class CountOps(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
@@ -61,7 +61,7 @@ def test_rank_one_of_zeros_and_of_nothing_is_zero() -> None:
 
 def test_a_layer_without_data_computes_no_scales() -> None:
     """30 steps on tensors of the meta device took 0.14 s a layer of a file that was loaded."""
-    with count_ops() as counted:
+    with CountOps() as counted:
         layer = OneBitLinear(4096, 4096, device="meta")
     assert layer.in_scale.shape == layer.out_scale.shape == (4096,) and len(counted.names) < 30
 
