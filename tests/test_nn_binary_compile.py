@@ -44,7 +44,7 @@ def check_compiled(layer: nn.Module, backend: str) -> None:
 def test_layers_compile_without_graph_break_or_recompile(config: BinaryConfig) -> None:
     layer = trained(config)
     check_compiled(layer.train(), "aot_eager")
-    check_compiled(layer.eval().pack(), "eager")  # one op, whose gradient opcheck traces
+    check_compiled(layer.eval().pack(), "eager")  # test_layers_export traces what is inside
 
 
 @pytest.mark.parametrize("config", [BinaryConfig("xnor", group_size=32), BinaryConfig("bit")], ids=name)

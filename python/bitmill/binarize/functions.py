@@ -202,9 +202,9 @@ def _residual_planes(latent: Tensor, scale: Tensor, rule: WeightRule) -> Binariz
     """Each plane binarises what the ones before leave, and gradients flow through what they leave (BinaryDM)."""
     rest, values, signs = latent, [], []
     for s in scale.unbind(1):
-        value, sign_ = _WeightSign.apply(rest, s.unsqueeze(1).expand_as(rest), rule.surrogate, rule.carries_scale)
+        value, plane = _WeightSign.apply(rest, s.unsqueeze(1).expand_as(rest), rule.surrogate, rule.carries_scale)
         values.append(value)
-        signs.append(sign_)
+        signs.append(plane)
         rest = rest - value
     return BinarizedWeight(torch.stack(values).sum(0), torch.cat(signs, 1), scale, len(signs) == 1)
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ..ops import binary_matmul, binary_weight_linear, bitpack
-from ..ops._groups import columns_of_groups
 from ..ops._library import has_compiled_kernel, without_autocast
-from ..ops.binary_matmul import canonical_linear, int8_levels, unpack_signs
+from ..ops.binary_matmul import canonical_linear, int8_levels, scaled_signs
 from ..ops.bitpack import tiles_of_rows
 from .functions import BinarizedWeight
 from .saved import keep_levels, keep_slope, kept_levels, times_slope
@@ -46,8 +45,8 @@ class _ExactLinear(torch.autograd.Function):
         slope = () if surrogate is None or not ctx.needs_input_grad[0] else keep_slope(ctx, x, surrogate)
         tiles = _tiles(weight.signs)
         ctx.save_for_backward(step, rows, weight.scale.detach(), *tiles, *kept, *slope)
-        ctx.x_shape, ctx.w_shape, ctx.group_size, ctx.many = x.shape, weight.signs.shape, group_size, level is not None
-        ctx.window = surrogate is not None
+        ctx.x_shape, ctx.columns, ctx.group_size = x.shape, weight.signs.shape[1], group_size
+        ctx.many, ctx.window = level is not None, surrogate is not None
         scale = weight.scale.detach() if step is None else step * weight.scale.detach()
         if level is not None or group_size or tiles[1] is not None or not _packed_forward(x):
             levels = kept_levels(kept[0], kept[1], x.shape) if level is None else int8_levels(level)
@@ -71,8 +70,7 @@ class _ExactLinear(torch.autograd.Function):
                 grad_w = flat.T @ value.unsqueeze(0).flatten(0, -2)
                 del value  # before as large a gradient comes
             if need_x:
-                columns = columns_of_groups(scale, ctx.w_shape[1], ctx.group_size)
-                grad_x = grad @ unpack_signs(signs, w_nonzero, *ctx.w_shape).mul_(columns)
+                grad_x = grad @ scaled_signs(signs, w_nonzero, scale, ctx.columns, ctx.group_size)
                 if ctx.window:
                     grad_x = times_slope(ctx, grad_x if rows is None else grad_x.mul_(rows), slope, owned=True)
         return grad_x, grad_w, flat.sum(0) if need_bias else None, *[None] * 7
@@ -140,14 +138,13 @@ class _WeightLinear(torch.autograd.Function):
     ) -> Tensor:
         tiles, scale = _tiles(weight.signs), weight.scale.detach()
         ctx.save_for_backward(x, scale, *tiles)
-        ctx.w_shape, ctx.group_size = weight.signs.shape, group_size
+        ctx.columns, ctx.group_size = weight.signs.shape[1], group_size
         return binary_weight_linear(x, tiles[0], scale, bias, tiles[1], group_size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, *tiles = ctx.saved_tensors
-        columns = columns_of_groups(scale, ctx.w_shape[1], ctx.group_size)
-        value = unpack_signs(tiles[0], tiles[1], *ctx.w_shape).mul_(columns)
+        x, scale, signs, nonzero = ctx.saved_tensors
+        value = scaled_signs(signs, nonzero, scale, ctx.columns, ctx.group_size)
         return *linear_gradients(ctx, grad, x, value), None, None
 
 

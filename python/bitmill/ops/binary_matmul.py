@@ -47,9 +47,9 @@ def unpack_signs(weight: Tensor, weight_nonzero: Tensor | None, n: int, k: int) 
     return signs if weight_nonzero is None else signs.mul_(tile_unpack(weight_nonzero, n, k, 1))
 
 
-def _scaled_signs(weight: Tensor, weight_nonzero: Tensor | None, scale: Tensor, k: int, group_size: int) -> Tensor:
-    n = scale.shape[0]
-    return unpack_signs(weight, weight_nonzero, n, k) * columns_of_groups(scale, k, group_size)
+def scaled_signs(weight: Tensor, weight_nonzero: Tensor | None, scale: Tensor, k: int, group_size: int) -> Tensor:
+    """Weight tiles to float32 [n, k] of signs times the scale [n, groups] of their columns."""
+    return unpack_signs(weight, weight_nonzero, scale.shape[0], k).mul_(columns_of_groups(scale, k, group_size))
 
 
 def _group_dots(a: Tensor, signs: Tensor, group_size: int) -> list[Tensor]:
@@ -216,7 +216,7 @@ def _backward_binary_linear(ctx, grad):
     g_rows = g * z.abs().mean(-1, keepdim=True) if row_scale else g
     grad_x = grad_scale = grad_shift = None
     if need_x or need_shift:
-        signs = _scaled_signs(weight, weight_nonzero, scale, x.shape[-1], group_size)
+        signs = scaled_signs(weight, weight_nonzero, scale, x.shape[-1], group_size)
         u = z if alpha is None else z / alpha
         with library.without_autocast(x):
             grad_z = (g_rows @ signs) * surrogate_slope(u, surrogate)
@@ -253,7 +253,7 @@ def _backward_binary_weight_linear(ctx, grad):
     g = grad.float()
     grad_x = grad_scale = None
     if need_x:
-        signs = _scaled_signs(weight, weight_nonzero, scale, x.shape[-1], ctx.group_size)
+        signs = scaled_signs(weight, weight_nonzero, scale, x.shape[-1], ctx.group_size)
         with library.without_autocast(x):
             grad_x = (g @ signs).to(x.dtype)
     if need_scale:
