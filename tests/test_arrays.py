@@ -105,3 +105,13 @@ def test_bad_input_is_one_sentence(call, message: str) -> None:
         call()
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a", "weight"])
+def test_bits_past_the_last_column_are_refused(name: str) -> None:
+    a, _ = arrays.bitpack(activations(2, 40), "plus")
+    weight = arrays.tile_pack(np.ones((16, 40), np.uint8), 1)
+    arrays.binary_matmul(a, weight, 16, 40)
+    {"a": a, "weight": weight}[name][..., -1, -1] |= 1 << 20 if name == "a" else 1 << 8
+    with pytest.raises(ValueError, match=f"binary_matmul: {name} must be 0 in all bits past column 40"):
+        arrays.binary_matmul(a, weight, 16, 40)

@@ -192,3 +192,13 @@ def test_opcheck_and_compile(rule: str, flat: bool) -> None:
         torch.compile(lambda *inputs: op(*inputs), fullgraph=True)(*arguments), op(*arguments), strict=True
     ):
         assert_same_bits(g, w)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_rows_in_any_layout(n: int) -> None:
+    """Sequences side by side instead of one after another; of one row each, torch calls that contiguous."""
+    q = torch.randint(-(2**31), 2**31 - 1, (n, 5, 2), dtype=torch.int32).transpose(0, 1)
+    packed = torch.empty(q.shape, dtype=torch.int32).copy_(q)
+    rest = None, None, None, None, None, 2, *ranges(64, n), "bool", None, 0.25, *steps_of("bool")
+    op = torch.ops.bitmill.binary_attention_bits
+    assert all(torch.equal(a, b) for a, b in zip(op(q, q, q, *rest), op(packed, packed, packed, *rest), strict=True))

@@ -215,6 +215,7 @@ def test_mlp_errors(place: int, value: Any, message: str) -> None:
         (9, words(3, 64, 1), r"single must have shape .* got \[3, 64, 1\] without negative"),
         (10, torch.zeros(7, dtype=torch.bool), r"mask must be broadcastable to \[2, 2, 5, 5\], got shape \[7\]"),
         (12, 0, "heads must be at least 1, got 0"),
+        (12, 2**59, "heads must be at most 16777216, got 576460752303423488"),
         (13, "exact", 'rule must be "bool", "softmax_aware" or "elastic", got "exact"'),
         (14, -1.0, "scaling must be a positive, finite float32, got -1"),
         (15, 0.0, r"beta must lie in \(0, 1\], got 0"),

@@ -62,7 +62,7 @@ def test_ids_outside(bad: int) -> None:
         (3, torch.zeros(40, 2), r"scale must have shape \[40, 1\], got \[40, 2\]"),
         (3, torch.zeros(40, 1).double(), "scale must be float32, bfloat16 or float16, got float64"),
         (4, -1, "k must be between 0 and 16777216, got -1"),
-        (5, 33, "group_size must be 0 or a positive multiple of 32, got 33"),
+        (5, 33, "group_size must be 0 or a positive multiple of 32 up to 16777216, got 33"),
     ],
 )
 def test_errors(place: int, value: Any, message: str) -> None:

@@ -188,3 +188,10 @@ def test_int8_activations_compile() -> None:
     assert_same_bits(y, ops.binary_weight_linear(*arguments))
     y.sum().backward()
     assert arguments[0].grad is not None and arguments[0].grad.isfinite().all()
+
+
+def test_groups_wider_than_any_layer() -> None:
+    x, weight = torch.randn(2, 96), torch.zeros(1, 3, 16, dtype=torch.int32)
+    for group_size in (2**63 - 32, 2**62, 2**25):
+        with pytest.raises(ValueError, match="group_size must be"):
+            torch.ops.bitmill.binary_weight_linear(x, weight, torch.zeros(16, 0), None, None, group_size, "float")

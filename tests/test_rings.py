@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -118,6 +119,25 @@ print(sum("_ops_cuda" in path for path in loaded), _library.failure("_ops_cuda")
     assert load("None", "spec") == "0 this torch was built without CUDA"
     assert load("'13.0'", "None") == "0 bitmill was built without CUDA"
     assert load("'13.0'", "spec") == "1 None"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitmill._ops_cuda") is None, reason="built without the CUDA ops")
+def test_the_cuda_library_finds_the_stream_as_in_a_torch_with_cuda(tmp_path: Path) -> None:
+    """torch's own libraries are loaded so that only those who need them by name see what is in them."""
+    source, library = tmp_path / "a.cpp", tmp_path / "libtorch_cuda.so"
+    source.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }')
+    flags = ["-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", str(library)]
+    subprocess.run(["c++", str(source), *flags], check=True)
+    code = f"""
+import ctypes, importlib.util, torch
+import bitmill.ops
+from bitmill.ops._library import has_compiled_kernel
+assert not has_compiled_kernel("binary_matmul", "CUDA")
+ctypes.CDLL({str(library)!r}, ctypes.RTLD_LOCAL)
+torch.ops.load_library(importlib.util.find_spec("bitmill._ops_cuda").origin)
+print(has_compiled_kernel("binary_matmul", "CUDA"))
+"""
+    assert _run(code).strip() == "True"
 
 
 def test_without_torch_the_arrays_remain() -> None:

@@ -152,7 +152,7 @@ def test_says_what_is_wrong() -> None:
         refused(f"zoned_linear: {name} must be", **{name: t.to(wrong)})
     refused("x must be float32, bfloat16 or float16", x=x.double())
     refused("bias must have shape", bias=torch.zeros(3))
-    refused("block must be a positive multiple of 32, got 100", block=100)
+    refused("block must be a positive multiple of 32 up to 16777216, got 100", block=100)
     refused("n must be at least 0", n=-1)
     wide = torch.cat([good[2], good[2], good[2]], 1).contiguous()
     for contradiction in ({"salient_zone": wide}, {"salient": torch.zeros_like(good[3])}):

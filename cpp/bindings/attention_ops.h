@@ -87,17 +87,18 @@ Tensor binary_attention_op(Tensor q, Tensor k, Tensor v, std::optional<Tensor> m
 struct PackedHeads {
   Tensor sign;
   std::optional<Tensor> nonzero;
-  int64_t words = 0;  // of a row
+  int64_t words = 0, stride = 0;  // of a row, and from one to the next
 
-  AttentionRows rows() const {
-    return {sign.stride(sign.dim() - 2), data<int32_t>(sign), data_or_null<int32_t>(nonzero)};
-  }
+  AttentionRows rows() const { return {stride, data<int32_t>(sign), data_or_null<int32_t>(nonzero)}; }
 };
 
-// Whether the rows of t lie at even distances, whole and one sequence after another; such as a third of wider ones.
-inline bool evenly_spaced(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.stride(last) == 1 && (last == 1 || t.stride(0) == t.size(1) * t.stride(1));
+// How far apart the rows of t lie, one sequence after another; such as a third of wider ones. 0 if at no one distance.
+// The stride of a dimension of size 1 says nothing.
+inline int64_t distance_of_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1, rows = t.size(last - 1), sequences = last == 2 ? t.size(0) : 1;
+  if (t.size(last) > 1 && t.stride(last) != 1) return 0;
+  if (rows > 1 && sequences > 1 && t.stride(0) != rows * t.stride(1)) return 0;
+  return rows > 1 ? t.stride(last - 1) : sequences > 1 ? t.stride(0) : t.size(last);
 }
 
 template <class Device>
@@ -113,11 +114,9 @@ PackedHeads packed_heads(const Device& device, const char* op, const char* name,
   }
   device.check(name, sign, ScalarType::Int, sizes);
   if (nonzero) device.check(nonzero_name.c_str(), *nonzero, ScalarType::Int, sizes);
-  const int64_t row = dims - 2;
-  if (evenly_spaced(sign) && (!nonzero || (evenly_spaced(*nonzero) && nonzero->stride(row) == sign.stride(row)))) {
-    return {sign, nonzero, sizes.back()};
-  }
-  return {as_contiguous(sign), nonzero ? std::optional(as_contiguous(*nonzero)) : std::nullopt, sizes.back()};
+  const int64_t words = sizes.back(), distance = distance_of_rows(sign);
+  if (distance > 0 && (!nonzero || distance_of_rows(*nonzero) == distance)) return {sign, nonzero, words, distance};
+  return {as_contiguous(sign), nonzero ? std::optional(as_contiguous(*nonzero)) : std::nullopt, words, words};
 }
 
 template <class Device>

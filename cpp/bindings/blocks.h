@@ -45,6 +45,11 @@ struct LastLayer {
         scale(checked(op, (prefix + "scale").c_str(), scales, ScalarType::Float, {weight.n, 1})),
         bias(checked(op, (prefix + "bias").c_str(), biases, ScalarType::Float, {weight.n})) {}
 
+  // Raises if its input has zeros and its levels none.
+  void require_zeros(const char* op, const std::string& name, bool zeros) const {
+    if (zeros && levels != Levels::sign) fail(op, ": ", name, " goes with levels \"sign\" of the layer after it");
+  }
+
   BinaryMatmulParams product(const PackedRows& rows, int64_t m, const float* residual, float* out) const {
     BinaryMatmulParams p = weight.product(m);
     rows.read_by(p, levels);
@@ -111,7 +116,9 @@ struct Mlp {
         inner(a.positive.dim() > 0 ? a.positive.size(a.positive.dim() - 1) : 0),
         first(binary_weight(op, a.up, a.up_nonzero, inner, k, "up")),
         ranges(output_ranges(op, a.positive, a.negative, a.single, {}, inner, prefix)),
-        last(op, inner, "down", a.down, a.down_nonzero, a.scale, a.bias, a.inner_levels, prefix) {}
+        last(op, inner, "down", a.down, a.down_nonzero, a.scale, a.bias, a.inner_levels, prefix) {
+    last.require_zeros(op, prefix + "negative", ranges.negative.has_value());
+  }
 
   struct Scratch {
     PackedRows input, between;
@@ -218,6 +225,7 @@ inline int64_t projected_columns(const char* op, const SelfAttentionArguments& a
   const size_t layers = a.weight.size();
   if (layers != 1 && layers != 3) fail(op, ": weight must hold the weights of one or three layers, got ", layers);
   const int64_t columns = a.positive.dim() > 0 ? a.positive.size(a.positive.dim() - 1) : 0;
+  if (a.heads > kMaxColumns) fail(op, ": heads must be at most ", kMaxColumns, ", got ", a.heads);
   const int64_t words = 32 * a.heads * (layers == 1 ? 3 : 1);
   if (columns == 0 || columns % words != 0) {
     fail(op, ": positive must be of heads of whole words, a multiple of ", words, " columns, got ", columns);
@@ -245,6 +253,7 @@ inline SelfAttention::SelfAttention(const char* op, const Rows& rows, SelfAttent
       ranges(output_ranges(op, a.positive, a.negative, a.single, {layers}, columns)),
       context_ranges(output_ranges(op, a.context_positive, a.context_negative, std::nullopt, {}, width, "context_")),
       last(op, width, "out", a.out, a.out_nonzero, a.scale, a.bias, a.out_levels) {
+  last.require_zeros(op, "context_negative", context_ranges.negative.has_value());
   for (size_t i = 0; i < a.weight.size(); ++i) {
     weights.push_back(binary_weight(op, a.weight[i], entry_of(a.weight_nonzero, i), columns, k));
     shifts[i] = checked(op, "shift", entry_of(a.shift, i), ScalarType::Float, {k});

@@ -20,10 +20,10 @@ T unboxed(Boxed<T> argument) {
   if constexpr (std::is_same_v<T, std::string>) {
     size_t length = 0;
     const char* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(argument, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(argument, &data));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(argument, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(argument, &data));
     std::string text(data, length);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(argument));
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(argument));
     return text;
   } else {
     return argument;

@@ -175,8 +175,9 @@ inline Sizes tile_sizes(int64_t n, int64_t k, int bits = 1) { return {tile_count
 
 // Groups of group_size columns, or the one of all columns for 0.
 inline int64_t group_count(const char* op, int64_t k, int64_t group_size, int64_t multiple = 32) {
-  if (group_size < 0 || group_size % multiple != 0) {
-    fail(op, ": group_size must be 0 or a positive multiple of ", multiple, ", got ", group_size);
+  if (group_size < 0 || group_size > kMaxColumns || group_size % multiple != 0) {
+    fail(op, ": group_size must be 0 or a positive multiple of ", multiple, " up to ", kMaxColumns, ", got ",
+         group_size);
   }
   return group_size > 0 ? ceil_div(k, group_size) : 1;
 }
@@ -185,8 +186,10 @@ inline int64_t group_count(const char* op, int64_t k, int64_t group_size, int64_
 inline Tensor new_tensor_on(int32_t type, int32_t index, const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), code, type, index, &handle));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code, type, index,
+                               &handle) != TORCH_SUCCESS) {
+    throw std::runtime_error("bitmill: there is no memory for a tensor of shape " + to_string(sizes));
+  }
   return Tensor(handle);
 }
 

@@ -24,7 +24,7 @@ class CudaCall : public DeviceCall<CudaCall> {
 
   cuda::Stream stream() const {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return static_cast<cuda::Stream>(stream);
   }
 

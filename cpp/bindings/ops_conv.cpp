@@ -9,6 +9,7 @@ namespace bitmill {
 namespace {
 
 constexpr const char* kOp = "binary_conv2d";
+constexpr double kMostResults = 0x1p48;  // no memory holds more
 
 // [batch, channels, height, width] with the channels next to each other, and not contiguous as it is.
 bool has_channels_last(const Tensor& x) {
@@ -22,10 +23,10 @@ bool has_channels_last(const Tensor& x) {
 }
 
 void check_count(const char* name, const Sizes& values, size_t count, int64_t smallest) {
-  if (values.size() == count && std::all_of(values.begin(), values.end(), [&](int64_t v) { return v >= smallest; })) {
-    return;
-  }
-  fail(kOp, ": ", name, " must be ", count, " numbers of at least ", smallest, ", got ", to_string(values));
+  const auto fits = [&](int64_t v) { return v >= smallest && v <= kMaxColumns; };
+  if (values.size() == count && std::all_of(values.begin(), values.end(), fits)) return;
+  fail(kOp, ": ", name, " must be ", count, " numbers between ", smallest, " and ", kMaxColumns, ", got ",
+       to_string(values));
 }
 
 ConvAxis axis(const char* name, const Tensor& x, size_t dim, const Sizes& kernel, const Sizes& stride,
@@ -70,8 +71,13 @@ Tensor binary_conv2d_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Te
   }
   p.vertical = axis("high", x, 0, kernel_size, stride, padding, dilation);
   p.horizontal = axis("wide", x, 1, kernel_size, stride, padding, dilation);
+  const double values = static_cast<double>(kernel_size[0] * kernel_size[1]) * static_cast<double>(p.group_channels());
+  if (values > kMaxColumns) fail(kOp, ": a patch must have at most ", kMaxColumns, " values, got ", values);
   const int64_t k = p.k(), height = p.vertical.outputs(), width = p.horizontal.outputs();
-  if (k > kMaxColumns) fail(kOp, ": a patch must have at most ", kMaxColumns, " values, got ", k);
+  const double results = static_cast<double>(height * width) * static_cast<double>(p.batch) * static_cast<double>(p.n);
+  if (results > kMostResults) {
+    fail(kOp, ": there must be at most 2**48 results, got ", p.batch, " x ", p.n, " x ", height, " x ", width);
+  }
   const Tensor scales = checked(kOp, "scale", scale, ScalarType::Float, {p.n});
   const Tensor tiles = checked(kOp, "weight", weight, ScalarType::Int, tile_sizes(p.n, k), kPackRemedy);
   const auto tiles_nonzero = checked(kOp, "weight_nonzero", weight_nonzero, ScalarType::Int, tile_sizes(p.n, k));

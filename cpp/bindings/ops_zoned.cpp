@@ -20,7 +20,9 @@ ZonedArrays zoned_arrays(const char* op, const Tensor& sign, const Tensor& zone,
   if (n < 0 || k < 0 || k > kMaxColumns) {
     fail(op, ": n must be at least 0 and k between 0 and ", kMaxColumns, ", got n = ", n, ", k = ", k);
   }
-  if (block <= 0 || block % 32 != 0) fail(op, ": block must be a positive multiple of 32, got ", block);
+  if (block <= 0 || block > kMaxColumns || block % 32 != 0) {
+    fail(op, ": block must be a positive multiple of 32 up to ", kMaxColumns, ", got ", block);
+  }
   const char* remedy = "; pack the weight with bitmill.ops.zoned.pack";
   const ScalarType kind = scale.scalar_type();
   if (kind != ScalarType::Half && kind != ScalarType::Float) {

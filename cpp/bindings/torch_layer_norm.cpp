@@ -22,7 +22,7 @@ void torch_layer_norm(const LayerNormParams& p) {
   std::array<StableIValue, 5> stack{from(borrowed(p.x, {p.m, p.n})), from(row),
                                     from(std::optional(borrowed(p.weight, row))),
                                     from(std::optional(borrowed(p.bias, row))), from(static_cast<double>(p.eps))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::native_layer_norm", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::native_layer_norm", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor results[] = {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
                             torch::stable::detail::to<Tensor>(stack[2])};
   std::memcpy(p.out, results[0].const_data_ptr(), static_cast<size_t>(p.m * p.n) * sizeof(float));

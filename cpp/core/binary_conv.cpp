@@ -248,8 +248,9 @@ void convolve(const BinaryConvParams& p, const Image& image, const Kernel& kerne
 }
 
 bool is_valid(const ConvAxis& axis) {
-  return axis.size >= 0 && axis.kernel > 0 && axis.stride > 0 && axis.before >= 0 && axis.after >= 0 &&
-         axis.dilation > 0 && axis.outputs() > 0;
+  const auto within = [](int64_t value, int64_t smallest) { return value >= smallest && value <= kMaxColumns; };
+  return axis.size >= 0 && within(axis.kernel, 1) && within(axis.stride, 1) && within(axis.before, 0) &&
+         within(axis.after, 0) && within(axis.dilation, 1) && axis.outputs() > 0;
 }
 
 }  // namespace
@@ -260,7 +261,8 @@ Status binary_conv(const BinaryConvParams& p) {
     return Status::bad_size;
   }
   if (p.groups < 1 || p.channels % p.groups != 0 || p.n % p.groups != 0) return Status::bad_size;
-  if (p.k() > kMaxColumns || p.horizontal.size * p.group_channels() > kMaxColumns) return Status::bad_size;
+  const int64_t most = kMaxColumns / std::max<int64_t>(p.group_channels(), 1);
+  if (p.vertical.kernel * p.horizontal.kernel > most || p.horizontal.size > most) return Status::bad_size;
   if (p.channels_last && p.groups > 1) return Status::bad_argument;
   if (p.batch == 0 || p.n == 0) return Status::ok;
   const detail::Kernel kernel = detail::choose_kernel();

@@ -78,7 +78,7 @@ static void normalize(const LayerNormParams& p, const float* x, int64_t count, f
       whole, p.n, [&](int64_t i) { return gather(row, i); },
       [&](int64_t i) { return Moments<One>{vectors, gather(mean, i), gather(squares, i)}; });
   const __m256 variance = _mm256_div_ps(moments.squares, One::all(static_cast<float>(p.n)));
-  const __m256 deviation = _mm256_sqrt_ps(_mm256_add_ps(_mm256_max_ps(variance, One::all(0.0f)), One::all(p.eps)));
+  const __m256 deviation = _mm256_sqrt_ps(_mm256_add_ps(_mm256_max_ps(One::all(0.0f), variance), One::all(p.eps)));
   float center[kNormLanes], scale[kNormLanes];
   _mm256_storeu_ps(center, moments.mean);
   _mm256_storeu_ps(scale, _mm256_div_ps(One::all(1.0f), deviation));

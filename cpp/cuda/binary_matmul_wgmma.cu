@@ -157,6 +157,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   store_counts<operand, kThreads>(p, first_row, first_output, shared.sum, shared.row_count, shared.output_count);
+#else
+  __trap();  // never chosen for other GPUs
 #endif
 }
 

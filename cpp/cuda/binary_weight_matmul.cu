@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t output = tile * kTileRows + group_lane + 8 * half;
-      const float scale = group >= 0 && output < p.n ? p.scale[output * groups + group] : 0.0f;
+      const bool scaled = groups > 1 && group >= 0 && output < p.n;
+      const float scale = scaled ? p.scale[output * groups + group] : 1.0f;  // the only one is multiplied by at the end
 #pragma unroll
       for (int j = 0; j < fragments; ++j) {
 #pragma unroll
@@ -159,6 +160,7 @@ __global__ void __launch_bounds__(kThreads)
     if (row >= p.m || output >= p.n) continue;
     float value = 0.0f;
     for (int w = 0; w < kWarps; ++w) value += shared.sum[w][i % kTileRows][i / kTileRows];
+    if (groups == 1) value *= p.scale[output];
     store_as(out_dtype, p.out, row * p.n + output, p.bias ? value + p.bias[output] : value);
   }
 }

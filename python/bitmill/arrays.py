@@ -45,6 +45,7 @@ def bitpack(
 
 def bitunpack(sign: NDArray[np.int32], nonzero: NDArray[np.int32] | None, k: int) -> NDArray[np.int8]:
     """Undo `bitpack`: int8 [..., k] of -1, 0 (only with `nonzero`) and +1."""
+    _require_columns("bitunpack", k)
     words = _rows("bitunpack", "sign", sign, np.int32, _words(k))
     mask = None if nonzero is None else _rows("bitunpack", "nonzero", nonzero, np.int32, _words(k), sign.shape)
     return _C.bitunpack(words, mask, k).reshape(*sign.shape[:-1], k)
@@ -84,6 +85,9 @@ def binary_matmul(
     rows = _rows("binary_matmul", "a", a, np.int32, _words(k))
     mask = None if a_nonzero is None else _rows("binary_matmul", "a_nonzero", a_nonzero, np.int32, _words(k), a.shape)
     tiles = _tiles("binary_matmul", weight, n, k, 1)
+    for name, last in (("a", rows[:, -1:]), ("weight", tiles[:, -1:])):
+        past = k % 32 and (last.view(np.uint32) >> np.uint32(k % 32)).any()
+        _require(not past, "binary_matmul", name, f"0 in all bits past column {k}", "others; pack it again")
     return _C.binary_matmul(rows, mask, tiles, n, k, levels == "bool").reshape(*a.shape[:-1], n)
 
 
@@ -98,6 +102,8 @@ def fp4_cast(
     value. Roundings, seed and offset are those of `bitmill.ops.fp4_cast`."""
     _require(format in _FORMATS, "fp4_cast", "format", f"one of {', '.join(_FORMATS)}", format)
     _require(rounding in _ROUNDINGS, "fp4_cast", "rounding", f"one of {', '.join(_ROUNDINGS)}", rounding)
+    for name, value in (("seed", seed), ("offset", offset)):
+        _require(-(2**63) <= value < 2**63, "fp4_cast", name, "an int64", value)
     rows = _float_rows("fp4_cast", x)
     packed = _C.fp4_cast(rows, rows.dtype == np.float16, format, rounding, seed, offset)
     return packed.reshape(*x.shape[:-1], packed.shape[1])

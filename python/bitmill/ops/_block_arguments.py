@@ -74,6 +74,7 @@ class SelfAttentionArguments(NamedTuple):
         """Raises ValueError."""
         count, heads, lengths, mask = len(self.weight), self.heads, self.lengths, self.mask
         require(heads >= 1, f"{op}: heads must be at least 1, got {heads}")
+        require(heads <= MAX_COLUMNS, f"{op}: heads must be at most {MAX_COLUMNS}, got {heads}")
         require(lengths is None or mask is None, f"{op}: mask and lengths exclude each other, got both")
         shape = "[sequences, n, k]" if lengths is None else "[rows, k] with lengths"
         require(x.dim() == (3 if lengths is None else 2), f"{op}: x must have shape {shape}, got {list(x.shape)}")

@@ -73,7 +73,7 @@ def check_one_of(op: str, name: str, value: str, allowed: Sequence[str]) -> None
 def group_count(op: str, k: int, group_size: int, multiple: int = 32) -> int:
     """Groups of columns that share a scale; group_size 0 means one group."""
     require(
-        group_size >= 0 and group_size % multiple == 0,
-        f"{op}: group_size must be 0 or a positive multiple of {multiple}, got {group_size}",
+        0 <= group_size <= MAX_COLUMNS and group_size % multiple == 0,
+        f"{op}: group_size must be 0 or a positive multiple of {multiple} up to {MAX_COLUMNS}, got {group_size}",
     )
     return ceil_div(k, group_size) if group_size else 1

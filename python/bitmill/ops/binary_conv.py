@@ -128,8 +128,8 @@ def _signs_of(weight: Tensor, nonzero: Tensor | None, n: int, c: int, kernel_siz
 
 def _check_counts(name: str, values: Sequence[int], count: int, smallest: int) -> None:
     require(
-        len(values) == count and all(v >= smallest for v in values),
-        f"{OP}: {name} must be {count} numbers of at least {smallest}, got {list(values)}",
+        len(values) == count and all(smallest <= v <= MAX_COLUMNS for v in values),
+        f"{OP}: {name} must be {count} numbers between {smallest} and {MAX_COLUMNS}, got {list(values)}",
     )
 
 

@@ -200,7 +200,10 @@ def _check_arrays(op: str, arrays: Arrays, n: int, k: int, block: int, like: Ten
         n >= 0 and 0 <= k <= MAX_COLUMNS,
         f"{op}: n must be at least 0 and k between 0 and {MAX_COLUMNS}, got n = {n}, k = {k}",
     )
-    require(block > 0 and block % 32 == 0, f"{op}: block must be a positive multiple of 32, got {block}")
+    require(
+        0 < block <= MAX_COLUMNS and block % 32 == 0,
+        f"{op}: block must be a positive multiple of 32 up to {MAX_COLUMNS}, got {block}",
+    )
     require(scale.dtype in SCALES, f"{op}: scale must be float16 or float32, got {scale.dtype}".replace("torch.", ""))
     split = salient_zone is not None
     plain = scale_count(False, split)

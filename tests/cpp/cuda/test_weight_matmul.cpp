@@ -67,6 +67,31 @@ void multiplies_bits(Dtype dtype, int64_t m, int64_t n, int64_t k, bool zeros, i
   close(y, x.data, weight, bias, m, n, k);
 }
 
+// Whole numbers with one scale a row: the sum is exact, and rounded when it is multiplied by the scale, and once more.
+void scales_integers_once(int64_t m, int64_t n, int64_t k) {
+  const std::vector<int8_t> w = random_levels(n * k, Operand::sign, false);
+  const auto bits = tiles_of(w, n, k, positive);
+  const std::vector<float> scale = random_scales(n), bias = random_scales(n);
+  std::vector<float> x(m * k), y(m * n);
+  for (float& value : x) value = static_cast<float>(random_bits() % 255) - 127.0f;
+  BinaryWeightMatmulParams p;
+  p.x = x.data();
+  p.weight = bits.data();
+  p.m = m;
+  p.n = n;
+  p.k = k;
+  p.scale = scale.data();
+  p.bias = bias.data();
+  p.out = y.data();
+  CHECK(cuda::launch_binary_weight_matmul(p, nullptr) == Status::ok);
+  for (int64_t i = 0; i < m * n; ++i) {
+    float dot = 0.0f;
+    for (int64_t c = 0; c < k; ++c) dot += static_cast<float>(w[i % n * k + c]) * x[i / n * k + c];
+    const volatile float scaled = scale[i % n] * dot;
+    CHECK(y[i] == scaled + bias[i % n]);
+  }
+}
+
 // A float32 is multiplied in three parts; infinity has one.
 void keeps_infinity() {
   const std::vector<float> x = {1.0f, INFINITY, 3.0f}, scale = {1.0f, 1.0f};
@@ -128,6 +153,7 @@ int main() {
     emulation::last_to_first = off;
     for (const int64_t m : {1, 5, 9}) {
       for (const int64_t k : {1, 31, 96, 260, 1100}) {
+        scales_integers_once(m, 19, k);
         for (const bool zeros : {false, true}) {
           for (const int64_t group_size : {0, 32, 128}) {
             multiplies_bits<float>(Dtype::f32, m, 19, k, zeros, group_size, off);
