@@ -98,6 +98,63 @@ def test_weights_that_cannot_be_chained_loaded_into_one_layer() -> None:
     assert torch.equal(chained(**inputs).logits, plain(**inputs).logits)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_keys_from_before_are_attended_to(padded: bool) -> None:
+    plain, chained = both(bert())
+    mask = torch.ones(3, 13, dtype=torch.long)
+    mask[1, 9:] = 1 - int(padded)
+    x = torch.randn(3, 9, 128)
+    outputs = []
+    for model in (plain, chained):
+        torch.manual_seed(0)
+        cache = transformers.DynamicCache()
+        for index in range(2):
+            cache.update(torch.randn(3, 4, 4, 32), torch.randn(3, 4, 4, 32), index)
+        outputs.append(model.bert(inputs_embeds=x, attention_mask=mask, cache=cache, use_cache=True))
+    assert torch.equal(outputs[0].last_hidden_state, outputs[1].last_hidden_state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 8, 40])
+def test_feed_forward_in_chunks_of_a_padded_batch(chunk: int) -> None:
+    plain, chained = both(bert(chunk_size_feed_forward=chunk))
+    inputs = texts(40, 30)
+    assert torch.equal(chained(**inputs).logits, plain(**inputs).logits)
+
+
+@torch.no_grad()
+def test_a_hook_sees_sequences_with_their_padding() -> None:
+    _, chained = both(bert())
+    inputs, shapes = texts(40, 30), []
+    layer = chained.bert.encoder.layer[1]
+    for module in (layer, layer.attention, layer.attention.output.LayerNorm, layer.intermediate, layer.output.dense):
+        handle = module.register_forward_hook(
+            lambda module, args, output: shapes.append((output[0] if isinstance(output, tuple) else output).shape[:-1])
+        )
+        chained(**inputs)
+        handle.remove()
+    assert shapes == [(2, 40)] * 5
+
+
+def test_learned_steps_get_their_gradients_and_move_the_ranges() -> None:
+    plain, chained = both(bert("bit"))
+    inputs = texts(40, 40)
+    for model in (plain, chained):
+        model.requires_grad_(False)
+        for name, p in model.named_parameters():
+            p.requires_grad_("alpha" in name)
+        model(**inputs).logits.sum().backward()
+    steps = {name: p.grad for name, p in plain.named_parameters() if "alpha" in name}
+    assert steps and all(torch.equal(p.grad, steps[n]) for n, p in chained.named_parameters() if n in steps)
+    with torch.no_grad():
+        for model in (plain, chained):
+            for name, p in model.named_parameters():
+                if "alpha" in name:
+                    p.mul_(1.7)
+        assert torch.equal(chained(**inputs).logits, plain(**inputs).logits)
+
+
 class Sine(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.sin()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,94 @@ def test_gradients_of_what_stands_between() -> None:
         inputs = torch.randn(6, 70, requires_grad=True)
         assert model(inputs).requires_grad
     assert ops_of(chained, torch.randn(6, 70)) == {"binary_mlp"}
+
+
+def train_steps(model: nn.Sequential, optimizer: type[torch.optim.Optimizer], **options: Any) -> None:
+    steps = optimizer(model.parameters(), lr=0.5, **options)
+    for _ in range(2):
+        steps.zero_grad()
+        model(torch.randn(8, 20)).square().sum().backward()
+        steps.step()
+
+
+def in_training_mode(change: Callable[[nn.Sequential], Any]) -> Callable[[nn.Sequential], Any]:
+    return lambda model: (model.train(), change(model), model.eval())
+
+
+def trained() -> nn.Sequential:
+    """Packed, with statistics of its inputs."""
+    torch.manual_seed(0)
+    norms = nn.BatchNorm1d(70), nn.BatchNorm1d(64)
+    model = nn.Sequential(
+        *(nn.Linear(20, 64), nn.Identity(), nn.Linear(64, 70), norms[0], nn.PReLU(70)),
+        *(nn.Linear(70, 64), norms[1], nn.Hardtanh(), nn.Linear(64, 4)),
+    )
+    quantize_(model, BinaryConfig("bibert"))
+    for _ in range(5):
+        model(torch.randn(64, 20))
+    pack_(model.eval())
+    return model
+
+
+CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
+    "statistics": in_training_mode(lambda model: model(5 * torch.randn(64, 20))),
+    "statistics that begin anew": lambda model: model[3].reset_running_stats(),
+    "a bias in place": lambda model: model[3].bias.add_(2),
+    "a slope in place": lambda model: model[4].weight.mul_(-1),
+    "the bias of a packed layer": lambda model: model[2].bias.add_(3),
+    "the scale of a packed layer": lambda model: model[2].scale.neg_(),
+    "another tensor": lambda model: setattr(model[2], "bias", torch.randn_like(model[2].bias)),
+    "the state of a packed layer": lambda model: model[2].load_state_dict(
+        {key: t.neg() if t.is_floating_point() else t for key, t in model[2].state_dict().items()}
+    ),
+    "another type and back": lambda model: (model.double(), model[3].bias.add_(1), model.float()),
+    "through .data, in training": in_training_mode(lambda model: model[3].bias.data.add_(2)),
+}
+STEPS: dict[str, Callable[[nn.Sequential], Any]] = {
+    "SGD": lambda model: train_steps(model, torch.optim.SGD),
+    "fused steps": in_training_mode(lambda model: train_steps(model, torch.optim.AdamW, fused=True)),
+}
+
+
+@pytest.mark.parametrize("what", [*CHANGES, *STEPS])
+def test_other_numbers_have_other_ranges(what: str) -> None:
+    model, x = trained(), torch.randn(16, 20)
+    with torch.no_grad():
+        before = model(x)
+    change = {**CHANGES, **STEPS}[what]
+    with torch.set_grad_enabled(what in STEPS):
+        change(model)
+    plain = copy.deepcopy(model)
+    bitmill.chained.unchain_(plain)
+    with torch.no_grad():
+        for each in (model, copy.deepcopy(model)):
+            assert torch.equal(each(x), plain(x)), what
+            assert not torch.equal(each(x), before)
+            assert "binary_linear" not in ops_of(each, x)
+
+
+def test_state_of_one_call() -> None:
+    model, x = trained(), torch.randn(16, 20)
+    state = {key: t * 2 + 0.1 if t.is_floating_point() else t for key, t in model.state_dict().items()}
+    loaded = copy.deepcopy(model)
+    loaded.load_state_dict(state)
+    with torch.no_grad():
+        before = model(x)
+        assert torch.equal(torch.func.functional_call(model, state, (x,)), loaded(x))
+        assert torch.equal(model(x), before)
+
+
+def test_numbers_without_ranges_compute_layer_by_layer() -> None:
+    _, model = both(network(lambda: nn.PReLU(70), layers=2))
+    x = torch.randn(16, 20)
+    with torch.no_grad():
+        model[2].scale.fill_(torch.nan)
+        for _ in range(2):
+            model(x)
+        model[2].scale.fill_(0.5)
+        plain = copy.deepcopy(model)
+        bitmill.chained.unchain_(plain)
+        assert torch.equal(model(x), plain(x))
 
 
 def test_packing_in_training_mode_leaves_statistics() -> None:

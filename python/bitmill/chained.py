@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .chain import NotChained
+from .nn._module import PackedModule
 from .unchanged import Unchanged, held_by
 
 
@@ -58,10 +59,31 @@ class Chained:
         return x.dtype == torch.float32 and not self.training and not gradients
 
     def runs(self, x: Tensor, *others: Tensor) -> bool:
-        """Whether the chain may compute this input, because the modules that it passes are as they were, too."""
-        return self.takes(x, *others) and self.chain.passed()
+        """Whether the chain may compute this input, because the modules that it passes are as they were, too.
+
+        If they hold other numbers, it is planned again.
+        """
+        if not self.takes(x, *others) or not (self.chain.current() or _plan_again(self)):
+            return False
+        return self.holds()
+
+    def holds(self) -> bool:
+        """Whether the modules that the chain passes are as they were, and none of them wants a gradient."""
+        passed = self.chain.passed
+        if not self.chain.current() or not passed():
+            return False
+        parameters = (p for m in passed.modules for p in m.parameters(False))
+        return not torch.is_grad_enabled() or not any(p.requires_grad for p in parameters)
+
+    def train(self, mode: bool = True) -> Any:
+        trained = self.training
+        super().train(mode)  # type: ignore[misc]
+        if trained and not mode and self.chain.learns:  # not all changes of a training are counted
+            _plan_again(self)
+        return self
 
 
+PLANES = ("weight", "weight_nonzero")  # of a packed layer: a chain reads them in every call
 _CHAINED: dict[type[nn.Module], type[Chained]] = {}
 _REGISTERED_IN = {  # of the modules that define a host's classes: what is imported when `chain_` meets one of them
     "torch.nn.modules.container": "bitmill.integrations._torch_chain",
@@ -106,8 +128,8 @@ def chain_(model: nn.Module) -> dict[str, str]:
             continue
         vars(module).pop("not_chained", None)
         module.__class__ = chained
-        if _plan_again not in module._load_state_dict_post_hooks.values():
-            module.register_load_state_dict_post_hook(_plan_again)
+        if _plan_for_new_weights not in module._load_state_dict_post_hooks.values():
+            module.register_load_state_dict_post_hook(_plan_for_new_weights)
     return dict(chains(model))
 
 
@@ -134,6 +156,10 @@ def _connect(module: Any, chained: type[Chained]) -> None:
     chained.keep(module, chain)
     passed = chained.passed(module)
     chain.passed = Unchanged(passed, same=held_by((module, *passed), "_modules"))
+    others = [inner for inner in passed if not isinstance(inner, PackedModule)]
+    held = held_by(passed, "_parameters", "_buffers")
+    chain.current = Unchanged(numbers=(at for at in held if not (isinstance(at[0], PackedModule) and at[2] in PLANES)))
+    chain.learns = any(True for inner in others for _ in (*inner.parameters(False), *inner.buffers(False)))
 
 
 def _unchain(module: Any) -> None:
@@ -144,18 +170,31 @@ def _unchain(module: Any) -> None:
 def chains(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Of each block that a host has registered: its name, and the reason why it is not chained, or ""."""
     for name, module in model.named_modules():
-        if isinstance(module, Chained):
-            yield name, ""
-        elif "not_chained" in vars(module):
-            yield name, vars(module)["not_chained"]
+        if isinstance(module, Chained) or "not_chained" in vars(module):
+            yield name, vars(module).get("not_chained", "")
 
 
-def _plan_again(module: Any, incompatible_keys: Any) -> None:
-    """New weights have other ranges."""
-    if not isinstance(module, Chained):
-        return
+def _plan_for_new_weights(module: Any, incompatible_keys: Any) -> None:
+    if isinstance(module, Chained):
+        _plan_again(module)
+
+
+def _plan_again(module: Any) -> bool:
+    """Other numbers have other ranges. Without any the chain stays, but does not run until they are others again.
+
+    Returns:
+        Whether there are ranges.
+    """
     try:
-        _connect(module, type(module))
+        with torch.inference_mode(False), torch.no_grad():
+            _connect(module, type(module))
     except NotChained as reason:
-        _unchain(module)
         vars(module)["not_chained"] = str(reason)
+        module.chain.passed, module.chain.current = _never, Unchanged(numbers=module.chain.current.numbers)
+        return False
+    vars(module).pop("not_chained", None)
+    return True
+
+
+def _never() -> bool:
+    return False

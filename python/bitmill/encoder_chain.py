@@ -82,7 +82,7 @@ class EncoderChain(nn.Module):
         most: list[int] = []
         for layer in self.layers:
             attention, norm, mlp, last_norm = self.parts(layer)
-            if not all(isinstance(host, Chained) and host.chain.passed() for host in (layer, attention, mlp)):
+            if not all(isinstance(host, Chained) and host.holds() for host in (layer, attention, mlp)):
                 return None
             first, last = layer_norm_of(norm, columns, self.plain), layer_norm_of(last_norm, columns, self.plain)
             if first is None or last is None:
@@ -104,16 +104,18 @@ class EncoderChain(nn.Module):
         modules = self._called()
         norms: list[nn.Module] = []
         same: dict[Held, None] = {}
+        numbers: dict[Held, None] = {}
         for layer in self.layers:
             attention, norm, mlp, last_norm = self.parts(layer)
             norms += norm, last_norm
             for host in (layer, attention, mlp):
                 modules += host.chain.passed.modules
                 same.update((held[:3], None) for held in host.chain.passed.held)
+                numbers.update(dict.fromkeys(host.chain.current.numbers))
             same.update(dict.fromkeys((*attention.chain.sources(), *mlp.chain.sources())))
         same.update(dict.fromkeys(held_by(norms, "_parameters")))
         same.update(((norm, "__dict__", name), None) for norm in norms for name in ("eps", "normalized_shape"))
-        return Unchanged(dict.fromkeys(modules), norms, same)
+        return Unchanged(dict.fromkeys(modules), norms, same, numbers)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.prepared = None  # which would keep the tensors

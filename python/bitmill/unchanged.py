@@ -56,14 +56,24 @@ class Unchanged:
         modules: those that must be in eval mode and have no hooks.
         silent: those that must have no hooks, in whatever mode.
         same: what must be the same objects as now.
+        numbers: tensors that must be the same with the same numbers: torch counts changes in place, but not those of
+            its fused optimizers and through `.data`. A graph that `torch.compile` has made does not ask.
     """
 
     def __init__(
-        self, modules: Iterable[nn.Module], silent: Iterable[nn.Module] = (), same: Iterable[Held] = ()
+        self,
+        modules: Iterable[nn.Module] = (),
+        silent: Iterable[nn.Module] = (),
+        same: Iterable[Held] = (),
+        numbers: Iterable[Held] = (),
     ) -> None:
-        self.modules = tuple(modules)
+        self.modules, self.numbers = tuple(modules), tuple(numbers)
         self.silent = tuple(dict.fromkeys((*self.modules, *silent)))
-        self.held = [(module, table, key, getattr(module, table)[key]) for module, table, key in same]
+        wanted = dict.fromkeys((*same, *self.numbers))
+        self.held = [(module, table, key, getattr(module, table)[key]) for module, table, key in wanted]
+        tensors = [getattr(module, table)[key] for module, table, key in self.numbers]
+        self.counted = [t for t in tensors if t is not None and not t.is_inference()]
+        self.counts: list[int] | None = self._count()
         self._questions: Any = None
 
     def __call__(self) -> bool:
@@ -71,7 +81,10 @@ class Unchanged:
             return not any(module.training for module in self.modules) and not any(map(has_hooks, self.silent))
         if self._questions is None:
             self._questions = self._asked()
-        return all_unchanged(*self._questions)
+        return all_unchanged(*self._questions) and self._count() == self.counts
+
+    def _count(self) -> list[int]:
+        return [t._version for t in self.counted]
 
     def _asked(self) -> tuple[list[dict[Any, Any]], list[dict[str, Any]], list[str], list[Any]]:
         """Dictionaries of hooks, and dictionaries, keys and what is to be there, or None, each as it lies in memory."""
@@ -81,8 +94,17 @@ class Unchanged:
             *((getattr(module, table), key, value) for module, table, key, value in self.held),
         ]
         questions.sort(key=lambda question: id(question[0]))
-        hooks = [*EVERYWHERE, *sorted((vars(module)[name] for module in self.silent for name in HOOKS), key=id)]
-        return hooks, *(list(column) for column in zip(*questions, strict=True))  # type: ignore[return-value]
+        hooks = sorted((vars(module)[name] for module in self.silent for name in HOOKS), key=id)
+        columns = zip(*questions, strict=True) if questions else ((), (), ())
+        everywhere = EVERYWHERE if self.silent else ()
+        return [*everywhere, *hooks], *(list(column) for column in columns)  # type: ignore[return-value]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_questions": None}
+        same = self._count() == self.counts
+        return {**vars(self), "_questions": None, "counts": None, "same": same}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        same = state.pop("same")
+        vars(self).update(state)
+        if same:  # changes of a copy are counted from 0 on
+            self.counts = self._count()

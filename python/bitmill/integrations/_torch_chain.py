@@ -162,10 +162,9 @@ class ChainedSequential(Chained, nn.Sequential):
         chain = vars(self).get("chain")
         if chain is None or not self._is(chain.planned):  # a slice, or modules were added or taken away
             return self.plain.forward(self, x)
-        parameters = [p for module in chain.passed.modules for p in module.parameters(recurse=False)]
         for step in chain.steps:
-            if step.chain is not None and step.takes(x) and self.runs(x, *parameters):
-                x = chain.chains[step.chain](x)
+            if step.chain is not None and step.takes(x) and self.runs(x):  # which may plan again
+                x = self.chain.chains[step.chain](x)
                 continue
             for module in step.modules:
                 x = module(x)

@@ -110,7 +110,7 @@ class BertLayerMixin(Chained):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        if self.is_decoder or self.chunk_size_feed_forward:
+        if self.is_decoder or self.chunk_size_feed_forward or kwargs.get("cache") is not None:
             return self.plain.forward(self, hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
         attention: Any = self.attention
         chained = not has_hooks(attention) and isinstance(attention, ChainedAttention)
@@ -195,11 +195,16 @@ class BertEncoderMixin(Chained):
         output.last_hidden_state = padded
         return output
 
+    def _takes_rows(self, layer: Any, x: Tensor) -> bool:
+        """Whether a layer computes rows without padding, and nobody sees that it does."""
+        seen = layer.chunk_size_feed_forward or any(map(has_hooks, layer.modules()))
+        return not seen and layer.attention.masks(x, None) is not None
+
     def _kept(self, x: Tensor, mask: Tensor | None, whole: bool) -> tuple[Tensor | None, Tensor | None]:
         """The tokens, bool [batch, n], that a padding mask keeps, or None to compute all, and the mask they need."""
         if mask is None or mask.dtype != torch.bool:
             return None, mask
-        if not whole and any(has_hooks(layer) or layer.attention.masks(x, None) is None for layer in self.layer):
+        if not whole and not all(self._takes_rows(layer, x) for layer in self.layer):
             return None, mask
         kept = mask[:, 0, 0]
         if kept.shape != x.shape[:2] or not bool((mask == kept[:, None, None]).all()):
