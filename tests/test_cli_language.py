@@ -168,6 +168,22 @@ def test_untied_heads_and_gpt2(text: Path, run: Run, tmp_path: Path) -> None:
         assert run("eval", out, "--text", text)["windows"] == 22
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(
+    kind: str, dtype: str, text: Path, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = write_model(tmp_path / "model", kind), tmp_path / "out"
+    simple = ["--method", "pb-llm", "--rounding", "rtn", "--metric", "magnitude", "--salient", "0.5"]
+    run("quantize", model, "--out", out, "--dtype", dtype, *simple)
+    loaded, _ = load_pretrained(out)
+    assert loaded.get_input_embeddings()(torch.arange(3)).dtype == getattr(torch, dtype)
+    assert run("eval", out, "--text", text)["windows"] == 22
+    capsys.readouterr()
+    assert cli.main(["generate", str(out), "--prompt", "the cat", "--tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("the cat")
+
+
 def test_kill_and_again_gives_the_same_file(model: Path, text: Path, run: Run, tmp_path: Path) -> None:
     arguments = ["quantize", model, "--calibration", text, "--windows", "4", "--out"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

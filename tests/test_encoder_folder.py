@@ -21,6 +21,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from bitmill.integrations.language import load_pretrained, read_pretrained  # noqa: E402
 from bitmill.recipes.encoder_folder import calibration_batches, evaluate  # noqa: E402
+from bitmill.recipes.language_folder import Settings, _windows  # noqa: E402
 from bitmill.recipes.scripts import encoder_table  # noqa: E402
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *("the", "a", "cat", "dog", "bird", "saw", "heard", "tree", "house", ".")]
@@ -131,6 +132,15 @@ def test_windows_of_a_text_have_its_special_tokens(data: Path) -> None:
     batches = calibration_batches(data / "text.txt", model, tokenizer_of_words(), 3, 9, 0)
     assert [batch.shape for batch in batches] == [(1, 9)] * 3
     assert all(batch[0, 0] == 1 and batch[0, -1] == 2 and (batch[0, 1:-1] > 2).all() for batch in batches)
+
+
+def test_windows_fit_a_model_whose_places_begin_after_that_of_padding(data: Path) -> None:
+    sizes = {**SIZES, "max_position_embeddings": 20, "pad_token_id": 1}
+    config = transformers.RobertaConfig(**sizes, vocab_size=len(WORDS), architectures=["RobertaModel"])
+    model = transformers.RobertaModel(config)
+    windows = _windows(data / "text.txt", Settings(windows=2), model, tokenizer_of_words())
+    assert [window.shape for window in windows] == [(1, 18)] * 2
+    model(torch.full((1, 18), 3))
 
 
 def test_what_does_not_go_together(data: Path, tmp_path: Path, complaint: Callable[..., str]) -> None:

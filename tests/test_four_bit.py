@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,14 @@ def test_folders_that_are_not_whole_or_of_another_method(tmp_path: Path) -> None
     ):
         save_file({key: t for key, t in whole.items() if key != name}, folder / "model.safetensors")
         with pytest.raises(ValueError, match=f"read_four_bit: .*{message}"):
+            read_four_bit(folder)
+    for name, t in (
+        ("model.layers.0.mlp.up_proj.pre_quant_scale", torch.ones(64)),
+        ("lm_head.weight_scale", torch.ones(1)),
+        ("lm_head.weight", whole["lm_head.weight"].to(torch.float8_e4m3fn)),
+    ):
+        save_file({**whole, name: t}, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=f"must have 4-bit floats and no other numbers, got '{re.escape(name)}'"):
             read_four_bit(folder)
     save_file({**whole, "model.norm.weight": torch.ones(63)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match="cannot be read as a model"):

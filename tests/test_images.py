@@ -69,6 +69,7 @@ def test_bad_image_files(idx_folder: Path, tmp_path: Path) -> None:
     for data, message in (
         (whole[:-12], "gzip-ed IDX file, got one that does not decompress"),
         (b"no gzip", "does not decompress"),
+        (whole[:12] + bytes(b ^ 255 for b in whole[12:]), "does not decompress"),
         (gzip.compress(gzip.decompress(whole)[:-1]), r"expected \[40\] bytes of data, got 39"),
         (gzip.compress(b"\0\0\x08\x03"), "expected an IDX file with magic 0x801"),
         (gzip.compress(struct.pack(">2i", 0x801, 39) + bytes(39)), "as many train images as labels, got 40 and 39"),

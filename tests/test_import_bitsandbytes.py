@@ -191,7 +191,9 @@ def test_a_damaged_quant_state() -> None:
         ({"shape": None}, r"shape must be \[n, k\], got None"),
         ({"nested_blocksize": -4}, "nested_blocksize must be a positive number"),
         ({"nested_blocksize": 1 << 39}, r"0\.weight\.nested_absmax must be float32 of 1 elements"),
-        ({"nested_offset": math.nan}, "nested_offset must be a finite number, got nan"),
+        ({"nested_offset": math.nan}, "nested_offset must be a finite float32, got nan"),
+        ({"nested_offset": 10**400}, "nested_offset must be a finite float32, got 1000"),
+        ({"nested_offset": -1e300}, "nested_offset must be a finite float32, got -1e[+]300"),
     ):
         with pytest.raises(ValueError, match=f"read: 0: {message}"):
             read({**tensors, key: as_json({**good, **changes})})

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,7 +245,9 @@ def test_a_full_disk_and_a_broken_folder_lose_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"block-001\.safetensors"):
         run()
     blocks[1].write_bytes(kept)
-    for broken in (record[: len(record) // 2], "[]", "{}"):
+    changed = json.loads(record)
+    del changed["blocks"][1]["errors"]
+    for broken in (record[: len(record) // 2], "[]", "{}", json.dumps(changed)):
         (tmp_path / "run.json").write_text(broken)
         with pytest.raises(ValueError, match=r"run\.json is cut off or damaged; delete it to begin anew"):
             run()
@@ -288,6 +291,25 @@ class Two(nn.Module):
         return x
 
 
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(2, 4, 4))
+
+
+def test_a_run_with_other_masks_is_another_run(tmp_path: Path) -> None:
+    def run(masked: int) -> None:
+        torch.manual_seed(0)
+        ids, mask = torch.randint(50, (1, 9)), torch.ones(1, 9, dtype=torch.long)
+        mask[:, :masked] = 0
+        batches = [{"input_ids": ids, "attention_mask": mask, "position_ids": torch.arange(9)[None]}]
+        with_packed_layers(llama().eval(), batches, folder=tmp_path)
+
+    run(2)
+    with pytest.raises(ValueError, match="must hold a run with the same text"):
+        run(3)
+
+
 def test_lists_of_blocks_and_hooks_that_do_not_fit() -> None:
     model, x = Two(), [torch.randn(2, 3, 4)]
     with pytest.raises(ValueError, match=r"in one nn\.ModuleList, got the lists first, second; name it"):
@@ -310,6 +332,10 @@ def test_lists_of_blocks_and_hooks_that_do_not_fit() -> None:
         with_packed_layers(model, batches_for("stories"))
     with pytest.raises(ValueError, match="without a key-value cache"):
         with_packed_layers(llama(), [{"input_ids": torch.randint(50, (1, 9)), "use_cache": True}])
+    model = stories()
+    model.layers[1].experts = Experts()
+    with pytest.raises(ValueError, match=r"nn\.Linear layers, got layers\.1\.experts\.up of shape \[2, 4, 4\]; split"):
+        with_packed_layers(model, batches_for("stories"))
     done = stories()
     with_packed_layers(done, batches_for("stories"))
     with pytest.raises(ValueError, match=r"quantised has no nn\.Linear left"):

@@ -141,3 +141,18 @@ def test_what_does_not_fit_is_refused() -> None:
     model.head.scale[2] = float("inf")
     with pytest.raises(ValueError, match="every scale must be finite"):
         model.head.validate()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_have_the_tables_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    table = nn.Embedding(20, 36).to(dtype)
+    packed = PackedInt8Embedding.from_embedding(table)
+    rows = packed(torch.arange(20))
+    assert rows.dtype == packed.dequantize().weight.dtype == dtype
+    assert packed.float()(torch.arange(20)).to(dtype).equal(rows) and packed.to(dtype).scale.dtype == torch.float32
+    model, fresh = nn.Sequential(packed), nn.Sequential(nn.Embedding(20, 36).to(dtype))
+    bitmill.save(model, tmp_path / "a")
+    bitmill.load(fresh, tmp_path / "a")
+    assert fresh(torch.arange(20)).equal(rows)
+    with pytest.raises(ValueError, match="dtype must be one of float32"):
+        PackedInt8Embedding(20, 36, dtype="int8")

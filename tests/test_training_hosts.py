@@ -101,3 +101,35 @@ def test_two_processes_average_the_gradients_of_their_halves(tmp_path: Path) -> 
             sums = [total + g for total, g in zip(sums, gradients(model), strict=True)]
         for a, b in zip(got, sums, strict=True):
             torch.testing.assert_close(a, b / 2, rtol=1e-5, atol=1e-6, msg=lambda text, m=method: f"{m}: {text}")
+
+
+LEARNED = ("bit", "tbt", "statsq", "binarydm")
+
+
+def train_learned_steps(rank: int, folder: str, finished: Barrier) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    for method in LEARNED:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(48, 40), torch.nn.Linear(40, 4))
+        quantize_(model, BinaryConfig(method))
+        parallel = DistributedDataParallel(model)
+        steps = torch.optim.SGD(model.parameters(), lr=0.01)
+        torch.manual_seed(rank)
+        for _ in range(2):
+            steps.zero_grad()
+            parallel((1 + rank) * torch.randn(8, 48)).square().sum().backward()
+            steps.step()
+        torch.save(model.state_dict(), f"{folder}/{method}-{rank}.pt")
+    finished.wait(120)
+    os._exit(0)
+
+
+def test_what_the_first_batch_sets_is_the_same_in_both_processes(tmp_path: Path) -> None:
+    finished = torch.multiprocessing.get_context("spawn").Barrier(2)
+    torch.multiprocessing.spawn(train_learned_steps, (str(tmp_path), finished), nprocs=2)
+    for method in LEARNED:
+        first, second = (torch.load(tmp_path / f"{method}-{rank}.pt", weights_only=True) for rank in range(2))
+        assert first.keys() == second.keys() and any("alpha" in key for key in first)
+        for key, t in first.items():
+            assert torch.equal(t, second[key]), f"{method}: {key}"

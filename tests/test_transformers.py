@@ -228,6 +228,28 @@ def test_models_with_nothing_to_binarise() -> None:
         quantize_(nn.Sequential(nn.ReLU()), BinaryConfig())
 
 
+def test_estimates_know_no_earlier_keys() -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
+    decoder = transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=20, is_decoder=True, **sizes))
+    with pytest.raises(ValueError, match="model must be an encoder, got a decoder"):
+        bipft.binarize_(decoder)
+    bipft.binarize_(decoder, rank=0)
+    encoder = transformers.BertModel(transformers.BertConfig(vocab_size=20, **sizes))
+    bipft.binarize_(encoder)
+    with pytest.raises(ValueError, match="cache must be None"):
+        encoder.encoder.layer[0].attention.self(torch.randn(1, 3, 32), cache=transformers.DynamicCache())
+
+
+def test_a_model_that_does_not_fit_keeps_its_attention() -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=20, **sizes))
+    model.encoder.layer[0].output.dense.register_forward_hook(lambda *_: None)
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match="has hooks"):
+        bibert.binarize_(model)
+    assert model.config._attn_implementation == before
+
+
 @pytest.mark.parametrize(
     ("installed", "message"),
     [(None, "needs transformers 5, which is not installed"), ("4.57.1", "needs transformers 5 or newer, got 4.57.1")],

@@ -103,8 +103,8 @@ def _state(kind: str, t: Tensor, nested: bool) -> _State:
     nested_blocksize, offset = values.get("nested_blocksize", 1), values.get("nested_offset", 0.0)
     if nested:
         require(whole(nested_blocksize), f"nested_blocksize must be a positive number, got {shorten(nested_blocksize)}")
-        fits = type(offset) in (int, float) and math.isfinite(offset)
-        require(fits, f"nested_offset must be a finite number, got {shorten(offset)}")
+        fits = type(offset) in (int, float) and abs(offset) <= torch.finfo(torch.float32).max
+        require(fits, f"nested_offset must be a finite float32, got {shorten(offset)}")
     return _State(blocksize, shape[0], shape[1], nested_blocksize, offset)
 
 

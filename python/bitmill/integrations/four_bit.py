@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..config import shorten
@@ -92,8 +93,14 @@ def read_four_bit(folder: str | os.PathLike[str], activations: str = "float") ->
         names = METHODS[method](model, tensors, activations)
     except ValueError as error:
         raise ValueError(f"read_four_bit: {folder}: {error}") from None
-    packed = tuple(f"{name}." for name in names)
-    dense = {key: t.clone() for key, t in tensors.items() if not key.startswith(packed)}  # files are only mapped
+    packed, wanted = tuple(f"{name}." for name in names), model.state_dict().keys()
+    others = {key: t for key, t in tensors.items() if not key.startswith(packed)}
+    left = [key for key in tensors if key.endswith(".pre_quant_scale")]
+    left += [key for key in others if key.endswith(".weight_scale") and key.removesuffix("_scale") in others]
+    left += [key for key, t in others.items() if key in wanted and t.element_size() == 1 and t.dtype != torch.bool]
+    if left:
+        raise ValueError(f"read_four_bit: {folder} must have 4-bit floats and no other numbers, got {shorten(left[0])}")
+    dense = {key: t.clone() for key, t in others.items() if key in wanted}  # files are only mapped
     with reading(folder):
         model.load_state_dict(dense, strict=False, assign=True)
         model.tie_weights()

@@ -73,7 +73,7 @@ class _Walk:
         attention = self.body.layers[0].self_attn
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         shape = (len(self.body.layers), 2, self.key_heads, capacity, self.head_dim)
-        cache = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        cache = torch.zeros(shape, dtype=self.body.norm.weight.dtype, device=model.device)
         self.blocks = [
             _Block(
                 norm=_Norm(block.input_layernorm),

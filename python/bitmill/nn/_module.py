@@ -14,11 +14,13 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config import Config
 
 L = TypeVar("L", bound="LatentLinear")
 E = TypeVar("E", bound="LatentEmbedding")
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 def as_float32(t: Tensor | None) -> Tensor | None:
@@ -54,6 +56,9 @@ class LatentLinear(nn.Linear):
     @classmethod
     def from_linear(cls: type[L], linear: nn.Linear, config: Config | None = None, **state: Any) -> L:
         """A layer on the same Parameters: nothing is copied, tied weights stay tied.
+
+        In eval mode nn.TransformerEncoderLayer reads the weights of its linear1 and linear2 and does not call them;
+        `quantize_` tells it to.
 
         Args:
             state: what the layer's `create_state` takes besides.
@@ -178,8 +183,32 @@ def embedding_from(table: Tensor, padding_idx: int | None, training: bool) -> nn
     return embedding.train(training)
 
 
+def agreed(value: Tensor, ready: Tensor) -> Tensor:
+    """The mean of a value over the ranks whose DistributedDataParallel is running, as long as `ready` is false: what
+    the first batch sets is a parameter, which DDP moves by the same gradients everywhere and does not send."""
+    ddp = None if torch.compiler.is_compiling() else DistributedDataParallel._active_ddp_module
+    if ddp is None or bool(ready):
+        return value
+    total = value.detach().clone()
+    torch.distributed.all_reduce(total, group=ddp.process_group)
+    return total / torch.distributed.get_world_size(ddp.process_group)
+
+
+def float_dtype(layer: str, dtype: torch.dtype | str) -> torch.dtype:
+    """A float dtype, or its name in a file. Raises ValueError for others."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"{layer}: dtype must be one of {', '.join(DTYPES)}, got {name}")
+    return DTYPES[name]
+
+
 def require_width(layer: str, x: Tensor, k: int) -> None:
-    """One clear error for the commonest mistake; the op checks the rest."""
+    """One clear error for the commonest mistakes; the op checks the rest."""
+    if x.is_nested:
+        raise ValueError(
+            f"{layer}: x must not be a nested tensor; quantise the whole nn.TransformerEncoder, with a filter, or set"
+            " its use_nested_tensor = False"
+        )
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"{layer}: the last dimension of x must be in_features = {k}, got shape {list(x.shape)}")
 

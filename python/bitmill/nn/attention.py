@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..binarize import bool_attention, elastic_alpha, elastic_attention, softmax_aware_attention
 from ..binarize.functions import ALPHA_FLOOR
+from ._module import agreed
 
 KINDS = ("bool", "softmax_aware", "elastic")
 
@@ -114,6 +115,8 @@ class BinaryAttention(nn.Module):
             return [alpha.float() for alpha in steps]
         first = [elastic_alpha(t.detach().float()) for t in (q, k, v)]
         first.append(first[0].new_full((), 4 / k.shape[-2]))  # 4 mean P: the probabilities of a row sum to 1
+        if self.training:
+            first = list(agreed(torch.stack(first), ready).unbind())
         values = [
             torch.where(ready, alpha.detach().float(), start.clamp_min(ALPHA_FLOOR))
             for alpha, start in zip(steps, first, strict=True)

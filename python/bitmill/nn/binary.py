@@ -33,7 +33,7 @@ from ..ops import int8_fake_quant, int8_quantize, tile_pack
 from ..ops._groups import columns_of_groups
 from ..ops._library import without_autocast
 from ..ops.bitpack import mean_by_halves
-from ._module import LatentLinear, as_float32, require_finite, require_width
+from ._module import LatentLinear, agreed, as_float32, require_finite, require_width
 from .packed_binary import PackedBinaryLinear, activation_rule, activation_state, check_padding, thresholds_of
 
 __all__ = ["BinaryLinear", "PackedBinaryLinear", "activation_rule", "check_padding"]
@@ -188,6 +188,8 @@ def elastic_step(layer: Any, x: Tensor) -> Tensor:
     if x.numel() == 0:  # an empty batch has no mean
         return alpha.float()
     first = elastic_alpha(x.detach(), layer.config.act_bits, layer.config.signed)
+    if layer.training:
+        first = agreed(first, ready)
     value = torch.where(ready, alpha.detach().float(), first)
     if not layer.training:
         return value

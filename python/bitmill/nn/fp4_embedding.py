@@ -24,10 +24,8 @@ from ..ops import (
 )
 from ..ops._library import without_autocast
 from ..ops.fp4 import CODEBOOKS
-from ._module import LatentEmbedding, PackedModule, embedding_from, require_finite, whole_ids
+from ._module import LatentEmbedding, PackedModule, embedding_from, float_dtype, require_finite, whole_ids
 from .fp4 import FP4Linear, PackedFP4Linear, row_scale
-
-DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 class FP4Embedding(LatentEmbedding):
@@ -108,10 +106,7 @@ class PackedFP4Embedding(PackedModule):
         super().__init__()
         self.config = config if config is not None else FP4Config()
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        name = str(dtype).removeprefix("torch.")
-        if name not in DTYPES:
-            raise ValueError(f"PackedFP4Embedding: dtype must be one of {', '.join(DTYPES)}, got {name}")
-        self.dtype = DTYPES[name]
+        self.dtype = float_dtype("PackedFP4Embedding", dtype)
         buffers = self._empty_linear(device)._buffers
         self.register_buffers(**{name: t for name, t in buffers.items() if name != "bias"})
 

@@ -9,6 +9,7 @@ nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..config import Int8Config
 from ..ops import int8_quantize, tile_pack, tile_unpack
 from ..ops._checks import TILE_ROWS, tile_shape
-from ._module import PackedModule, linear_from, require_finite, require_width
+from ._module import PackedModule, float_dtype, linear_from, require_finite, require_width
 from .binary import check_padding
 
 _fp4_linear = torch.ops.bitmill.fp4_linear.default
@@ -63,7 +64,10 @@ class _PackedRows(PackedModule):
 
 
 class PackedInt8Embedding(_PackedRows):
-    """A lookup table [num_embeddings, embedding_dim] of 8-bit rows. Output dtype float32."""
+    """A lookup table [num_embeddings, embedding_dim] of 8-bit rows.
+
+    `dtype` is that of the output, which .half(), .bfloat16() and .to(dtype) change; the buffers' dtypes stay.
+    """
 
     def __init__(
         self,
@@ -71,11 +75,13 @@ class PackedInt8Embedding(_PackedRows):
         embedding_dim: int,
         padding_idx: int | None = None,
         config: Int8Config | None = None,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.config = config if config is not None else Int8Config()
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.dtype = float_dtype("PackedInt8Embedding", dtype)
         self.create(num_embeddings, embedding_dim, device)
 
     @classmethod
@@ -91,7 +97,7 @@ class PackedInt8Embedding(_PackedRows):
                 f" {type(embedding).__name__}, whose forward may differ"
             )
         sizes = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
-        packed = cls(*sizes, config, device="meta")
+        packed = cls(*sizes, config, embedding.weight.dtype, device="meta")
         packed.high, packed.low, packed.scale = pack_rows(cls.__name__, embedding.weight)
         return packed.train(embedding.training)
 
@@ -102,9 +108,14 @@ class PackedInt8Embedding(_PackedRows):
         head.bias = None if bias is None else bias.detach().float().clone()
         return head.train(self.training)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedInt8Embedding:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
+        super()._apply(fn, recurse)
+        return self
+
     def arguments(self) -> dict[str, Any]:
-        names = ("num_embeddings", "embedding_dim", "padding_idx")
-        return {name: getattr(self, name) for name in names}
+        sizes = {name: getattr(self, name) for name in ("num_embeddings", "embedding_dim", "padding_idx")}
+        return {**sizes, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def weight_shape(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim
@@ -119,12 +130,13 @@ class PackedInt8Embedding(_PackedRows):
             nibbles = (tiles[tile, :, lane].unsqueeze(-1) >> place) & 15
             return nibbles.flatten(-2)[..., : self.embedding_dim]
 
-        return scale * (16 * half(self.high) + half(self.low) - OFFSET)
+        return (scale * (16 * half(self.high) + half(self.low) - OFFSET)).to(self.dtype)
 
     @torch.no_grad()
     def dequantize(self) -> nn.Embedding:
-        """An nn.Embedding (float32) with the rounded table."""
-        return nn.Embedding.from_pretrained(self.dense(), False, self.padding_idx).train(self.training)
+        """An nn.Embedding (of `dtype`) with the rounded table."""
+        table = self.dense().to(self.dtype)
+        return nn.Embedding.from_pretrained(table, False, self.padding_idx).train(self.training)
 
 
 class PackedInt8Linear(_PackedRows):

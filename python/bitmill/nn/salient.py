@@ -172,7 +172,9 @@ class SalientLinear(LatentLinear):
                 f"SalientLinear: config.metric must be 'magnitude' or 'quantile' where no activations are seen, got"
                 f" {metric!r}; give from_linear a mask, or use bitmill.recipes.pb_llm or pb_llm_qat"
             )
-        return (salient_columns if self.config.structure == "column" else salient_mask)(self.weight, fraction)
+        if self.config.structure == "column":
+            return salient_columns(self.weight, fraction)
+        return salient_mask(self.weight, fraction, self.config.group_size or 0)
 
     def _own(self, mask: Tensor) -> Tensor:
         if mask.shape != self.weight.shape or mask.dtype != torch.bool:

@@ -43,8 +43,14 @@ def binarize_(model: nn.Module, attention: str = "bool", method: str = "bibert")
     """
     if attention == "sign_softmax":
         register_attention(attention, sign_softmax_attention)
-    set_attention_(model, attention)
-    return quantize_body_(model, BinaryConfig(method, embeddings=True))
+    host: Any = model
+    before = getattr(getattr(host, "config", None), "_attn_implementation", None)
+    set_attention_(host, attention)
+    try:
+        return quantize_body_(host, BinaryConfig(method, embeddings=True))
+    except ValueError:
+        host.set_attn_implementation(before)
+        raise
 
 
 class Outputs(NamedTuple):

@@ -33,6 +33,8 @@ def binarize_(model: nn.Module, rank: int = 1) -> list[str]:
     """
     if rank < 0:
         raise ValueError(f"binarize_: rank must be 0 or more, got {rank}")
+    if rank and getattr(getattr(model, "config", None), "is_decoder", False):
+        raise ValueError("binarize_: model must be an encoder, got a decoder, whose cache the estimators do not have")
     layers = encoder_layers(model)
     attach_attention_(model, "elastic")
     names = quantize_body_(model, BinaryConfig("bit", embeddings=True))
@@ -71,7 +73,13 @@ class LowRankSelfAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [batch, n, width] and transformers' mask to (context [batch, n, width], None)."""
+        """hidden_states [batch, n, width] and transformers' mask to (context [batch, n, width], None).
+
+        Raises:
+            ValueError: for a cache of earlier keys.
+        """
+        if kwargs.get("cache") is not None:
+            raise ValueError("LowRankSelfAttention: cache must be None; there are no estimates of earlier keys in one")
         x = hidden_states
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)

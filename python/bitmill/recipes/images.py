@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import io
 import tarfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def _idx(path: Path, magic: int) -> Tensor:
     """An IDX file: big-endian int32 magic (its low byte is the rank) and sizes, then uint8."""
     try:
         data = gzip.decompress(path.read_bytes())
-    except (gzip.BadGzipFile, EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path}: expected a gzip-ed IDX file, got one that does not decompress ({error})") from None

@@ -374,6 +374,11 @@ def _read(file: Path) -> dict[str, Any]:
 def _windows(text: Path, settings: Settings, model: Any, tokenizer: Any) -> list[Tensor]:
     length = min(settings.length, getattr(model.config, "max_position_embeddings", settings.length))
     if not is_causal(model.config):
+        padding = [
+            getattr(m, "padding_idx", None) for n, m in model.named_modules() if n.endswith("position_embeddings")
+        ]
+        if padding and padding[0] is not None:  # RoBERTa's places begin after that of padding
+            length = min(length, model.config.max_position_embeddings - padding[0] - 1)
         return calibration_batches(text, model, tokenizer, settings.windows, length, settings.seed)
     return random_windows(read_ids(text, tokenizer), settings.windows, length, settings.seed)
 

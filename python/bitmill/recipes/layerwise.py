@@ -70,7 +70,15 @@ def decoder_blocks(model: nn.Module, name: str | None = None) -> tuple[str, nn.M
             f"decoder_blocks: the model must keep blocks with nn.Linear layers in one nn.ModuleList, got {seen}; name"
             " it with blocks=... (a model that has been quantised has no nn.Linear left)"
         )
-    return next(iter(found.items()))
+    path, blocks = next(iter(found.items()))
+    for name, p in blocks.named_parameters():
+        owner = blocks.get_submodule(name.rpartition(".")[0])
+        if p.dim() > 2 and not type(owner).__module__.startswith("torch.nn."):
+            raise ValueError(
+                f"decoder_blocks: the blocks must keep their weights in nn.Linear layers, got {path}.{name} of shape"
+                f" {list(p.shape)}; split it into layers, as bitmill.integrations.gpt_oss.split_experts_ does"
+            )
+    return path, blocks
 
 
 def _has_linear(module: nn.Module) -> bool:
@@ -122,6 +130,11 @@ class _Calls:
                 raise _Stop
 
         return record
+
+    def masks(self) -> list[str]:
+        """Digests of the tensors that the first block is called with beside the activations."""
+        every = [(*args, *kwargs.values()) for args, kwargs in self.others[0]]
+        return [_digest_of(other=t) for others in every for t in others if isinstance(t, Tensor)]
 
     def run(self, index: int, block: nn.Module) -> Iterator[Tensor]:
         """The block's outputs, batch after batch."""
@@ -245,7 +258,7 @@ class _Folder:
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], calls: _Calls) -> None:
         self.path, self.file = Path(path), Path(path) / "run.json"
         self.path.mkdir(parents=True, exist_ok=True)
-        text = digest({"batches": [_digest_of(hidden=t) for t in calls.hidden]}, {})
+        text = digest({"batches": [_digest_of(hidden=t) for t in calls.hidden], "masks": calls.masks()}, {})
         self.run: dict[str, Any] = {"settings": dict(settings), "text": text, "blocks": []}
         if self.file.exists():
             run = self._read()
@@ -260,7 +273,7 @@ class _Folder:
     def _read(self) -> dict[str, Any]:
         try:
             run = strict_json.read(self.file)
-            if isinstance(run["blocks"], list):
+            if all(isinstance(block["original"], str) and isinstance(block["errors"], dict) for block in run["blocks"]):
                 return run
         except (ValueError, KeyError, TypeError):
             pass
