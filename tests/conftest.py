@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+import problems
 from bitmill import cli, strict_json
 from vision_inputs import write_images
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Processes of pytest-xdist, and what they start, share the cores instead of each taking all."""
+    problems.DEVICE = config.getoption("--device")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if workers > 1:
         threads = max(1, torch.get_num_threads() // workers)
@@ -26,6 +28,7 @@ def pytest_configure() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = Path(__file__).parent / "golden"
+    parser.addoption("--device", help="where ops with compiled kernels are compared with their default, too: cuda")
     parser.addoption("--golden", default=str(default), help="folder of golden vectors for test_golden.py")
 
 

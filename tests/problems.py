@@ -7,14 +7,16 @@ A problem is m rows of activations [m, k] times a weight [n, k]. A kernel bug th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitmill.ops import _machine
 
 T = TypeVar("T")
+DEVICE: str | None = None  # of --device
 
 
 class Problem(NamedTuple):
@@ -113,9 +115,41 @@ ATTENTION = tuple(
 )
 
 
+class OnDevice(TorchDispatchMode):
+    """Computes bitmill's ops of CPU tensors on a device: what goes in is copied there, strides and all, what comes out,
+    or was written into, is copied back."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "bitmill":
+            return func(*args, **(kwargs or {}))
+        there, others = torch.utils._pytree.tree_map_only(Tensor, self._there, (args, kwargs or {}))
+        results = func(*there, **others)
+        for argument, here, written in zip(func._schema.arguments, args, there, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                here.copy_(written)
+        return torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, results)
+
+    def _there(self, t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        copy = torch.UntypedStorage(storage.nbytes(), device=self.device).copy_(storage)
+        return torch.empty(0, dtype=t.dtype, device=self.device).set_(copy, t.storage_offset(), t.size(), t.stride())
+
+
 def on_every_machine(call: Callable[[], T]) -> list[tuple[str, T]]:
-    """What `call` answers on every instruction set that this machine has, with one and with two threads."""
+    """What `call` answers on every instruction set that this machine has, with one and with two threads, and on the
+    device of --device, unless an op says that it is one for the CPU alone."""
     results = []
+    if DEVICE is not None:
+        try:
+            with OnDevice(DEVICE):
+                results.append((DEVICE, call()))
+        except ValueError as error:
+            if "on a GPU" not in str(error) and "no CUDA kernel" not in str(error):
+                raise
     threads = torch.get_num_threads()
     try:
         for instruction_set in _machine.instruction_sets():
