@@ -252,6 +252,10 @@ def test_tensors_of_the_wrong_kind(tmp_path: Path, files: dict[str, Path], index
         wrong = [t.reshape(-1)[:-1], t.unsqueeze(0), torch.cat([t.reshape(-1), t.reshape(-1)])]
         if not t.is_floating_point() or not name.startswith(("fc.", "head.", "embedding.")):
             wrong += [t.to(d) for d in (torch.float32, torch.int64, torch.uint8, torch.bool) if d != t.dtype]
+        elif t.dtype == torch.float32 and isinstance(metadata["modules"].get(name.partition(".")[0]), dict):
+            kind = metadata["modules"][name.partition(".")[0]]["kind"]
+            if kind.startswith("Packed") and kind != "PackedBinaryEmbedding":
+                wrong += [t.half(), t.double(), t.bfloat16()]
         wrong += [t.to(torch.complex64), t.to(torch.float8_e4m3fn), t.to(torch.int16)]
         for other in wrong:
             craft(path, metadata, {**tensors, name: other})

@@ -175,6 +175,24 @@ def test_torchs_own_encoder_calls_the_swapped_layers(config: Config) -> None:
     assert (packed - expected).abs().mean() < 1e-2  # signs near a tie may differ
 
 
+def test_a_weight_that_attention_reads_without_calling_its_layer() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 4), "head": nn.Linear(32, 2)})
+    model["attention"].out_proj = nn.Linear(32, 32)
+    assert quantize_(model, BinaryConfig()) == ["head"]
+
+
+def test_a_part_of_torchs_encoder_that_nests_its_tensors() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    quantize_(encoder.layers[1], BinaryConfig())
+    x, padding = torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False, False, True, True, True]])
+    with torch.no_grad(), pytest.raises(ValueError, match="x must not be a nested tensor; quantise the whole"):
+        encoder(x, src_key_padding_mask=padding)
+    encoder.use_nested_tensor = False
+    with torch.no_grad():
+        assert encoder(x, src_key_padding_mask=padding).shape == x.shape
+
+
 def test_a_shared_module_is_swapped_under_all_its_names() -> None:
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(8, 8)})

@@ -113,6 +113,15 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert moved.weight.dtype == torch.int32 and moved(IDS).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_of_a_large_table_is_not_rounded(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding.from_pretrained((0.02 * torch.randn(3000, 768)).to(dtype), freeze=False)
+    layer = BinaryEmbedding.from_embedding(table, BinaryConfig("bit"))
+    ids = torch.arange(3000)
+    assert torch.equal(layer.pack()(ids), layer(ids))
+
+
 def test_autocast_changes_nothing() -> None:
     for layer in (table(BinaryConfig()), table(BinaryConfig()).pack()):
         want = layer(IDS)

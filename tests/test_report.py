@@ -304,6 +304,9 @@ def test_bibert_base_as_papers_count_and_as_stored() -> None:
     assert facts.float_bytes / facts.file_bytes == pytest.approx(27.1, abs=0.2)
     assert sum(layer.macs for layer in facts.layers) / sum(layer.operations for layer in facts.layers) == 64
     assert "31.1x" in str(facts)
+    macs = sum(layer.macs for layer in facts.layers)
+    classifier = 2 * 768
+    assert facts.complexity.operations == pytest.approx((macs + classifier) / (macs / 64 + classifier))
 
 
 def test_bibench_complexity() -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """bitmill: packed binary matmul, salient-weight scatter and FP4 casting as drop-in PyTorch layers.
 
-The public names are below; `bitmill.arrays` holds the same kernels for NumPy arrays. Where torch is not installed,
-`bitmill.arrays` is all there is.
+The public names are below, and in `bitmill.nn`, `ops` and `binarize`; `bitmill.arrays` holds the same kernels for
+NumPy arrays. Where torch is not installed, `bitmill.arrays` is all there is.
 """
 
 import importlib
@@ -11,7 +11,7 @@ import importlib.util
 __version__ = "0.1.0"
 
 if importlib.util.find_spec("torch") is not None:
-    from . import binarize, nn, ops
+    from . import binarize, nn, ops  # noqa: F401
     from .checkpoint import load, save
     from .config import BinaryConfig, FP4Config, Int8Config, OneBitConfig, SalientConfig
     from .convert import dequantize_, pack_, quantize_
@@ -23,11 +23,8 @@ if importlib.util.find_spec("torch") is not None:
         "Int8Config",
         "OneBitConfig",
         "SalientConfig",
-        "binarize",
         "dequantize_",
         "load",
-        "nn",
-        "ops",
         "pack_",
         "quantize_",
         "save",

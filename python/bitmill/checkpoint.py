@@ -331,11 +331,13 @@ def _compare(slots: dict[str, _Slot], tensors: dict[str, Tensor]) -> None:
     if missing or extra:
         both = (("it lacks", missing), ("the model has no", extra))
         raise ValueError("; ".join(f"{word} {', '.join(map(shorten, names[:3]))}" for word, names in both if names))
-    for name, (_, _, t) in slots.items():
+    for name, (owner, _, t) in slots.items():
         got = tensors[name]
+        # A new training layer, and a table of bits, take the file's dtype; a packed layer has none to choose.
+        chooses = t.is_meta and (not isinstance(owner, PackedModule) or isinstance(owner, PackedBinaryEmbedding))
         if got.shape != t.shape:
             raise ValueError(f"{name} has shape {list(got.shape)} in the file and {list(t.shape)} in the model")
-        if got.dtype != t.dtype and not (t.is_meta and t.dtype in FLOATS and got.dtype in FLOATS):
+        if got.dtype != t.dtype and not (chooses and t.dtype in FLOATS and got.dtype in FLOATS):
             remedy = "; convert the model with .to() first" if got.dtype in FLOATS and t.dtype in FLOATS else ""
             raise ValueError(f"{name} is {got.dtype} in the file and {t.dtype} in the model{remedy}")
 

@@ -62,7 +62,8 @@ def quantize_(model: nn.Module, config: Config, filter_fn: Filter | None = None)
     """Swap the model's nn.Linear layers for the training form that `config` describes, in place.
 
     Parameters are shared, not copied, so an optimizer made before still sees them and tied weights stay tied. A
-    subclass of nn.Linear is left alone, because its forward may differ. BinaryConfig and FP4Config with embeddings=True
+    subclass of nn.Linear is left alone, because its forward may differ, and so is the out_proj of
+    nn.MultiheadAttention, which reads its weight and does not call it. BinaryConfig and FP4Config with embeddings=True
     swap nn.Embedding too, BinaryConfig(convs=True) nn.Conv2d.
 
     Args:
@@ -85,8 +86,10 @@ def quantize_(model: nn.Module, config: Config, filter_fn: Filter | None = None)
     if isinstance(config, BinaryConfig) and config.convs:
         swaps[nn.Conv2d] = BinaryConv2d.from_conv
 
+    read = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+
     def build(module: nn.Module, names: list[str]) -> nn.Module | None:
-        swap = swaps.get(type(module))
+        swap = None if module in read else swaps.get(type(module))
         if swap is None or (filter_fn is not None and not all(filter_fn(module, n) for n in names)):
             return None
         require_bare(module)
@@ -101,7 +104,10 @@ def pack_(model: nn.Module, chain: bool = True) -> list[str]:
 
     Args:
         chain: connect the packed layers of transformer blocks by bits, where a host knows how (`bitmill.chain`);
-            `summary` says where. The results are the same either way, bit for bit.
+            `summary` says where. The results are the same either way, bit for bit, except that a BERT answers 0 at
+            positions that a padding mask drops. What a connection was found from (scales, biases, batch
+            normalisations) may change later: it is found again when it has, and after training at the latest by
+            `model.eval()`.
     Returns:
         The names that were packed; empty if they had been packed before.
     Raises:

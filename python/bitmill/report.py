@@ -153,7 +153,12 @@ def _as_papers_count(model: nn.Module, layers: tuple[LayerSummary, ...]) -> tupl
             )
             binary += layer.macs if _cost(module) < 1 else 0
     macs = sum(layer.macs for layer in layers)
-    complexity = bibench_complexity(weights + rest, rest, macs, macs - binary)
+    left = sum(
+        m.weight.numel()
+        for m in model.modules()
+        if layers and isinstance(m, (nn.Linear, nn.Conv2d)) and not isinstance(m, LATENT + PACKED)
+    )
+    complexity = bibench_complexity(weights + rest, rest, macs + left, macs + left - binary)
     return int(4 * (weights + rest)), payload + 4 * rows, complexity
 
 

@@ -40,7 +40,7 @@ class BinaryEmbedding(LatentEmbedding):
         rows = nn.functional.embedding(ids, self.weight, self.padding_idx).view(ids.numel(), self.embedding_dim)
         scale = weight_scale(rows.detach(), rule, self.config.group_size)
         if rule.centre == "global":
-            rows, rule = rows - self.weight.detach().mean(), dataclasses.replace(rule, centre="none")
+            rows, rule = rows.float() - self.weight.detach().float().mean(), dataclasses.replace(rule, centre="none")
         value = binarize_weight(rows, rule, self.config.group_size, scale).value
         return value.to(self.weight.dtype).view(*ids.shape, self.embedding_dim)
 
