@@ -65,12 +65,15 @@ class Chained:
         """
         if not self.takes(x, *others) or not (self.chain.current() or _plan_again(self)):
             return False
-        return self.holds()
+        return self._passes()
 
     def holds(self) -> bool:
-        """Whether the modules that the chain passes are as they were, and none of them wants a gradient."""
+        """Whether the modules that the chain passes are as they were, numbers and all."""
+        return self.chain.current() and self._passes()
+
+    def _passes(self) -> bool:
         passed = self.chain.passed
-        if not self.chain.current() or not passed():
+        if not passed():
             return False
         parameters = (p for m in passed.modules for p in m.parameters(False))
         return not torch.is_grad_enabled() or not any(p.requires_grad for p in parameters)
