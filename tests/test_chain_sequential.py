@@ -221,6 +221,14 @@ def test_other_numbers_have_other_ranges(what: str) -> None:
             assert "binary_linear" not in ops_of(each, x)
 
 
+@pytest.mark.parametrize("layers", [2, 3])
+def test_rows_of_another_width_are_an_error(layers: int) -> None:
+    _, model = both(network(nn.ReLU, layers=layers)[2 : 1 + 2 * layers].eval())
+    for width in (69, 71):  # as many words as the 70 columns
+        with torch.no_grad(), pytest.raises(ValueError, match="last dimension of x must be in_features = 70"):
+            model(torch.randn(3, width))
+
+
 def test_state_of_one_call() -> None:
     model, x = trained(), torch.randn(16, 20)
     state = {key: t * 2 + 0.1 if t.is_floating_point() else t for key, t in model.state_dict().items()}

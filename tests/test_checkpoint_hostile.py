@@ -44,7 +44,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     model = fresh()
     snapshot = Snapshot(model)
-    for path, kind in ((tmp_path / "none", FileNotFoundError), (tmp_path, OSError)):
+    for path, kind in ((tmp_path / "none", FileNotFoundError), (tmp_path, IsADirectoryError)):
         with pytest.raises(kind):
             load(model, path)
     snapshot.assert_same(model)
@@ -224,3 +224,10 @@ def test_metadata_is_small_and_readable(tmp_path: Path) -> None:
         },
     }
     assert abs(entries - 480) <= 1 and "hidden" not in tensors
+
+
+def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
+    for path, kind in ((tmp_path, IsADirectoryError), (tmp_path / "none" / "a", FileNotFoundError)):
+        with pytest.raises(kind, match=rf"save: {path} cannot be written: path must be a file in a folder that exists"):
+            save(fresh(), path)
+    assert not list(tmp_path.iterdir())

@@ -105,6 +105,20 @@ def test_autocast_changes_nothing(config: BinaryConfig) -> None:
                 assert_same_bits(inside, gradient(module, x, g))
 
 
+@pytest.mark.parametrize("method", ["bibert", "bnn", "bit", "react"])
+def test_second_derivatives(method: str) -> None:
+    layer = BinaryLinear(70, 30, config=BinaryConfig(method))
+    layer(torch.randn(9, 70))
+    found = []
+    for module in (layer.eval(), layer.pack()):
+        torch.manual_seed(1)
+        x = torch.randn(9, 70, requires_grad=True)
+        (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-3)
+    assert found[0].abs().sum() > 0
+
+
 def test_autocast_does_not_change_weight_gradients() -> None:
     layer, x, g = trained(BinaryConfig()), inputs(5, K), torch.randn(5, N)
     answers = []

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .binarize.functions import ALPHA_FLOOR
 from .nn import BinaryAttention, PackedBinaryLinear
+from .nn._module import require_width
 from .ops import (
     BitRanges,
     MlpArguments,
@@ -222,6 +223,7 @@ class AttentionChain(nn.Module):
 
         x is float32 [sequences, n, d], with a mask or None; or [rows, d] with the lengths of the sequences.
         """
+        require_width("PackedBinaryLinear", x, self.layers[0].in_features)
         return torch.ops.bitmill.binary_self_attention.default(x, residual, *self.arguments(mask, lengths))
 
     def sources(self) -> list[Held]:
@@ -299,6 +301,7 @@ class MlpChain(nn.Module):
         self.inner = Ranges(ranges_after(first, inner.levels, then(inner.level, activation)))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        require_width("PackedBinaryLinear", x, self.up[0].in_features)
         return torch.ops.bitmill.binary_mlp.default(x, residual, *self.arguments())
 
     def sources(self) -> list[Held]:
@@ -345,6 +348,7 @@ class LayersChain(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        require_width("PackedBinaryLinear", x, self.layers[0].in_features)
         buffers: list[dict[str, Any]] = [layer._buffers for layer in self.layers]
         sign, nonzero, _, _ = bitpack(x, buffers[0]["shift"], self.levels[0], self.threshold)
         zeros = nonzero if self.levels[0] == "sign" else None

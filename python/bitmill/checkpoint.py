@@ -83,6 +83,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors[name] = t
     text = canonical({**metadata, "sha256": digest(metadata, tensors)})
     target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        kind = IsADirectoryError if target.is_dir() else FileNotFoundError
+        raise kind(f"save: {target} cannot be written: path must be a file in a folder that exists")
     temporary = target.parent / f".bitmill-{secrets.token_hex(8)}.part"
     temporary.touch(exist_ok=False)
     try:
@@ -115,6 +118,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], chain: bool = True) -> 
             unchanged then.
         OSError: if the file cannot be read.
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"load: {path} cannot be read: path must be a file, got a folder")
     metadata, tensors = read(Path(path))
     try:
         _load(model, metadata, tensors)

@@ -68,6 +68,8 @@ def times_slope(ctx: Any, grad: Tensor, kept: Sequence[Tensor], owned: bool = Fa
         return grad
     if ctx.surrogate not in WINDOWS:
         return grad * surrogate_slope(kept[0], ctx.surrogate)
+    if torch.is_grad_enabled():  # for a second derivative, which writing into parts would lose
+        return grad * kept_flags(kept[0], grad.shape)
     out = grad if owned and grad.is_contiguous() else grad.clone(memory_format=torch.contiguous_format)
     parts = _rows(out)
     for part, plane in zip(parts, kept[0].split([part.shape[0] for part in parts]), strict=True):
