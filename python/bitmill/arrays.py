@@ -7,6 +7,8 @@ Layouts and formulas are those of `bitmill.ops`: activation rows int32 [..., cei
 
 from __future__ import annotations
 
+from numbers import Real
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,6 +39,7 @@ def bitpack(
         ValueError: for another dtype, a scalar, or unknown levels.
     """
     _require(levels in _LEVELS, "bitpack", "levels", f"one of {', '.join(_LEVELS)}", levels)
+    _require(isinstance(threshold, Real), "bitpack", "threshold", "a number", threshold)
     rows = _float_rows("bitpack", x)
     sign, nonzero = _C.bitpack(rows, rows.dtype == np.float16, levels, threshold)
     shape = (*x.shape[:-1], sign.shape[1])

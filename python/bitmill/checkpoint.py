@@ -343,7 +343,8 @@ def _compare(slots: dict[str, _Slot], tensors: dict[str, Tensor]) -> None:
         if got.shape != t.shape:
             raise ValueError(f"{name} has shape {list(got.shape)} in the file and {list(t.shape)} in the model")
         if got.dtype != t.dtype and not (chooses and t.dtype in FLOATS and got.dtype in FLOATS):
-            remedy = "; convert the model with .to() first" if got.dtype in FLOATS and t.dtype in FLOATS else ""
+            converts = got.dtype in FLOATS and t.dtype in FLOATS and not isinstance(owner, PackedModule)
+            remedy = "; convert the model with .to() first" if converts else ""
             raise ValueError(f"{name} is {got.dtype} in the file and {t.dtype} in the model{remedy}")
 
 
