@@ -165,6 +165,29 @@ class PackedModule(nn.Module):
         return f"{facts}, {self.config}"
 
 
+class PackedTable(PackedModule):
+    """A lookup table whose output has a dtype of its own: .half(), .bfloat16() and .to(dtype) change it."""
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, dtype: torch.dtype | str
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.dtype = float_dtype(type(self).__name__, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedTable:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device)).dtype
+        super()._apply(fn, recurse)
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        sizes = {name: getattr(self, name) for name in ("num_embeddings", "embedding_dim", "padding_idx")}
+        return {**sizes, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def weight_shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+
 def linear_from(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, training: bool) -> nn.Linear:
     """An nn.Linear that owns copies of weight and bias."""
     n, k = weight.shape

@@ -7,7 +7,6 @@ Both forms give the same rows bit for bit. Activations are not looked at: ids ha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +23,7 @@ from ..ops import (
 )
 from ..ops._library import without_autocast
 from ..ops.fp4 import CODEBOOKS
-from ._module import LatentEmbedding, PackedModule, embedding_from, float_dtype, require_finite, whole_ids
+from ._module import LatentEmbedding, PackedTable, embedding_from, require_finite, whole_ids
 from .fp4 import FP4Linear, PackedFP4Linear, row_scale
 
 
@@ -80,7 +79,7 @@ class FP4Embedding(LatentEmbedding):
         return embedding_from(table, self.padding_idx, self.training)
 
 
-class PackedFP4Embedding(PackedModule):
+class PackedFP4Embedding(PackedTable):
     """Packed form: rows of 4-bit codes and their scales.
 
     Buffers: weight int32 [ceil(rows/16), ceil(dim/8), 16]; scale [rows, groups], float32, or uint8 for "mxfp4" (E8M0)
@@ -103,10 +102,8 @@ class PackedFP4Embedding(PackedModule):
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_embeddings, embedding_dim, padding_idx, dtype)
         self.config = config if config is not None else FP4Config()
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self.dtype = float_dtype("PackedFP4Embedding", dtype)
         buffers = self._empty_linear(device)._buffers
         self.register_buffers(**{name: t for name, t in buffers.items() if name != "bias"})
 
@@ -125,18 +122,6 @@ class PackedFP4Embedding(PackedModule):
         head.weight, head.scale, head.global_scale = self.weight, self.scale, self.global_scale
         head.bias = None if bias is None else bias.detach().float().clone()
         return head.train(self.training)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedFP4Embedding:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        super()._apply(fn, recurse)
-        return self
-
-    def arguments(self) -> dict[str, Any]:
-        sizes = {name: getattr(self, name) for name in ("num_embeddings", "embedding_dim", "padding_idx")}
-        return {**sizes, "dtype": str(self.dtype).removeprefix("torch.")}
-
-    def weight_shape(self) -> tuple[int, int]:
-        return self.num_embeddings, self.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: int [...] in [0, num_embeddings); answers [..., embedding_dim].

@@ -9,7 +9,6 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ..config import Int8Config
 from ..ops import int8_quantize, tile_pack, tile_unpack
 from ..ops._checks import TILE_ROWS, tile_shape
-from ._module import PackedModule, float_dtype, linear_from, require_finite, require_width
+from ._module import PackedModule, PackedTable, linear_from, require_finite, require_width
 from .binary import check_padding
 
 _fp4_linear = torch.ops.bitmill.fp4_linear.default
@@ -63,7 +62,7 @@ class _PackedRows(PackedModule):
             raise ValueError("scale: every scale must be finite, got NaN or infinity; the layer is corrupt")
 
 
-class PackedInt8Embedding(_PackedRows):
+class PackedInt8Embedding(PackedTable, _PackedRows):
     """A lookup table [num_embeddings, embedding_dim] of 8-bit rows.
 
     `dtype` is that of the output, which .half(), .bfloat16() and .to(dtype) change; the buffers' dtypes stay.
@@ -78,10 +77,8 @@ class PackedInt8Embedding(_PackedRows):
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_embeddings, embedding_dim, padding_idx, dtype)
         self.config = config if config is not None else Int8Config()
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self.dtype = float_dtype("PackedInt8Embedding", dtype)
         self.create(num_embeddings, embedding_dim, device)
 
     @classmethod
@@ -107,18 +104,6 @@ class PackedInt8Embedding(_PackedRows):
         head.high, head.low, head.scale = self.high, self.low, self.scale
         head.bias = None if bias is None else bias.detach().float().clone()
         return head.train(self.training)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedInt8Embedding:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
-        super()._apply(fn, recurse)
-        return self
-
-    def arguments(self) -> dict[str, Any]:
-        sizes = {name: getattr(self, name) for name in ("num_embeddings", "embedding_dim", "padding_idx")}
-        return {**sizes, "dtype": str(self.dtype).removeprefix("torch.")}
-
-    def weight_shape(self) -> tuple[int, int]:
-        return self.num_embeddings, self.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: int [...] in [0, num_embeddings); answers [..., embedding_dim]. Raises IndexError for an id outside."""

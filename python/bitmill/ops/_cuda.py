@@ -55,5 +55,4 @@ def kernel_on_cuda(name: str) -> str:
     """What runs an op on a GPU: "cuda", "torch" or "none (CPU only)"."""
     if name in CPU_ONLY:
         return "none (CPU only)"
-    name = "binary_matmul" if name == "integer_linear" else name  # which is composed of it
-    return "cuda" if library.has_compiled_kernel(name, "CUDA") else "torch"
+    return "cuda" if library.has_compiled_kernel(library.MADE_OF.get(name, name), "CUDA") else "torch"

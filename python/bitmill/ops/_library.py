@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MADE_OF = {"integer_linear": "binary_matmul"}  # an op without a kernel: the one that says what runs for it
 _SCHEMAS: dict[str, str] = {}
 _failure: dict[str, str | None] = {"_ops_cpu": "not loaded yet", "_ops_cuda": "not loaded yet"}
 

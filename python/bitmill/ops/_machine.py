@@ -36,7 +36,7 @@ def instruction_set() -> str | None:
 
 def kernel_of(op: str) -> str:
     """What runs for an op on CPU tensors: "avx512", "avx2", "neon", "generic", or "torch" for the default kernel."""
-    op = "binary_matmul" if op == "integer_linear" else op  # which is composed of it
+    op = library.MADE_OF.get(op, op)
     if not library.has_compiled_kernel(op):
         return "torch"
     product = ("binary_linear", "binary_matmul_bits", "binary_matmul_floats", "binary_conv2d")

@@ -13,17 +13,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import strict_json
 from .._checkpoint_file import digest
-from ..checkpoint import load, save
 from ..convert import Filter, replace_modules, require_bare
+from ._blocks_folder import BlocksFolder, digest_of
 from .gptq import Hessian
 
 Batch = Tensor | Mapping[str, Any]
@@ -131,10 +129,12 @@ class _Calls:
 
         return record
 
-    def masks(self) -> list[str]:
-        """Digests of the tensors that the first block is called with beside the activations."""
+    def digest(self) -> str:
+        """Of the text: the activations in front of the first block, and what else it is called with."""
+        batches = [digest_of(hidden=t) for t in self.hidden]
         every = [(*args, *kwargs.values()) for args, kwargs in self.others[0]]
-        return [_digest_of(other=t) for others in every for t in others if isinstance(t, Tensor)]
+        masks = [digest_of(other=t) for others in every for t in others if isinstance(t, Tensor)]
+        return digest({"batches": batches, "masks": masks}, {})
 
     def run(self, index: int, block: nn.Module) -> Iterator[Tensor]:
         """The block's outputs, batch after batch."""
@@ -248,64 +248,6 @@ def other_forwards(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]
                 module.forward = forward
 
 
-class _Folder:
-    """Finished blocks on disk: block-000.safetensors, ..., and run.json, which says what they are of.
-
-    A block counts as finished once run.json names it, with the errors of its layers and the digest of what it was made
-    from.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], calls: _Calls) -> None:
-        self.path, self.file = Path(path), Path(path) / "run.json"
-        self.path.mkdir(parents=True, exist_ok=True)
-        text = digest({"batches": [_digest_of(hidden=t) for t in calls.hidden], "masks": calls.masks()}, {})
-        self.run: dict[str, Any] = {"settings": dict(settings), "text": text, "blocks": []}
-        if self.file.exists():
-            run = self._read()
-            for key in ("settings", "text"):
-                if run.get(key) != self.run[key]:
-                    raise ValueError(
-                        f"quantize_: folder must hold a run with the same {key}, {self.path} holds another one; take"
-                        " another folder"
-                    )
-            self.run = run
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            run = strict_json.read(self.file)
-            if all(isinstance(block["original"], str) and isinstance(block["errors"], dict) for block in run["blocks"]):
-                return run
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise ValueError(
-            f"quantize_: folder must hold a whole run, {self.file} is cut off or damaged; delete it to begin anew"
-        )
-
-    def has(self, index: int) -> bool:
-        """Whether the block is finished."""
-        return index < len(self.run["blocks"])
-
-    def resume(self, index: int, block: nn.Module) -> dict[str, float]:
-        """Load a finished block into the model's and return its layers' errors."""
-        finished = self.run["blocks"][index]
-        if finished["original"] != _digest_of(**block.state_dict()):
-            raise ValueError(
-                f"quantize_: folder must hold a run of the same model, {self.path} has another block {index}; take"
-                " another folder"
-            )
-        load(block, self.path / f"block-{index:03}.safetensors")
-        return finished["errors"]
-
-    def keep(self, block: nn.Module, original: str, errors: dict[str, float]) -> None:
-        save(block, self.path / f"block-{len(self.run['blocks']):03}.safetensors")
-        self.run["blocks"].append({"original": original, "errors": errors})
-        strict_json.write(self.file, self.run)
-
-
-def _digest_of(**tensors: Tensor) -> str:
-    return digest({}, {name: t.cpu().contiguous() for name, t in tensors.items()})
-
-
 def quantize_blocks_(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -340,11 +282,11 @@ def quantize_blocks_(
     with evaluating(model):
         calls = _Calls(model, found, batches)
         names = [name for named in layers for name in named]
-        kept = None if folder is None else _Folder(folder, {**settings, "layers": names}, calls)
+        kept = None if folder is None else BlocksFolder(folder, {**settings, "layers": names}, calls.digest())
         with tqdm(total=len(names), unit="layer", disable=None if progress else True) as bar:
             for index, block in enumerate(found):
                 finished, last = kept is not None and kept.has(index), index == len(found) - 1
-                original = "" if kept is None or finished else _digest_of(**block.state_dict())
+                original = "" if kept is None or finished else digest_of(**block.state_dict())
                 measured = {} if finished else _measure(block, layers[index], calls, index, measure)
                 outputs = list(calls.run(index, block)) if parallel and not last else None
                 if kept is not None and finished:

@@ -41,6 +41,19 @@ void close(const std::vector<T>& y, const T* x, const std::vector<double>& weigh
   }
 }
 
+BinaryWeightMatmulParams product(const void* x, const std::vector<int32_t>& weight, const std::vector<float>& scale,
+                                 int64_t m, int64_t n, int64_t k, void* out) {
+  BinaryWeightMatmulParams p;
+  p.x = x;
+  p.weight = weight.data();
+  p.scale = scale.data();
+  p.m = m;
+  p.n = n;
+  p.k = k;
+  p.out = out;
+  return p;
+}
+
 template <class T>
 void multiplies_bits(Dtype dtype, int64_t m, int64_t n, int64_t k, bool zeros, int64_t group_size, bool off) {
   const std::vector<int8_t> w = random_levels(n * k, Operand::sign, zeros);
@@ -49,18 +62,11 @@ void multiplies_bits(Dtype dtype, int64_t m, int64_t n, int64_t k, bool zeros, i
   const std::vector<float> scale = random_scales(n * groups), bias = random_scales(n);
   const Activations<T> x(m * k, off);
   std::vector<T> y(m * n);
-  BinaryWeightMatmulParams p;
-  p.x = x.data;
+  BinaryWeightMatmulParams p = product(x.data, bits, scale, m, n, k, y.data());
   p.dtype = dtype;
-  p.weight = bits.data();
   p.weight_nonzero = zeros ? nonzero.data() : nullptr;
-  p.m = m;
-  p.n = n;
-  p.k = k;
-  p.scale = scale.data();
   p.group_size = group_size;
   p.bias = bias.data();
-  p.out = y.data();
   CHECK(cuda::launch_binary_weight_matmul(p, nullptr) == Status::ok);
   std::vector<double> weight(n * k);
   for (int64_t i = 0; i < n * k; ++i) weight[i] = static_cast<double>(scale[i / k * groups + i % k / width]) * w[i];
@@ -74,15 +80,8 @@ void scales_integers_once(int64_t m, int64_t n, int64_t k) {
   const std::vector<float> scale = random_scales(n), bias = random_scales(n);
   std::vector<float> x(m * k), y(m * n);
   for (float& value : x) value = static_cast<float>(random_bits() % 255) - 127.0f;
-  BinaryWeightMatmulParams p;
-  p.x = x.data();
-  p.weight = bits.data();
-  p.m = m;
-  p.n = n;
-  p.k = k;
-  p.scale = scale.data();
+  BinaryWeightMatmulParams p = product(x.data(), bits, scale, m, n, k, y.data());
   p.bias = bias.data();
-  p.out = y.data();
   CHECK(cuda::launch_binary_weight_matmul(p, nullptr) == Status::ok);
   for (int64_t i = 0; i < m * n; ++i) {
     float dot = 0.0f;
@@ -97,15 +96,7 @@ void keeps_infinity() {
   const std::vector<float> x = {1.0f, INFINITY, 3.0f}, scale = {1.0f, 1.0f};
   const auto bits = tiles_of({1, 1, 1, 1, -1, 1}, 2, 3, positive);
   std::vector<float> y(2);
-  BinaryWeightMatmulParams p;
-  p.x = x.data();
-  p.weight = bits.data();
-  p.m = 1;
-  p.n = 2;
-  p.k = 3;
-  p.scale = scale.data();
-  p.out = y.data();
-  CHECK(cuda::launch_binary_weight_matmul(p, nullptr) == Status::ok);
+  CHECK(cuda::launch_binary_weight_matmul(product(x.data(), bits, scale, 1, 2, 3, y.data()), nullptr) == Status::ok);
   CHECK(y[0] == INFINITY && y[1] == -INFINITY);
 }
 
