@@ -247,7 +247,8 @@ def test_a_full_disk_and_a_broken_folder_lose_nothing(tmp_path: Path) -> None:
     blocks[1].write_bytes(kept)
     changed = json.loads(record)
     del changed["blocks"][1]["errors"]
-    for broken in (record[: len(record) // 2], "[]", "{}", json.dumps(changed)):
+    empty = json.dumps({**changed, "blocks": {}})
+    for broken in (record[: len(record) // 2], "[]", "{}", json.dumps(changed), empty):
         (tmp_path / "run.json").write_text(broken)
         with pytest.raises(ValueError, match=r"run\.json is cut off or damaged; delete it to begin anew"):
             run()
