@@ -63,9 +63,15 @@ class Tables {
  private:
   // Two bytes to all lanes from memory: the compiler would take two pairs through a general register.
   static __m512i broadcast(const void* pair) {
+#ifdef BITMILL_EMULATED_AVX512
+    int16_t value;
+    __builtin_memcpy(&value, pair, sizeof(value));
+    return _mm512_set1_epi16(value);
+#else
     __m512i lanes;
     asm("vpbroadcastw %1, %0" : "=v"(lanes) : "m"(*static_cast<const int16_t*>(pair)));
     return lanes;
+#endif
   }
 
   // Entry i: the sum of those of 5 columns whose bit in i is set. y: x as int16.

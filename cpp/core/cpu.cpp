@@ -56,7 +56,9 @@ bool available(InstructionSet set) {
       return false;
 #endif
     case InstructionSet::avx512:
-#ifdef BITMILL_AVX512
+#if defined(BITMILL_EMULATED_AVX512)  // by tests/cpp/emulation/avx512
+      return available(InstructionSet::avx2);
+#elif defined(BITMILL_AVX512)
       __builtin_cpu_init();
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -81,7 +83,9 @@ bool select(InstructionSet set) {
 bool eight_lanes() { return selected() == InstructionSet::neon || selected() == InstructionSet::avx2; }
 
 bool has_int8_dot() {
-#ifdef BITMILL_AVX512
+#if defined(BITMILL_EMULATED_AVX512)
+  return true;
+#elif defined(BITMILL_AVX512)
   static const bool has = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
                           __builtin_cpu_supports("avx512vbmi2");
   return has;
@@ -91,7 +95,9 @@ bool has_int8_dot() {
 }
 
 bool has_bf16_dot() {
-#ifdef BITMILL_AVX512
+#if defined(BITMILL_EMULATED_AVX512)
+  return true;
+#elif defined(BITMILL_AVX512)
   static const bool has = __builtin_cpu_supports("avx512bf16");
   return has;
 #else

@@ -143,7 +143,7 @@ static inline __m256i next_columns(__m256i column, __m128i gap, __mmask16 entrie
 // Lane 1, 2 or 3 of v from memory, in one instruction: the compiler takes two.
 template <int lane>
 static inline void insert(__m128& v, const float* p) {
-  asm("vinsertps %2, %1, %0, %0" : "+v"(v) : "m"(*p), "i"(lane << 4));
+  __asm__("vinsertps %2, %1, %0, %0" : "+v"(v) : "m"(*p), "i"(lane << 4));
 }
 
 // 4 columns of 16 bits each, as numbers.
