@@ -103,6 +103,10 @@ def test_bitpack_of_expanded_rows() -> None:
         assert_packed_alike(view, mean=True)
 
 
+def test_bitunpack_of_rows_without_columns_takes_no_time_for_each() -> None:
+    assert ops.bitunpack(torch.empty(2**40, 0, dtype=torch.int32), None, 0).shape == (2**40, 0)
+
+
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0, 3)])
 @pytest.mark.parametrize("k", [0, 1, 65])
 def test_bitpack_of_any_rank(leading: tuple[int, ...], k: int) -> None:

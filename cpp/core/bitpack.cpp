@@ -141,6 +141,7 @@ void spread(T* out, int64_t count, Eight eight) {
 Status bitunpack(const int32_t* sign, const int32_t* nonzero, int64_t m, int64_t k, int8_t* values) {
   if (m < 0 || k < 0 || k > kMaxColumns) return Status::bad_size;
   const int64_t words = word_count(k);
+  if (words == 0) return Status::ok;  // however many rows
   for (int64_t row = 0; row < m; ++row) {
     for (int64_t w = 0; w < words; ++w) {
       const uint32_t plus = static_cast<uint32_t>(sign[row * words + w]);
