@@ -47,6 +47,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #ifdef BITMILL_CHECKED_MEMORY
 #include <sanitizer/asan_interface.h>
@@ -118,25 +119,25 @@ inline Out convert(V v) {
 }
 
 // Lanes of `v` by number, which counts on into `w` where there is one.
-template <class T, class V>
-inline V permute(V index, V v) {
-  using Index = std::conditional_t<sizeof(T) == 1, uint8_t, std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>>;
+template <class T>
+using Number = std::conditional_t<sizeof(T) == 1, uint8_t, std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>>;
+template <class T, class I, class V>
+inline V permute(I index, V v) {
   Lanes<T, V> out;
-  for (size_t i = 0; i < out.size(); ++i) out[i] = lanes<T>(v)[lanes<Index>(index)[i] % out.size()];
+  for (size_t i = 0; i < out.size(); ++i) out[i] = lanes<T>(v)[lanes<Number<T>>(index)[i] % out.size()];
   return std::bit_cast<V>(out);
 }
-template <class T, class V, class I>
+template <class T, class I, class V>
 inline V permute2(V v, I index, V w) {
-  using Index = std::conditional_t<sizeof(T) == 1, uint8_t, std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>>;
   Lanes<T, V> out;
   for (size_t i = 0; i < out.size(); ++i) {
-    const size_t from = lanes<Index>(index)[i] % (2 * out.size());
-    out[i] = from < out.size() ? lanes<T>(v)[from] : lanes<T>(w)[from - out.size()];
+    const size_t from = lanes<Number<T>>(index)[i] % (2 * out.size());
+    out[i] = lanes<T>(from < out.size() ? v : w)[from % out.size()];
   }
   return std::bit_cast<V>(out);
 }
 
-// In every 128 bits: lanes of the two operands in turn, from lane `first` of that part on.
+// In every 128 bits: lanes of the lower (or upper) 64 of the two operands in turn.
 template <class T, class V>
 inline V unpack(V a, V b, bool high) {
   constexpr size_t part = 16 / sizeof(T);
@@ -515,9 +516,7 @@ EMULATED __m256i _mm256_mask_add_epi16(__m256i other, __mmask16 mask, __m256i a,
 }
 
 // Lanes in another order.
-EMULATED __m512 _mm512_permutexvar_ps(__m512i index, __m512 v) {
-  return std::bit_cast<__m512>(emulated::permute<int32_t>(index, std::bit_cast<__m512i>(v)));
-}
+EMULATED __m512 _mm512_permutexvar_ps(__m512i index, __m512 v) { return emulated::permute<float>(index, v); }
 EMULATED __m512i _mm512_permutexvar_epi32(__m512i index, __m512i v) { return emulated::permute<int32_t>(index, v); }
 EMULATED __m512i _mm512_permutexvar_epi16(__m512i index, __m512i v) { return emulated::permute<int16_t>(index, v); }
 EMULATED __m512i _mm512_permutexvar_epi8(__m512i index, __m512i v) { return emulated::permute<int8_t>(index, v); }
