@@ -244,11 +244,16 @@ def test_text_programs_end_to_end(folders: tuple[Path, Path], tmp_path: Path) ->
     }
     for name, (program, *options) in jobs.items():
         out = tmp_path / name
-        assert program.main([*common, *options, "--out", str(out)]) == 0
+        assert program.main([*common, *options, "--out", str(out), "--score", "train"]) == 0
         result = json.loads((out / "result.json").read_text())
-        assert result["packed"] == result["trained"], name
+        assert result["packed"] == result["trained"] == result["splits"]["train"], name  # train and dev are the same
         assert result["file_bytes"] == (out / "packed.safetensors").stat().st_size
     lines = plot.table([tmp_path / name for name in jobs]).splitlines()
     assert len(lines) == 6 and lines[4].startswith("| multi | 12 |")  # the steps of both stages
+    with pytest.raises(FileNotFoundError, match=r"neither test\.tsv nor test\.tsv\.gz"):
+        bibert.main([*common, "--teacher", teacher, "--out", str(tmp_path / "bibert"), "--score", "test"])
+    assert finetune.main([*common, "--model", str(model), "--out", teacher, "--score", "train"]) == 0
+    result = json.loads(Path(teacher, "result.json").read_text())
+    assert result["splits"]["train"]["accuracy"] == result["accuracy"]  # of a run that was complete
     with pytest.raises(SystemExit, match="other values of --lr"):
         finetune.main([*common, "--model", str(model), "--out", teacher, "--lr", "1"])

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     for projections in inner:
         if projections is not None:
             projections.remove()
-    print(strict_json.dumps(export(args, task, student, examples[1], tokenizer)))
+    print(strict_json.dumps(export(args, task, student, examples, tokenizer)))
     return 0
 
 

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         return nn.functional.mse_loss(logits.squeeze(-1), labels)
 
     train(args, task, model, loss, examples)
-    print(strict_json.dumps(export(args, task, model, examples[1], tokenizer)))
+    print(strict_json.dumps(export(args, task, model, examples, tokenizer)))
     return 0
 
 

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         loss = distillation(student, teacher.to(args.device))
         train(args, task, student, loss, examples, place, args.epochs / len(stages), bit.STEP_LR)
         teacher = student
-    print(strict_json.dumps(export(args, task, teacher, examples[1], tokenizer)))
+    print(strict_json.dumps(export(args, task, teacher, examples, tokenizer)))
     return 0
 
 

@@ -7,7 +7,7 @@ import argparse
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ from ..training import Batches, BertAdam, Run, fit, linear_schedule, parameter_g
 Batch = dict[str, Tensor]
 
 
+class Splits(NamedTuple):
+    """Examples of a task; `further`: those of the splits that --score names."""
+
+    train: Examples
+    dev: Examples
+    further: dict[str, Examples]
+
+
 def parser(description: str, lr: float, epochs: float) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", required=True, help="folder with train.tsv and dev.tsv of the task (or .tsv.gz)")
@@ -30,6 +38,9 @@ def parser(description: str, lr: float, epochs: float) -> argparse.ArgumentParse
     p.add_argument("--batch-size", type=int, default=16, help="examples a step")
     p.add_argument("--max-length", type=int, default=64, help="tokens an example at most")
     p.add_argument("--every", type=int, default=500, help="steps between evaluations, each followed by a checkpoint")
+    p.add_argument(
+        "--score", nargs="+", default=[], metavar="SPLIT", help="splits of --data to score the result on besides dev"
+    )
     p.add_argument("--seed", type=int, default=42, help="of the order, the dropout and new parameters")
     p.add_argument("--threads", type=int, default=None, help="CPU threads; the default is torch's")
     p.add_argument("--device", default="cpu", help="where to train, such as cuda")
@@ -49,7 +60,7 @@ def prepare(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     record = Path(args.out) / "arguments.json"
     record.parent.mkdir(parents=True, exist_ok=True)
-    now = {key: value for key, value in vars(args).items() if key not in ("out", "threads", "device")}
+    now = {key: value for key, value in vars(args).items() if key not in ("out", "threads", "device", "score")}
     before = strict_json.read(record) if record.exists() else now
     changed = [f"--{key.replace('_', '-')}" for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
@@ -79,9 +90,10 @@ def load_model(folder: str, task: Task) -> tuple[Any, Any]:
     return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def read_splits(args: argparse.Namespace, task: Task, tokenizer: Any) -> tuple[Examples, Examples]:
-    train, dev = (read_examples(args.data, split, task, tokenizer, args.max_length) for split in ("train", "dev"))
-    return train, dev
+def read_splits(args: argparse.Namespace, task: Task, tokenizer: Any) -> Splits:
+    names = ("train", "dev", *args.score)
+    train, dev, *further = (read_examples(args.data, split, task, tokenizer, args.max_length) for split in names)
+    return Splits(train, dev, dict(zip(args.score, further, strict=True)))
 
 
 def evaluate(model: Any, examples: Examples, task: Task, device: str = "cpu") -> dict[str, float]:
@@ -98,48 +110,49 @@ def train(
     task: Task,
     model: Any,
     loss: Callable[[Batch], Tensor],
-    examples: tuple[Examples, Examples],
+    examples: Splits,
     folder: str | Path | None = None,
     epochs: float | None = None,
     step_lr: float | None = None,
     bias_correction: bool = False,
 ) -> dict[str, float]:
-    """Train and leave the model with the parameters of its best evaluation, in eval mode."""
-    train_split, dev = examples
-    batches = Batches(len(train_split.ids), args.batch_size, args.seed, train_split.lengths)
+    """Train and leave the model with the parameters of its best evaluation, in eval mode; its scores on dev."""
+    batches = Batches(len(examples.train.ids), args.batch_size, args.seed, examples.train.lengths)
     steps = round((args.epochs if epochs is None else epochs) * len(batches))
     model.to(args.device)
     optimizer = BertAdam(parameter_groups(model, step_lr=step_lr), args.lr, bias_correction=bias_correction)
     run = Run(folder or args.out, model, optimizer, linear_schedule(optimizer, steps))
     pad = model.config.pad_token_id
-    result = fit(
+    fit(
         run,
         batches,
-        lambda indices: loss(train_split.batch(indices, pad, args.device)),
+        lambda indices: loss(examples.train.batch(indices, pad, args.device)),
         steps,
-        lambda: evaluate(model, dev, task, args.device),
+        lambda: evaluate(model, examples.dev, task, args.device),
         args.every,
     )
     model.load_state_dict(torch.load(run.folder / "best.pt", weights_only=True))
     model.eval()
-    return result
+    return evaluate(model, examples.dev, task, args.device)
 
 
-def export(args: argparse.Namespace, task: Task, model: Any, dev: Examples, tokenizer: Any) -> dict[str, Any]:
+def export(args: argparse.Namespace, task: Task, model: Any, examples: Splits, tokenizer: Any) -> dict[str, Any]:
     """Pack a trained student, write `packed.safetensors` and `result.json`, and score what was packed."""
     model.to("cpu")
-    before = evaluate(model, dev, task)
+    before = evaluate(model, examples.dev, task)
     pack_(model)
     path = Path(args.out) / "packed.safetensors"
     save(model, path)
     model.config.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     with torch.inference_mode():
-        after = evaluate(model, dev, task)
+        after = evaluate(model, examples.dev, task)
+        further = {split: evaluate(model, part, task) for split, part in examples.further.items()}
     facts = summary(model)
     result = {
         "trained": before,
         "packed": after,
+        **({"splits": further} if further else {}),
         "file_bytes": path.stat().st_size,
         "bits_per_weight": facts.bits_per_weight,
     }

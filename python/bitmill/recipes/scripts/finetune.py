@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from ... import strict_json
-from .common import Batch, load_model, model_folder, parser, read_splits, start, train
+from .common import Batch, evaluate, load_model, model_folder, parser, read_splits, start, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
             return nn.functional.cross_entropy(logits, labels)
         return nn.functional.mse_loss(logits.squeeze(-1), labels)
 
-    result = train(args, task, model, loss, examples, bias_correction=args.bias_correction)
+    result: dict[str, Any] = {**train(args, task, model, loss, examples, bias_correction=args.bias_correction)}
+    if examples.further:
+        result["splits"] = {name: evaluate(model, part, task, args.device) for name, part in examples.further.items()}
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     strict_json.write(Path(args.out) / "result.json", result)
