@@ -115,8 +115,8 @@ def train(
     epochs: float | None = None,
     step_lr: float | None = None,
     bias_correction: bool = False,
-) -> dict[str, float]:
-    """Train and leave the model with the parameters of its best evaluation, in eval mode; its scores on dev."""
+) -> None:
+    """Train and leave the model with the parameters of its best evaluation, in eval mode."""
     batches = Batches(len(examples.train.ids), args.batch_size, args.seed, examples.train.lengths)
     steps = round((args.epochs if epochs is None else epochs) * len(batches))
     model.to(args.device)
@@ -133,7 +133,6 @@ def train(
     )
     model.load_state_dict(torch.load(run.folder / "best.pt", weights_only=True))
     model.eval()
-    return evaluate(model, examples.dev, task, args.device)
 
 
 def export(args: argparse.Namespace, task: Task, model: Any, examples: Splits, tokenizer: Any) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
             return nn.functional.cross_entropy(logits, labels)
         return nn.functional.mse_loss(logits.squeeze(-1), labels)
 
-    result: dict[str, Any] = {**train(args, task, model, loss, examples, bias_correction=args.bias_correction)}
+    train(args, task, model, loss, examples, bias_correction=args.bias_correction)
+    result: dict[str, Any] = {**evaluate(model, examples.dev, task, args.device)}
     if examples.further:
         result["splits"] = {name: evaluate(model, part, task, args.device) for name, part in examples.further.items()}
     model.save_pretrained(args.out)
