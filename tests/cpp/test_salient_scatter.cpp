@@ -73,6 +73,8 @@ void check_matmul(const Case& c, const Weight& w, int64_t m, Dtype dtype, double
   }
   for (const InstructionSet set : kInstructionSets) {
     if (!select(set)) continue;
+    std::fill(out.begin(), out.end(), T{});
+    std::fill(again.begin(), again.end(), T{});
     p.parallel_for = serial_for;
     p.out = out.data();
     CHECK(salient_matmul(p) == Status::ok);
