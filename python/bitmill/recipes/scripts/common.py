@@ -105,6 +105,12 @@ def evaluate(model: Any, examples: Examples, task: Task, device: str = "cpu") ->
     return scores(task, predict(logits, examples, model.config.pad_token_id, device=device), examples.labels)
 
 
+def evaluate_further(model: Any, examples: Splits, task: Task, device: str = "cpu") -> dict[str, Any]:
+    """{"splits": scores by split} for a result.json; nothing where --score names none."""
+    further = {split: evaluate(model, part, task, device) for split, part in examples.further.items()}
+    return {"splits": further} if further else {}
+
+
 def train(
     args: argparse.Namespace,
     task: Task,
@@ -146,12 +152,12 @@ def export(args: argparse.Namespace, task: Task, model: Any, examples: Splits, t
     tokenizer.save_pretrained(args.out)
     with torch.inference_mode():
         after = evaluate(model, examples.dev, task)
-        further = {split: evaluate(model, part, task) for split, part in examples.further.items()}
+        further = evaluate_further(model, examples, task)
     facts = summary(model)
     result = {
         "trained": before,
         "packed": after,
-        **({"splits": further} if further else {}),
+        **further,
         "file_bytes": path.stat().st_size,
         "bits_per_weight": facts.bits_per_weight,
     }

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from ... import strict_json
-from .common import Batch, evaluate, load_model, model_folder, parser, read_splits, start, train
+from .common import Batch, evaluate, evaluate_further, load_model, model_folder, parser, read_splits, start, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,9 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         return nn.functional.mse_loss(logits.squeeze(-1), labels)
 
     train(args, task, model, loss, examples, bias_correction=args.bias_correction)
-    result: dict[str, Any] = {**evaluate(model, examples.dev, task, args.device)}
-    if examples.further:
-        result["splits"] = {name: evaluate(model, part, task, args.device) for name, part in examples.further.items()}
+    further = evaluate_further(model, examples, task, args.device)
+    result = {**evaluate(model, examples.dev, task, args.device), **further}
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     strict_json.write(Path(args.out) / "result.json", result)
