@@ -201,10 +201,11 @@ def _conv1d_to_linear_(model: nn.Module) -> None:
     replacements: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if type(module) is Conv1D:
-            k, n = module.weight.shape
+            weight = module.get_parameter("weight")
+            k, n = weight.shape
             linear = nn.Linear(k, n, device="meta")
-            linear.weight = nn.Parameter(module.weight.detach().T.contiguous(), module.weight.requires_grad)
-            linear.bias = module.bias
+            linear.weight = nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
+            linear.bias = module.get_parameter("bias")
             replacements[module] = linear.train(module.training)
     replace_modules(model, replacements)
 

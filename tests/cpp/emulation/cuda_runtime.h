@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <new>
 #include <vector>
 
 #define __global__
@@ -52,6 +53,7 @@ struct Warp {
   Barrier barrier;
   // What each lane shows the others. Two sets in turn: a lane may reach the next exchange before the others have read.
   alignas(16) unsigned char shown[2][32][64];
+  unsigned votes[2] = {};
 };
 
 struct Thread {
@@ -84,13 +86,9 @@ auto exchange(const T& value, const Read& read) {
   Thread& thread = *block->thread;
   static_assert(sizeof(T) <= sizeof thread.warp->shown[0][0]);
   auto& shown = thread.warp->shown[thread.exchange ^= 1];
-  std::memcpy(shown[thread.lane], &value, sizeof value);
+  new (shown[thread.lane]) T(value);
   wait(thread.warp->barrier);
-  return read([&](int lane) {
-    T other;
-    std::memcpy(&other, shown[lane], sizeof other);
-    return other;
-  });
+  return read([&](int lane) -> const T& { return *std::launder(reinterpret_cast<const T*>(shown[lane])); });
 }
 
 }  // namespace emulation
@@ -118,11 +116,11 @@ T __shfl_sync(unsigned, T value, int lane) {
 }
 
 inline unsigned __ballot_sync(unsigned, bool value) {
-  return emulation::exchange(value, [](auto of) {
-    unsigned bits = 0;
-    for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(of(lane)) << lane;
-    return bits;
-  });
+  emulation::Thread& thread = *emulation::block->thread;
+  unsigned& votes = thread.warp->votes[thread.exchange ^= 1];
+  votes = (votes & ~(1u << thread.lane)) | unsigned{value} << thread.lane;
+  emulation::wait(thread.warp->barrier);
+  return votes;
 }
 
 inline int __popc(unsigned bits) { return std::popcount(bits); }

@@ -32,7 +32,7 @@ inline void load_matrices(uint32_t (&words)[4], const void* shared_row) {
   const int lane = emulation::block->thread->lane;
   emulation::exchange(shared_row, [&](auto of) {
     for (int i = 0; i < 4; ++i) {
-      std::memcpy(&words[i], static_cast<const uint32_t*>(of(8 * i + lane / 4)) + lane % 4, sizeof words[i]);
+      words[i] = static_cast<const uint32_t*>(of(8 * i + lane / 4))[lane % 4];
     }
     return 0;
   });
@@ -46,11 +46,11 @@ void multiply_words(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
   };
   const int lane = emulation::block->thread->lane, group = lane / 4, in_group = lane % 4;
   emulation::exchange(Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, [&](auto of) {
-    for (int i = 0; i < 4; ++i) {
-      const int row = group + i / 2 * 8, column = 2 * in_group + i % 2;
-      for (int word = 0; word < 8; ++word) {
-        const uint32_t left = of(row % 8 * 4 + word % 4).a[row / 8 + word / 4 * 2];
-        add(sum[i], left, of(column * 4 + word % 4).b[word / 4]);
+    for (int word = 0; word < 8; ++word) {
+      const Operands& row = of(group * 4 + word % 4);  // and the row eight below
+      for (int column = 0; column < 2; ++column) {
+        const uint32_t right = of((2 * in_group + column) * 4 + word % 4).b[word / 4];
+        for (int below = 0; below < 2; ++below) add(sum[2 * below + column], row.a[below + word / 4 * 2], right);
       }
     }
     return 0;

@@ -118,13 +118,17 @@ inline void multiply_box(int32_t (&sum)[64], const uint32_t (&a)[4], Box rows, i
     }
     return 0;
   });
-  for (int i = 0; i < 64; ++i) {
-    const int row = i / 4 * 8 + 2 * in_group + i % 2;
-    for (int word = 0; word < 8; ++word) {
-      const int place = 8 * step + word;
-      uint32_t right;
-      std::memcpy(&right, rows + 128 * row + 16 * (place / 4 ^ row % 8) + place % 4 * 4, sizeof right);
-      sum[i] += std::popcount(left[i % 4 / 2][word] & right);
+  for (int i = 0; i < 64; i += 4) {
+    for (int column = 0; column < 2; ++column) {
+      const int row = i / 4 * 8 + 2 * in_group + column;
+      for (int word = 0; word < 8; ++word) {
+        const int place = 8 * step + word;
+        const auto right =
+            *reinterpret_cast<const uint32_t*>(rows + 128 * row + 16 * (place / 4 ^ row % 8) + place % 4 * 4);
+        for (int half = 0; half < 2; ++half) {
+          sum[i + 2 * half + column] += std::popcount(left[half][word] & right);
+        }
+      }
     }
   }
 }
