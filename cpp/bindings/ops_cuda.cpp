@@ -4,6 +4,7 @@
 #include "boxing.h"
 #include "cuda_call.h"
 #include "salient_arguments.h"
+#include "zoned_arguments.h"
 
 namespace bitmill {
 namespace {
@@ -199,6 +200,30 @@ Tensor salient_linear_cuda(Tensor x, Tensor weight, Tensor index, Tensor value, 
   return out;
 }
 
+Tensor zoned_linear_cuda(Tensor x, Tensor sign, Tensor zone, std::optional<Tensor> salient_zone, Tensor salient,
+                         Tensor scale, std::optional<Tensor> column_scale, std::optional<Tensor> bias, int64_t n,
+                         int64_t block) {
+  const char* op = "zoned_linear";
+  const CudaCall call(op, "x", x);
+  const Rows rows = any_rows_of(op, x);
+  const ZonedArrays arrays =
+      zoned_arrays(call, op, sign, zone, salient_zone, salient, scale, column_scale, n, rows.k, block);
+  const auto bias_row = call.checked("bias", bias, ScalarType::Float, {n});
+  ZonedMatmulParams p;
+  p.weight = arrays.view;
+  p.x = rows.x.const_data_ptr();
+  p.dtype = float_dtype(op, rows.x);
+  p.m = rows.m;
+  p.bias = data_or_null<float>(bias_row);
+  const Tensor out = call.new_tensor(with_last(rows.leading, n), x.scalar_type());
+  p.out = out.mutable_data_ptr();
+  const Tensor places = call.new_tensor({ceil_div(rows.k, block), 2}, ScalarType::Int);
+  const Tensor ordered = call.new_tensor({rows.m, rows.k}, column_scale ? ScalarType::Float : x.scalar_type());
+  auto* const place = static_cast<cuda::ZonedPlace*>(places.mutable_data_ptr());
+  call.require(cuda::launch_zoned_matmul(p, place, ordered.mutable_data_ptr(), call.stream()));
+  return out;
+}
+
 }  // namespace
 }  // namespace bitmill
 
@@ -210,4 +235,5 @@ STABLE_TORCH_LIBRARY_IMPL(bitmill, CUDA, m) {
   m.impl("binary_linear", BITMILL_BOX(bitmill::binary_linear_cuda));
   m.impl("binary_weight_linear", BITMILL_BOX(bitmill::binary_weight_linear_cuda));
   m.impl("salient_linear", BITMILL_BOX(bitmill::salient_linear_cuda));
+  m.impl("zoned_linear", BITMILL_BOX(bitmill::zoned_linear_cuda));
 }

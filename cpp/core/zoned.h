@@ -33,8 +33,8 @@ struct ZonedWeight {
   int64_t n = 0, k = 0, block = 128;   // a multiple of 32 columns
 
   // Zone after zone (concentrated, sparse, salient or its two parts): mu if there is one, alpha, beta if salient.
-  int64_t zones() const { return split ? 4 : 3; }
-  [[gnu::always_inline]] int64_t scales() const { return zones() * (centred ? 2 : 1) + zones() - 2; }
+  constexpr int64_t zones() const { return split ? 4 : 3; }
+  [[gnu::always_inline]] constexpr int64_t scales() const { return zones() * (centred ? 2 : 1) + zones() - 2; }
 };
 
 struct ZonedMatmulParams {

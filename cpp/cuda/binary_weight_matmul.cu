@@ -1,66 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Floats times bits on the tensor cores: a tile of 16 outputs is the left operand, made of its bits in registers with
-// two instructions for two weights, up to 8 rows of activations are the right one. Columns may meet in any order, so
-// columns c and c + 16 of a word are neighbours there: their bits are one shift away from two signs. Float32
-// activations are three bfloat16 that add up to them, so every product is exact, and sums are those of floats.
-#include <bit>
-#include <cmath>
-#include <type_traits>
-
+// Floats times bits on the tensor cores (sign_fragments.cuh).
 #include "binary_matmul.h"
 #include "binary_output.cuh"
 #include "device.cuh"
 #include "launch.cuh"
 #include "rows.cuh"
+#include "sign_fragments.cuh"
 
 namespace bitmill::cuda {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kWordsAtOnce = 4;  // that a warp reads and then multiplies
-
-template <class T>
-using Half = std::conditional_t<std::is_same_v<T, float>, BFloat16, T>;
-
-template <class T>
-constexpr int kParts = std::is_same_v<T, float> ? 3 : 1;
-
-template <int fragments>
-struct WeightShared {
-  float sum[kWarps][kTileRows][8 * fragments];
-};
-
-// Two values as one register of each part.
-template <class T>
-__device__ void split_pair(T first, T second, uint32_t (&pair)[kParts<T>]) {
-  if constexpr (sizeof(T) == 2) {
-    pair[0] = first.bits | static_cast<uint32_t>(second.bits) << 16;
-  } else {
-#pragma unroll
-    for (uint32_t& part : pair) {  // cut, not rounded: 8 bits each time leave nothing after three
-      const uint32_t low = std::bit_cast<uint32_t>(first) & 0xFFFF0000u;
-      const uint32_t high = std::bit_cast<uint32_t>(second) & 0xFFFF0000u;
-      part = low >> 16 | high;
-      first = fabsf(first) == INFINITY ? 0.0f : first - std::bit_cast<float>(low);
-      second = fabsf(second) == INFINITY ? 0.0f : second - std::bit_cast<float>(high);
-    }
-  }
-}
-
-// Columns c and c + 16 of a word of signs as -1 or +1, or 0 where `present` has no bit.
-template <class T, bool zeros>
-__device__ uint32_t sign_pair(uint32_t word, uint32_t present, int c) {
-  constexpr uint32_t kMinusOnes = std::is_same_v<Half<T>, BFloat16> ? 0xBF80BF80u : 0xBC00BC00u;
-  const uint32_t signs = (word << (15 - c) & 0x80008000u) ^ kMinusOnes;
-  return zeros ? signs & (present >> c & 0x00010001u) * 0xFFFFu : signs;
-}
 
 // A tile of outputs and 8 `fragments` rows a block; every warp takes some words of the columns.
 template <class T, bool zeros, int fragments>
 __global__ void __launch_bounds__(kThreads)
     binary_weight_matmul_kernel(BinaryWeightMatmulParams p, Dtype out_dtype, bool aligned) {
-  auto& shared = shared_memory<WeightShared<fragments>>();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   const int group_lane = lane / 4, in_group = lane % 4;
   const auto tiles = static_cast<unsigned>(tile_count(p.n));
@@ -126,15 +79,9 @@ __global__ void __launch_bounds__(kThreads)
       }
 #pragma unroll
       for (int j = 0; j < fragments; ++j) {
-        const int64_t row = first_row + 8 * j + group_lane, column = 32 * word + 4 * in_group;
-        const int64_t left = row < p.m ? p.k - column : 0;
-        const T* x = static_cast<const T*>(p.x) + (left > 0 ? row * p.k + column : 0);
-        T low[4], high[4];
-        load4(x, left, aligned, low);
-        load4(x + (left > 16 ? 16 : 0), left - 16, aligned, high);
         uint32_t pair[4][kParts<T>];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) split_pair(low[c], high[c], pair[c]);
+        load_pairs(static_cast<const T*>(p.x), first_row + 8 * j + group_lane, p.m, 32 * word + 4 * in_group, p.k,
+                   aligned, pair);
 #pragma unroll
         for (int part = 0; part < kParts<T>; ++part) {
 #pragma unroll
@@ -147,30 +94,18 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   close_group();
-#pragma unroll
-  for (int j = 0; j < fragments; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      shared.sum[warp][group_lane + i / 2 * 8][8 * j + 2 * in_group + i % 2] = total[j][i];
-    }
-  }
-  __syncthreads();
-  for (int i = thread; i < 8 * fragments * kTileRows; i += kThreads) {
-    const int64_t row = first_row + i / kTileRows, output = tile * kTileRows + i % kTileRows;
-    if (row >= p.m || output >= p.n) continue;
-    float value = 0.0f;
-    for (int w = 0; w < kWarps; ++w) value += shared.sum[w][i % kTileRows][i / kTileRows];
+  add_warps(total, first_row, p.m, tile, p.n, [&](int64_t row, int64_t output, float value) {
     if (groups == 1) value *= p.scale[output];
     store_as(out_dtype, p.out, row * p.n + output, p.bias ? value + p.bias[output] : value);
-  }
+  });
 }
 
 template <class T, bool zeros, int fragments>
 Status start(const BinaryWeightMatmulParams& p, Dtype out_dtype, Stream stream) {
   const int64_t blocks = tile_count(p.n) * ceil_div(p.m, 8 * fragments);
   const bool aligned = aligned16(p.x) && p.k % 4 == 0;
-  return launch(stream, binary_weight_matmul_kernel<T, zeros, fragments>, blocks, kThreads,
-                sizeof(WeightShared<fragments>), p, out_dtype, aligned);
+  return launch(stream, binary_weight_matmul_kernel<T, zeros, fragments>, blocks, kThreads, sizeof(WarpSums<fragments>),
+                p, out_dtype, aligned);
 }
 
 template <class T, bool zeros>

@@ -14,6 +14,7 @@
 #include "fp4_activations.h"
 #include "salient_scatter.h"
 #include "status.h"
+#include "zoned.h"
 
 struct CUstream_st;
 
@@ -73,6 +74,15 @@ Status launch_fp4_int8_matmul(const Fp4MatmulParams& params, const Fp4Integers& 
 // Float activations only; sums as above. Scratch memory: signs [m, n], and totals [m, groups] if there is a mu. Nothing
 // is looked at before: contradictory arrays give a wrong result, never a read outside of them.
 Status launch_salient_matmul(const SalientMatmulParams& params, float* signs, float* totals, Stream stream);
+
+// What the salient columns of a block take.
+struct ZonedPlace {
+  int32_t salient;      // so many columns,
+  int32_t zone_column;  // and from here on those of salient_zone
+};
+// Sums as above. Scratch memory: places [blocks], and ordered [m, k], float32 if there is a column_scale and else of
+// x's dtype. As above, contradictory arrays give a wrong result.
+Status launch_zoned_matmul(const ZonedMatmulParams& params, ZonedPlace* places, void* ordered, Stream stream);
 
 // Of the current device.
 struct Device {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functional forms of every op; each is also `torch.ops.bitmill.<name>`."""
 
-from . import _cuda, _library
+from . import _library
 from . import _machine as _machine  # defines an op
 from ._block_arguments import LayerNormArguments, MlpArguments, SelfAttentionArguments
 from .binary_attention import binary_attention
@@ -38,7 +38,6 @@ from .salient_scatter import salient_linear, salient_weight
 from .zoned import zoned_linear, zoned_weight
 
 _library.load()
-_cuda.register()
 
 __all__ = [
     "BinaryEncoder",

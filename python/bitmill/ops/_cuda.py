@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the ops that have a compiled kernel for the CPU, but none for CUDA, do there.
 
-Most run their default kernel, out of torch's own kernels and of ops that have compiled ones: COMPOSED says of what, and
-why that is enough. The others, CPU_ONLY, raise ValueError with a sentence, since their default kernel would be slow in
-silence.
+They run their default kernel, out of torch's own kernels and of ops that have compiled ones: COMPOSED says of what, and
+why that is enough.
 """
 
 from __future__ import annotations
-
-from typing import Any
-
-import torch
 
 from . import _library as library
 
@@ -32,27 +27,8 @@ COMPOSED = {
     "binary_encoder": "ops with kernels, which hand each other bits",
     "decode_attention": "a dozen of torch's kernels a layer",
 }
-CPU_ONLY = {
-    "zoned_linear": "its default kernel would unpack the weight in every call; move the layer and its input to the CPU,"
-    " or unpack it once with bitmill.dequantize_",
-}
-
-
-def register() -> None:
-    """Make the ops of CPU_ONLY raise on CUDA."""
-    for name, reason in CPU_ONLY.items():
-        torch.library.impl(f"bitmill::{name}", "CUDA", _raising(name, reason))
-
-
-def _raising(name: str, reason: str) -> Any:
-    def kernel(*_: Any, **__: Any) -> Any:
-        raise ValueError(f"{name}: there is no CUDA kernel, and {reason}")
-
-    return kernel
 
 
 def kernel_on_cuda(name: str) -> str:
-    """What runs an op on a GPU: "cuda", "torch" or "none (CPU only)"."""
-    if name in CPU_ONLY:
-        return "none (CPU only)"
+    """What runs an op on a GPU: "cuda" or "torch"."""
     return "cuda" if library.has_compiled_kernel(library.MADE_OF.get(name, name), "CUDA") else "torch"
