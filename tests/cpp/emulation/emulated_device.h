@@ -38,9 +38,10 @@ inline void load_matrices(uint32_t (&words)[4], const void* shared_row) {
   });
 }
 
-// Every sum of a lane, of the eight words of its row of a and its column of b in their order: add(sum, left, right).
-template <class Sum, class Add>
-void multiply_words(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Add add) {
+// Every sum of a lane, of the eight words of its row of a and its column of b in their order: add(sum, left, right)
+// with what `of_word` makes of two words.
+template <class Sum, class OfWord, class Add>
+void multiply_words(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], OfWord of_word, Add add) {
   struct Operands {
     uint32_t a[4], b[2];
   };
@@ -48,9 +49,11 @@ void multiply_words(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
   emulation::exchange(Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, [&](auto of) {
     for (int word = 0; word < 8; ++word) {
       const Operands& row = of(group * 4 + word % 4);  // and the row eight below
+      const auto upper = of_word(row.a[word / 4 * 2]), lower = of_word(row.a[1 + word / 4 * 2]);
       for (int column = 0; column < 2; ++column) {
-        const uint32_t right = of((2 * in_group + column) * 4 + word % 4).b[word / 4];
-        for (int below = 0; below < 2; ++below) add(sum[2 * below + column], row.a[below + word / 4 * 2], right);
+        const auto right = of_word(of((2 * in_group + column) * 4 + word % 4).b[word / 4]);
+        add(sum[column], upper, right);
+        add(sum[2 + column], lower, right);
       }
     }
     return 0;
@@ -58,21 +61,25 @@ void multiply_words(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 }
 
 inline void multiply_bits(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply_words(sum, a, b, [](int32_t& s, uint32_t left, uint32_t right) { s += std::popcount(left & right); });
+  const auto bits = [](uint32_t word) { return word; };
+  multiply_words(sum, a, b, bits, [](int32_t& s, uint32_t left, uint32_t right) { s += std::popcount(left & right); });
 }
 
 inline void multiply_int8(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply_words(sum, a, b, [](int32_t& s, uint32_t left, uint32_t right) {
-    const auto x = std::bit_cast<std::array<int8_t, 4>>(left), y = std::bit_cast<std::array<int8_t, 4>>(right);
-    for (size_t i = 0; i < x.size(); ++i) s += x[i] * y[i];
+  const auto bytes = [](uint32_t word) { return std::bit_cast<std::array<int8_t, 4>>(word); };
+  multiply_words(sum, a, b, bytes, [](int32_t& s, const auto& left, const auto& right) {
+    for (size_t i = 0; i < left.size(); ++i) s += left[i] * right[i];
   });
 }
 
 template <class Half>
 inline void multiply_halves(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply_words(sum, a, b, [](float& s, uint32_t left, uint32_t right) {
-    const auto x = std::bit_cast<std::array<Half, 2>>(left), y = std::bit_cast<std::array<Half, 2>>(right);
-    for (size_t i = 0; i < x.size(); ++i) s += to_float(x[i]) * to_float(y[i]);
+  const auto floats = [](uint32_t word) {
+    const auto halves = std::bit_cast<std::array<Half, 2>>(word);
+    return std::array{to_float(halves[0]), to_float(halves[1])};
+  };
+  multiply_words(sum, a, b, floats, [](float& s, const auto& left, const auto& right) {
+    for (size_t i = 0; i < left.size(); ++i) s += left[i] * right[i];
   });
 }
 
