@@ -21,7 +21,7 @@ from bitmill import strict_json
 from bitmill.cli.arguments import parse_shape, parse_threads
 from bitmill.timing import COLD_ROWS
 
-from . import plots, report, shapes
+from . import gpu, plots, report, shapes
 from .families import FAMILIES
 from .peaks import Peaks
 from .runner import Family, Row, measure
@@ -30,6 +30,7 @@ from .runner import Family, Row, measure
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Verified, interleaved benchmarks.")
     names = ", ".join(family.name for family in FAMILIES)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--family", action="append", metavar="NAME", help=f"only this one, or several: {names}")
     parser.add_argument("--shape", metavar="M,N,K", type=parse_shape, help="one shape (default: the headline shapes)")
     parser.add_argument("--model", metavar="NAME", help="the shapes of the models with NAME in their name")
@@ -52,7 +53,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("give --shape or --model, not both")
     if (options.plots or options.readme) and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plots and --readme need matplotlib: pip install matplotlib")
-    known = {family.name: family for family in FAMILIES}
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch finds no GPU here")
+        if options.readme or options.plots or options.model or options.threads > 1:
+            parser.error("--device cuda goes without --readme, --plots, --model and --threads")
+    families = gpu.FAMILIES if options.device == "cuda" else FAMILIES
+    known, names = {family.name: family for family in families}, ", ".join(family.name for family in families)
     for name in options.family or ():
         if name not in known:
             parser.error(f"no family is called {name!r}; known: {names}")
@@ -72,17 +79,17 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         torch.set_num_threads(options.threads)
         os.environ["OMP_NUM_THREADS"] = os.environ["BNN_NUM_THREADS"] = str(options.threads)  # for engines loaded later
-        peaks = Peaks(options.threads)
+        peaks = gpu.GpuPeaks() if options.device == "cuda" else Peaks(options.threads)
         facts = report.machine(options.threads, peaks, command(options))
         rows = run(options, peaks)
     if options.json:
         strict_json.write(options.json, report.as_json(facts, rows))
-    for family in FAMILIES:
+    for family in gpu.FAMILIES if facts.get("gpu") else FAMILIES:
         mine = [row for row in rows if row.family == family.name]
         if mine:
             print(report.table(family, mine), end="\n\n")
-    print(f"{facts['cpu']}, torch {facts['torch']}, commit {facts['commit']}, {facts['date']}")
-    print(report.legend(facts["peaks"], facts["threads"]))
+    print(f"{facts.get('gpu') or facts['cpu']}, torch {facts['torch']}, commit {facts['commit']}, {facts['date']}")
+    print(report.legend(facts))
     busy = report.disturbed(rows) > 0.2
     if busy:
         print(f"Other processes interrupted {100 * report.disturbed(rows):.0f} % of the samples: better run it alone.")
@@ -99,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def command(options: argparse.Namespace) -> str:
     """The command that measures the same again; where its results went does not matter."""
-    words = ["python -m benchmarks"]
+    words = ["python -m benchmarks"] + ["--device cuda"] * (options.device == "cuda")
     words += [f"--family {name}" for name in options.family or ()]
     words += [f"--shape {','.join(map(str, options.shape))}"] if options.shape else []
     words += [f"--model {options.model}"] if options.model else []

@@ -38,7 +38,9 @@ def layer(name: str, config: Config, bound: str | None, dtype: torch.dtype = tor
         x = case.x.to(dtype)
         exact = isinstance(config, BinaryConfig) and (config.act_bits == 1 or config.activations == "int8")
         if exact:
-            return layer_copies(packed, x, training(x), 0.0, buffer_bytes(packed), bound)
+            return layer_copies(
+                packed.to(case.device), x.to(case.device), training(x), 0.0, buffer_bytes(packed), bound
+            )
         kind, activations = getattr(config, "activations", "float"), x.double()
         if kind == "int8":
             q, scale = ops.int8_quantize(x)
@@ -47,6 +49,7 @@ def layer(name: str, config: Config, bound: str | None, dtype: torch.dtype = tor
             activations = ops.fp4_activations_fake_quant(x.float(), kind).double()
         dense = packed.dequantize()
         expected = linear(activations, dense.weight.double(), dense.bias.double())
+        packed, x = packed.to(case.device), x.to(case.device)
         return layer_copies(packed, x, expected, TOLERANCE[dtype], buffer_bytes(packed), bound)
 
     return Variant(name, build)
@@ -54,15 +57,14 @@ def layer(name: str, config: Config, bound: str | None, dtype: torch.dtype = tor
 
 def torch_linear(dtype: torch.dtype, baseline: str, bias: bool = True) -> Variant:
     def build(case: Case) -> Prepared:
-        x, bias_values = case.x.to(dtype), case.linear.bias.to(dtype) if bias else None
+        x, bias_values = (t.to(case.device, dtype) for t in (case.x, case.linear.bias))
         expected = linear(case.x, case.linear.weight, case.linear.bias if bias else None)
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
 
         def prepared() -> Prepared:
-            weight = case.linear.weight.to(dtype, copy=True)
-            return Prepared(
-                lambda: linear(x, weight, bias_values), expected, tolerance, x.nbytes, weight.nbytes, prepared, baseline
-            )
+            weight = case.linear.weight.to(case.device, dtype, copy=True)
+            call = lambda: linear(x, weight, bias_values if bias else None)  # noqa: E731
+            return Prepared(call, expected, tolerance, x.nbytes, weight.nbytes, prepared, baseline)
 
         return prepared()
 
@@ -76,9 +78,10 @@ def torch_int8() -> Variant:
         x = (case.x * 30).clamp(-127, 127).to(torch.int8)
         weight = (case.linear.weight * (30 * case.k**0.5)).clamp(-127, 127).to(torch.int8)
         expected = x.double() @ weight.double().T
+        x = x.to(case.device)
 
         def prepared() -> Prepared:
-            own = weight.clone()
+            own = weight.to(case.device, copy=True)
             return Prepared(lambda: torch._int_mm(x, own.T), expected, 0.0, x.nbytes, own.nbytes, prepared, "int8")
 
         return prepared()
@@ -109,7 +112,8 @@ def product_op(case: Case) -> Prepared:
 
         return Prepared(call, expected, 0.0, bits.nbytes, weight.nbytes, again, "popcount")
 
-    return prepared(tiles)
+    bits = bits.to(case.device)
+    return prepared(tiles.to(case.device))
 
 
 def product_kernel(case: Case) -> Prepared:
@@ -129,7 +133,12 @@ def on_rows(
     name: str, run: Callable[[Tensor], Tensor], check: Callable[[Tensor], Tensor], origin: str = "bitmill"
 ) -> Variant:
     """A function of x alone, which must equal `check` of it."""
-    return Variant(name, lambda case: Prepared(lambda: run(case.x), check(case.x), 0.0, case.x.nbytes, 0), origin)
+
+    def build(case: Case) -> Prepared:
+        x = case.x.to(case.device)
+        return Prepared(lambda: run(x), check(case.x), 0.0, x.nbytes, 0)
+
+    return Variant(name, build, origin)
 
 
 def pack_plus(x: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from bitmill import _C
-from bitmill.timing import Sample
+from bitmill.timing import Sample, rotated, stopwatch
 
 UNITS = {
     "popcount": "xor + popcount + add of 1-bit operands (AVX2: lookup + add)",
@@ -24,6 +24,9 @@ BUFFER = 128 << 20
 
 class Peaks:
     """Probes on `threads` threads at once; rates are multiply-adds or bytes a second, of all threads together."""
+
+    device = "cpu"
+    units = UNITS
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -52,3 +55,7 @@ class Peaks:
             return 1 / rate if rate else 0.0
 
         return sample
+
+    def stopwatch(self, calls: Sequence[Callable[[], object]]) -> Sample:
+        """A sample of calls that take turns."""
+        return stopwatch(rotated(calls))

@@ -125,12 +125,12 @@ def bitsandbytes_linear(quant_type: str, dtype: torch.dtype) -> Callable[[Case],
         weight = case.linear.weight.clone()
         module.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=quant_type)
         module.bias = nn.Parameter(case.linear.bias.clone(), requires_grad=False)
-        module = module.to("cpu").eval()
+        module = module.to(case.device).eval()
         state = module.weight.quant_state
-        values = bnb.functional.dequantize_4bit(module.weight.data, state).float()
+        values = bnb.functional.dequantize_4bit(module.weight.data, state).float().cpu()
         expected = linear(case.x, values, case.linear.bias)
         size = module.weight.nbytes + state.absmax.nbytes
-        return layer_copies(module, case.x.to(dtype), expected, 2e-2, size, "bf16")
+        return layer_copies(module, case.x.to(case.device, dtype), expected, 2e-2, size, "bf16")
 
     return prepare
 

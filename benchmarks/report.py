@@ -18,7 +18,9 @@ from bitmill import __version__
 from bitmill.cli import cpu_name
 from bitmill.ops import _machine
 
-from .peaks import UNITS, Peaks
+from . import gpu
+from . import peaks as cpu_peaks
+from .peaks import Peaks
 from .runner import Family, Row
 from .shapes import REPOSITORY
 
@@ -35,6 +37,7 @@ def machine(threads: int, peaks: Peaks, command: str) -> dict[str, Any]:
     """Everything that a number depends on."""
     return {
         "cpu": cpu_name(),
+        "gpu": torch.cuda.get_device_name() if peaks.device == "cuda" else None,
         "instruction_set": _machine.instruction_set(),
         "platform": platform.platform(),
         "date": datetime.date.today().isoformat(),
@@ -43,7 +46,7 @@ def machine(threads: int, peaks: Peaks, command: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": threads,
         "command": command,
-        "peaks": {unit: peaks.rate(unit) for unit in UNITS},
+        "peaks": {unit: peaks.rate(unit) for unit in peaks.units},
     }
 
 
@@ -123,18 +126,21 @@ us: median, and quartiles, of interleaved rounds. x fp32, x bf16, x int8: times 
 scaled_dot_product_attention, conv: conv2d) in that dtype and than torch._int_mm, in the same run. x one thread: than
 the same on one thread, in the same run. %: of the peak named beside it, measured between the rounds.
 cold: weights come from memory (copies of more than 200 MB in rotation), for every variant.
-{threads} thread(s); peaks at the start of the run:
+{where}; peaks at the start of the run:
 {peaks}"""
 
 
-def legend(peaks: dict[str, float], threads: int) -> str:
+def legend(facts: dict[str, Any]) -> str:
+    peaks, units = facts["peaks"], gpu.UNITS if facts.get("gpu") else cpu_peaks.UNITS
+
     def rate(unit: str) -> str:
         if not peaks[unit]:
             return f"{unit}: none on this machine"
         scale = "GB/s" if unit in ("read", "copy") else "GMAC/s"
-        return f"{unit}: {peaks[unit] / 1e9:,.0f} {scale}, {UNITS[unit]}"
+        return f"{unit}: {peaks[unit] / 1e9:,.0f} {scale}, {units[unit]}"
 
-    return LEGEND.format(threads=threads, peaks="\n".join(f"  {rate(unit)}" for unit in UNITS))
+    where = "Calls from a CUDA graph" if facts.get("gpu") else f"{facts['threads']} thread(s)"
+    return LEGEND.format(where=where, peaks="\n".join(f"  {rate(unit)}" for unit in units))
 
 
 def as_json(facts: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
@@ -146,7 +152,7 @@ def from_json(*runs: dict[str, Any]) -> tuple[dict[str, Any], list[Row]]:
 
     Raises ValueError for runs of different machines, versions or threads.
     """
-    for key in ("cpu", "torch", "threads", "instruction_set"):
+    for key in ("cpu", "gpu", "torch", "threads", "instruction_set"):
         if len({run.get(key) for run in runs}) > 1:
             raise ValueError(f"runs reported together must have the same {key}, got {[run.get(key) for run in runs]}")
     rows = [Row(**row) for run in runs for row in run["rows"]]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.bench.layers import relative_error
-from bitmill.timing import ALONE, COLD_ROWS, Sample, Spread, copies_for, interleave, on_one_thread, rotated, stopwatch
+from bitmill.timing import ALONE, COLD_ROWS, Sample, Spread, copies_for, interleave, on_one_thread
 
 from .peaks import Peaks
 from .shapes import Problem
@@ -76,10 +76,13 @@ def layer_copies(
 
 
 class Case:
-    """The data of one shape, the same for every variant: x [m, k] and an nn.Linear with weight [n, k]."""
+    """The data of one shape, the same for every variant: x [m, k] and an nn.Linear with weight [n, k], on the CPU.
 
-    def __init__(self, problem: Problem, threads: int) -> None:
-        self.problem, self.threads = problem, threads
+    Results are known there; a variant puts what it times on `device`.
+    """
+
+    def __init__(self, problem: Problem, threads: int, device: str = "cpu") -> None:
+        self.problem, self.threads, self.device = problem, threads, device
         self.m, self.n, self.k = problem.m, problem.n, problem.k
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(self.m, self.k, generator=generator)
@@ -146,7 +149,7 @@ class Row:
 
 
 def as_tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.from_numpy(value)
+    return value.cpu() if isinstance(value, Tensor) else torch.from_numpy(value)
 
 
 def verify(prepared: Prepared) -> int:
@@ -184,13 +187,13 @@ class Ready:
     units: list[str]
 
 
-def make_ready(row: Row, variant: Variant, case: Case, macs: bool) -> Ready:
+def make_ready(row: Row, variant: Variant, case: Case, macs: bool, peaks: Peaks) -> Ready:
     """Build and verify; raises whatever says that this cannot be timed."""
     prepared = variant.build(case)
     moved = prepared.input_bytes + prepared.weight_bytes + verify(prepared)
     cold = macs and case.m <= COLD_ROWS and prepared.again is not None
     calls = [prepared.call, *(another.call for another in copies(prepared, cold))]
-    sample = prepared.sample or stopwatch(rotated(calls))
+    sample = prepared.sample or peaks.stopwatch(calls)
     units = ["read"] * cold + [prepared.bound] * (prepared.bound is not None) if macs else ["copy"]
     row = dataclasses.replace(row, cold=cold, copies=len(calls), moved=moved, weight_bytes=prepared.weight_bytes)
     return Ready(row, prepared, sample, units)
@@ -240,13 +243,13 @@ def measure(
     family: Family, problem: Problem, peaks: Peaks, seconds: float, progress: Callable[[], object] | None = None
 ) -> list[Row]:
     """One row a variant, in the family's order."""
-    case = Case(problem, peaks.threads)
+    case = Case(problem, peaks.threads, peaks.device)
     rows: dict[str, Row] = {}
     ready: dict[str, Ready] = {}
     for variant in family.variants:
         rows[variant.name] = Row(family.name, problem.name, *problem[1:], variant.name, variant.origin, "ok")
         try:
-            ready[variant.name] = make_ready(rows[variant.name], variant, case, family.macs)
+            ready[variant.name] = make_ready(rows[variant.name], variant, case, family.macs, peaks)
         except Exception as error:  # whatever a peer raises; it must not stop the run
             rows[variant.name] = dataclasses.replace(rows[variant.name], status=refusal(error))
     samples = {name: one.sample for name, one in ready.items()}

@@ -9,9 +9,20 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from problems import ATTENTION, CONVS, HEADLINE, MODELS, Problem  # noqa: E402
+from problems import ATTENTION, CONVS, GPU_CALLS, GPU_PRODUCTS, HEADLINE, MODELS, Problem  # noqa: E402
 
-__all__ = ["ATTENTION", "CONVS", "HEADLINE", "MODELS", "OTHERS", "REPOSITORY", "Problem", "select"]
+__all__ = [
+    "ATTENTION",
+    "CONVS",
+    "GPU_CALLS",
+    "GPU_PRODUCTS",
+    "HEADLINE",
+    "MODELS",
+    "OTHERS",
+    "REPOSITORY",
+    "Problem",
+    "select",
+]
 
 OTHERS = (*ATTENTION, *CONVS)  # problems of families that are not about a linear layer
 

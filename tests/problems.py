@@ -100,6 +100,13 @@ HEADLINE = (
     ),
 )
 
+# What the benchmarks report of a GPU: a square, the layers of 32 texts of 128 tokens, and one token of a large model.
+GPU_PRODUCTS = (Problem("square", 8192, 8192, 8192), *_transformer("BERT-base, 32 texts", 32 * 128, 768, 3072))
+GPU_CALLS = (
+    Problem("LLaMA-7B projection, 1 token", 1, 4096, 4096),
+    Problem("LLaMA-7B up, 1 token", 1, 11008, 4096),
+)
+
 # Attention: m tokens, n = 2 x heads x tokens, k columns a head, so m n k counts both of its products.
 ATTENTION = tuple(
     Problem(f"{name} attention", tokens, 2 * heads * tokens, width)

@@ -20,7 +20,7 @@ from problems import CONVS, HEADLINE, Problem
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks import families, peaks, peers, plots, report, runner, shapes  # noqa: E402
+from benchmarks import families, gpu, peaks, peers, plots, report, runner, shapes  # noqa: E402
 from benchmarks.__main__ import main, parse, workload  # noqa: E402
 from benchmarks.attention import ATTENTION  # noqa: E402
 from benchmarks.runner import Case, Family, Missing, Prepared, Row, Unfit, Variant  # noqa: E402
@@ -39,7 +39,8 @@ PEAK = 1e-9  # seconds of one multiply-add
 class StillPeaks:
     """Peaks that do not depend on the machine."""
 
-    threads = 1
+    device, threads = "cpu", 1
+    stopwatch = peaks.Peaks.stopwatch
 
     def sample(self, unit: str, size: int = 0) -> Callable[[], float]:
         return lambda: PEAK
@@ -180,6 +181,30 @@ def test_every_variant_of_ours_verifies(family: Family) -> None:
         rows = runner.measure(dataclasses.replace(family, variants=ours), problem, peaks.Peaks(1), 0.001)
         assert [row.status for row in rows] == ["ok"] * len(ours)
         assert all(row.microseconds > 0 and row.gigabytes > 0 for row in rows)
+
+
+@pytest.mark.parametrize("family", gpu.FAMILIES, ids=lambda family: family.name)
+@torch.inference_mode()
+def test_every_variant_of_ours_for_a_gpu_verifies_here(family: Family) -> None:
+    ours = tuple(v for v in family.variants if v.origin == "bitmill")
+    assert (family.problems and len(ours) < len(family.variants)) or not family.macs
+    for problem in (Problem("even", 17, 32, 64), Problem("ugly", 10, 17, 33)):
+        rows = runner.measure(dataclasses.replace(family, variants=ours), problem, StillPeaks(), 0.001)  # type: ignore[arg-type]
+        assert [row.status for row in rows] == ["ok"] * len(ours)
+        assert {row.bound for row in rows} <= gpu.UNITS.keys()
+
+
+def test_a_gpu_is_asked_for_in_vain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda"])
+    assert "--device cuda: torch finds no GPU here" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda", "--readme"])
+    assert "--device cuda goes without --readme" in capsys.readouterr().err
+    options = parse(["--device", "cuda", "--family", "fp4", "--quick"])
+    assert [problem.name for _, problem in workload(options)] == [problem.name for problem in gpu.GPU_CALLS]
 
 
 def test_a_missing_peer_is_told_from_a_broken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
