@@ -53,11 +53,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("give --shape or --model, not both")
     if (options.plots or options.readme) and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plots and --readme need matplotlib: pip install matplotlib")
-    if options.device == "cuda":
-        if not torch.cuda.is_available():
-            parser.error("--device cuda: torch finds no GPU here")
-        if options.readme or options.plots or options.model or options.threads > 1:
-            parser.error("--device cuda goes without --readme, --plots, --model and --threads")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
     families = gpu.FAMILIES if options.device == "cuda" else FAMILIES
     known, names = {family.name: family for family in families}, ", ".join(family.name for family in families)
     for name in options.family or ():
@@ -69,6 +66,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.earlier = [strict_json.read(path) for path in options.load or ()]
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    on_gpu = options.device == "cuda" or any(earlier.get("gpu") for earlier in options.earlier)
+    if on_gpu and (options.readme or options.plots or options.model or options.threads > 1):
+        parser.error("runs on a GPU go without --readme, --plots, --model and --threads")
     return options
 
 
@@ -77,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.load:
         facts, rows = report.from_json(*options.earlier)
     else:
-        torch.set_num_threads(options.threads)
+        if options.device == "cpu":
+            torch.set_num_threads(options.threads)
         os.environ["OMP_NUM_THREADS"] = os.environ["BNN_NUM_THREADS"] = str(options.threads)  # for engines loaded later
         peaks = gpu.GpuPeaks() if options.device == "cuda" else Peaks(options.threads)
         facts = report.machine(options.threads, peaks, command(options))

@@ -202,7 +202,7 @@ def test_a_gpu_is_asked_for_in_vain(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(SystemExit):
         main(["--device", "cuda", "--readme"])
-    assert "--device cuda goes without --readme" in capsys.readouterr().err
+    assert "runs on a GPU go without --readme" in capsys.readouterr().err
     options = parse(["--device", "cuda", "--family", "fp4", "--quick"])
     assert [problem.name for _, problem in workload(options)] == [problem.name for problem in gpu.GPU_CALLS]
 
