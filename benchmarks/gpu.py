@@ -12,26 +12,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 from torch.nn.functional import linear
 
-from bitmill import FP4Config, SalientConfig, ops
+from bitmill import FP4Config, SalientConfig
 from bitmill.timing import Sample, rotated
 
-from .families import (
-    binary,
-    cast_by_search,
-    layer,
-    mxfp4_by_search,
-    numpy_bits,
-    numpy_signs,
-    on_rows,
-    pack_plus,
-    pack_sign,
-    product_op,
-    torch_int8,
-    torch_linear,
-)
+from . import families
+from .families import binary, layer, product_op, torch_int8, torch_linear
 from .peers import bitsandbytes_linear
 from .runner import Case, Family, Prepared, Variant
 from .shapes import GPU_CALLS, GPU_PRODUCTS, Problem
@@ -117,13 +104,9 @@ def torch_fp8() -> Variant:
     return Variant("torch fp8 (_scaled_mm)", build, "torch")
 
 
-def codes_of(run: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Tensor], Tensor]:
-    return lambda x: run(x)[0]
-
-
 HALF = torch.bfloat16
 BASELINES = (torch_linear(HALF, "bf16"), torch_int8(), torch_fp8())
-CASTS = (Problem("rows", 4096, 8192, 8192),)
+CASTS = tuple(v for f in families.FAMILIES if not f.macs for v in f.variants if v.origin == "bitmill")
 
 FAMILIES = (
     Family(
@@ -180,13 +163,8 @@ FAMILIES = (
     Family(
         "cast",
         "float32 rows to bits and to FP4 codes",
-        (
-            on_rows("bitpack, one plane", pack_plus, numpy_bits),
-            on_rows("bitpack, two planes", pack_sign, numpy_signs),
-            on_rows("fp4_cast e2m1", ops.fp4_cast, cast_by_search),
-            on_rows("mxfp4_quantize", codes_of(ops.mxfp4_quantize), mxfp4_by_search),
-        ),
+        CASTS,
         macs=False,
-        problems=CASTS,
+        problems=(Problem("rows", 4096, 8192, 8192),),
     ),
 )

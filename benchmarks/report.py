@@ -19,8 +19,7 @@ from bitmill.cli import cpu_name
 from bitmill.ops import _machine
 
 from . import gpu
-from . import peaks as cpu_peaks
-from .peaks import Peaks
+from .peaks import UNITS, Peaks
 from .runner import Family, Row
 from .shapes import REPOSITORY
 
@@ -131,7 +130,7 @@ cold: weights come from memory (copies of more than 200 MB in rotation), for eve
 
 
 def legend(facts: dict[str, Any]) -> str:
-    peaks, units = facts["peaks"], gpu.UNITS if facts.get("gpu") else cpu_peaks.UNITS
+    peaks, units = facts["peaks"], gpu.UNITS if facts.get("gpu") else UNITS
 
     def rate(unit: str) -> str:
         if not peaks[unit]:

@@ -102,10 +102,7 @@ HEADLINE = (
 
 # What the benchmarks report of a GPU: a square, the layers of 32 texts of 128 tokens, and one token of a large model.
 GPU_PRODUCTS = (Problem("square", 8192, 8192, 8192), *_transformer("BERT-base, 32 texts", 32 * 128, 768, 3072))
-GPU_CALLS = (
-    Problem("LLaMA-7B projection, 1 token", 1, 4096, 4096),
-    Problem("LLaMA-7B up, 1 token", 1, 11008, 4096),
-)
+GPU_CALLS = tuple(problem for problem in HEADLINE if problem.m == 1)
 
 # Attention: m tokens, n = 2 x heads x tokens, k columns a head, so m n k counts both of its products.
 ATTENTION = tuple(

@@ -186,12 +186,7 @@ Tensor salient_linear_cuda(Tensor x, Tensor weight, Tensor index, Tensor value, 
   const Tensor sign = call.tiles("weight", arrays.weight, n, rows.k, 1);
   arrays.view.sign = data<int32_t>(sign);
   const auto bias_row = call.checked("bias", bias, ScalarType::Float, {n});
-  SalientMatmulParams p;
-  p.weight = arrays.view;
-  p.x = rows.x.const_data_ptr();
-  p.dtype = float_dtype(op, rows.x);
-  p.m = rows.m;
-  p.bias = data_or_null<float>(bias_row);
+  SalientMatmulParams p = arrays.product(op, rows, bias_row);
   const Tensor out = call.new_tensor(with_last(rows.leading, n), x.scalar_type());
   p.out = out.mutable_data_ptr();
   const Tensor signs = call.new_tensor({rows.m, n}, ScalarType::Float);
@@ -209,12 +204,7 @@ Tensor zoned_linear_cuda(Tensor x, Tensor sign, Tensor zone, std::optional<Tenso
   const ZonedArrays arrays =
       zoned_arrays(call, op, sign, zone, salient_zone, salient, scale, column_scale, n, rows.k, block);
   const auto bias_row = call.checked("bias", bias, ScalarType::Float, {n});
-  ZonedMatmulParams p;
-  p.weight = arrays.view;
-  p.x = rows.x.const_data_ptr();
-  p.dtype = float_dtype(op, rows.x);
-  p.m = rows.m;
-  p.bias = data_or_null<float>(bias_row);
+  ZonedMatmulParams p = arrays.product(op, rows, bias_row);
   const Tensor out = call.new_tensor(with_last(rows.leading, n), x.scalar_type());
   p.out = out.mutable_data_ptr();
   const Tensor places = call.new_tensor({ceil_div(rows.k, block), 2}, ScalarType::Int);

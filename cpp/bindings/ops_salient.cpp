@@ -19,13 +19,8 @@ Tensor salient_linear_cpu(Tensor x, Tensor weight, Tensor index, Tensor value, s
                                               value_scale, value_zero, rows.k, group_size, code_bits);
   const int64_t n = arrays.view.n;
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
-  SalientMatmulParams p;
-  p.weight = arrays.view;
-  p.x = rows.x.const_data_ptr();
-  p.dtype = float_dtype(op, rows.x);
+  SalientMatmulParams p = arrays.product(op, rows, bias_row);
   p.int8 = multiplies_int8(op, activations);
-  p.m = rows.m;
-  p.bias = data_or_null<float>(bias_row);
   const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
   p.out = out.mutable_data_ptr();
   p.parallel_for = torch_parallel_for;

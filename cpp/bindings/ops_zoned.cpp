@@ -15,12 +15,7 @@ Tensor zoned_linear_cpu(Tensor x, Tensor sign, Tensor zone, std::optional<Tensor
   const ZonedArrays arrays =
       zoned_arrays(CpuCall(op, "x", x), op, sign, zone, salient_zone, salient, scale, column_scale, n, rows.k, block);
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
-  ZonedMatmulParams p;
-  p.weight = arrays.view;
-  p.x = rows.x.const_data_ptr();
-  p.dtype = float_dtype(op, rows.x);
-  p.m = rows.m;
-  p.bias = data_or_null<float>(bias_row);
+  ZonedMatmulParams p = arrays.product(op, rows, bias_row);
   const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
   p.out = out.mutable_data_ptr();
   p.parallel_for = torch_parallel_for;

@@ -12,6 +12,17 @@ struct SalientArrays {
   Tensor weight, index, value, alpha;
   std::optional<Tensor> start, mu, value_scale, value_zero;
   SalientWeight view;
+
+  // The product of rows with it, into nothing yet; all arguments outlive it.
+  SalientMatmulParams product(const char* op, const Rows& rows, const std::optional<Tensor>& bias) const {
+    SalientMatmulParams p;
+    p.weight = view;
+    p.x = rows.x.const_data_ptr();
+    p.dtype = float_dtype(op, rows.x);
+    p.m = rows.m;
+    p.bias = data_or_null<float>(bias);
+    return p;
+  }
 };
 
 inline SalientEncoding encoding_of(const char* op, const Tensor& index) {

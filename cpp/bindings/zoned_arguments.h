@@ -12,6 +12,17 @@ struct ZonedArrays {
   Tensor sign, zone, salient, scale;
   std::optional<Tensor> salient_zone, column_scale;
   ZonedWeight view;
+
+  // The product of rows with it, into nothing yet; all arguments outlive it.
+  ZonedMatmulParams product(const char* op, const Rows& rows, const std::optional<Tensor>& bias) const {
+    ZonedMatmulParams p;
+    p.weight = view;
+    p.x = rows.x.const_data_ptr();
+    p.dtype = float_dtype(op, rows.x);
+    p.m = rows.m;
+    p.bias = data_or_null<float>(bias);
+    return p;
+  }
 };
 
 template <class Call>
