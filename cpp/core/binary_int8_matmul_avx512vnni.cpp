@@ -8,7 +8,7 @@ namespace bitmill::detail {
 namespace {
 
 constexpr int kTilePair = 2;
-constexpr int64_t kPrefetchWords = 64;             // 4 KiB ahead in either tile
+constexpr int64_t kPrefetchWords = 96;             // 6 KiB ahead in either tile
 constexpr int64_t kWordsBeforeOverflow = 1 << 14;  // 4 x 128 x 127 a word, within 2^31
 
 // Columns of a word in the order of the sums: dword j holds columns j, 8 + j, 16 + j, 24 + j. Columns past k are 0.
@@ -58,8 +58,10 @@ void pair_of_tiles(const Int8Task& task, int64_t row, int64_t tile, const int32_
       Sums a{zero, zero, zero, zero, zero, zero, zero, zero}, b = a;
       for (; w < pause; ++w) {
         const __m512i x = _mm512_loadu_si512(w0 + w * kTileRows), y = _mm512_loadu_si512(w1 + w * kTileRows);
-        _mm_prefetch(reinterpret_cast<const char*>(w0 + (w + kPrefetchWords) * kTileRows), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(w1 + (w + kPrefetchWords) * kTileRows), _MM_HINT_T1);
+        const int64_t next = w + kPrefetchWords,
+                      ahead = next < task.words ? next : next + task.words;  // of the next pair
+        _mm_prefetch(reinterpret_cast<const char*>(w0 + ahead * kTileRows), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(w1 + ahead * kTileRows), _MM_HINT_T1);
         add_bit<0>(a.s0, b.s0, x, y, q + 8 * w);
         add_bit<1>(a.s1, b.s1, x, y, q + 8 * w);
         add_bit<2>(a.s2, b.s2, x, y, q + 8 * w);

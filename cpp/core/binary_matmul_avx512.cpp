@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kTiles = 5;                  // tiles side by side, at most: 4, or all of the last 5
 constexpr int kRows = 4;                   // rows together; the rest comes one by one
-constexpr int64_t kRowChunk = 64;          // rows whose bits and output pages stay near while the tiles pass by
+constexpr int64_t kRowChunk = 128;         // rows whose bits and output pages stay near while the tiles pass by
 constexpr int64_t kNearBytes = 512 << 10;  // an output of this size may be in the second-level cache already
 constexpr int64_t kAhead = 8192;           // words of weights: 32 KiB
 constexpr int64_t kShortWords = 8;         // below, asking for its lines costs more than it saves
@@ -156,6 +156,29 @@ template <Operand operand, int tiles>
   if constexpr (tiles > 4) finish_tile<tiles == 5>(o, 4, to_dot<operand>(counts.c4, present), row_scale, factor);
 }
 
+// The same for 4 rows to float32, without a row scale, a residual or a cut to look for. Columns, counts and what is left
+// are exact floats, so one fused operation makes the dot product.
+template <int tiles>
+[[gnu::always_inline]] inline void finish_floats(const Output& o, int64_t n, const int32_t* columns, int32_t all,
+                                                 bool counted, const Row& r0, const Row& r1, const Row& r2,
+                                                 const Row& r3) {
+  float* out = o.out;
+  const auto put = [&](int r, const Row& counts) __attribute__((always_inline)) {
+    const __m512 present = _mm512_set1_ps(static_cast<float>(counted ? columns[r] : all));
+    const auto tile = [&](int t, __m512i c) __attribute__((always_inline)) {
+      const __m512 dot = _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), _mm512_cvtepi32_ps(c), present);
+      _mm512_storeu_ps(out + t * kTileRows, _mm512_add_ps(_mm512_mul_ps(o.scale[t], dot), o.bias[t]));
+    };
+    tile(0, counts.c0);
+    if constexpr (tiles > 1) tile(1, counts.c1);
+    if constexpr (tiles > 2) tile(2, counts.c2);
+    if constexpr (tiles > 3) tile(3, counts.c3);
+    if constexpr (tiles > 4) tile(4, counts.c4);
+    out += n;
+  };
+  put(0, r0), put(1, r1), put(2, r2), put(3, r3);
+}
+
 // Kept out of line: rare, and its loops would take registers.
 [[gnu::noinline]] uint32_t look_for_negatives(const BitOutput& out, int64_t tile, __m512i dot, uint32_t zeros) {
   alignas(64) int32_t dots[kTileRows];
@@ -294,6 +317,11 @@ void block(const Task& task, const Columns& c, int64_t row) {
     }
     if (task.plain) {
       Output o = output;
+      if constexpr (rows > 1 && operand != Operand::bool_) {
+        if (o.out && !row_scale && !o.residual && o.lanes == 0xFFFF) {
+          return finish_floats<tiles>(o, n, present, k, operand != Operand::sign, r0, r1, r2, r3);
+        }
+      }
       const auto columns = [&](int r) { return operand == Operand::sign ? k : present[r]; };
       const auto scale_of = [&](int r) { return row_scale ? row_scale + r : nullptr; };
       finish<operand, tiles>(o, columns(0), scale_of(0), r0);

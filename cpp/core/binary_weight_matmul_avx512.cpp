@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kTiles = 4;               // tiles side by side for 4 rows
 constexpr int kSingleTiles = 8;         // tiles side by side for a single row
-constexpr int64_t kPrefetchWords = 24;  // how far ahead a single row asks for its bits: 1.5 KiB a tile
+constexpr int64_t kPrefetchWords = 48;  // how far ahead a single row asks for its bits: 3 KiB a tile
 
 struct Task {
   const BinaryWeightMatmulParams& p;
@@ -133,33 +133,36 @@ struct Sums {
   __m512 s0, s1, s2, s3, s4, s5, s6, s7;
 };
 
-// The 8 columns of one byte of a word: two lookups. A load that begins at the byte spares one shift, and a high product
-// leaves the units of the lookups to the lookups. Loads at a byte reach 3 bytes past the word, so the last word of a
-// tile is shifted.
-template <bool last>
-__m512 look_up(__m512 sum, const int32_t* word, int byte, __m512 low, __m512 high) {
-  const __m512i bits = last ? _mm512_srl_epi32(_mm512_loadu_si512(word), _mm_cvtsi32_si128(8 * byte))
-                            : _mm512_loadu_si512(reinterpret_cast<const char*>(word) + byte);
-  const __m512i next = _mm512_mulhi_epu16(bits, _mm512_set1_epi16(1 << 12));
-  sum = _mm512_add_ps(sum, _mm512_permutexvar_ps(bits, low));
-  sum = _mm512_fmadd_ps(_mm512_permutexvar_ps(next, high), _mm512_set1_ps(1.0f), sum);  // another unit than additions
-  asm volatile("" : "+v"(sum));  // keeps lookup and sum together; otherwise registers run out
-  return sum;
+struct Bits {
+  __m512i b0, b1, b2, b3, b4, b5, b6, b7;
+};
+
+// One table for 8 tiles. As above, sums are on two kinds of units, and the shift leaves both to them.
+template <bool odd>
+[[gnu::always_inline]] inline void look_up(Sums& s, Bits& b, const float* table) {
+  const __m512 sums = _mm512_load_ps(table);
+  const auto add = [&](__m512& sum, __m512i& bits) __attribute__((always_inline)) {
+    const __m512 found = _mm512_permutexvar_ps(bits, sums);
+    sum = odd ? _mm512_fmadd_ps(found, _mm512_set1_ps(1.0f), sum) : _mm512_add_ps(sum, found);
+    bits = _mm512_mulhi_epu16(bits, _mm512_set1_epi16(1 << 12));
+    asm volatile("" : "+v"(sum), "+v"(bits));  // lookup and sum stay together; otherwise registers run out
+  };
+  add(s.s0, b.b0), add(s.s1, b.b1), add(s.s2, b.b2), add(s.s3, b.b3);
+  add(s.s4, b.b4), add(s.s5, b.b5), add(s.s6, b.b6), add(s.s7, b.b7);
 }
 
-template <bool last>
-void add_word(Sums& s, const int32_t* const (&weight)[kSingleTiles], int64_t w, const float* tables) {
+// Words are loaded whole: loads that begin at a byte of a word cross lines, which takes thrice as long from memory.
+[[gnu::always_inline]] inline void add_word(Sums& s, const int32_t* const (&weight)[kSingleTiles], int64_t w,
+                                            const float* tables) {
 #pragma GCC unroll 1
-  for (int byte = 0; byte < 4; ++byte) {
-    const __m512 low = _mm512_loadu_ps(tables + 32 * byte), high = _mm512_loadu_ps(tables + 32 * byte + 16);
-    s.s0 = look_up<last>(s.s0, weight[0] + w * kTileRows, byte, low, high);
-    s.s1 = look_up<last>(s.s1, weight[1] + w * kTileRows, byte, low, high);
-    s.s2 = look_up<last>(s.s2, weight[2] + w * kTileRows, byte, low, high);
-    s.s3 = look_up<last>(s.s3, weight[3] + w * kTileRows, byte, low, high);
-    s.s4 = look_up<last>(s.s4, weight[4] + w * kTileRows, byte, low, high);
-    s.s5 = look_up<last>(s.s5, weight[5] + w * kTileRows, byte, low, high);
-    s.s6 = look_up<last>(s.s6, weight[6] + w * kTileRows, byte, low, high);
-    s.s7 = look_up<last>(s.s7, weight[7] + w * kTileRows, byte, low, high);
+  for (int half = 0; half < 2; ++half, tables += kTableFloats / 2) {
+    const __m128i shift = _mm_cvtsi32_si128(16 * half);
+    const auto load = [&](int t) { return _mm512_srl_epi32(_mm512_loadu_si512(weight[t] + w * kTileRows), shift); };
+    Bits b{load(0), load(1), load(2), load(3), load(4), load(5), load(6), load(7)};
+    look_up<false>(s, b, tables);
+    look_up<true>(s, b, tables + 16);
+    look_up<false>(s, b, tables + 32);
+    look_up<true>(s, b, tables + 48);
   }
 }
 
@@ -172,14 +175,15 @@ void single(const Task& task, int64_t row, int64_t tile, const float* tables) {
   for (int64_t group = 0; group < task.groups; ++group) {
     const __m512 zero = _mm512_setzero_ps();
     Sums sums{zero, zero, zero, zero, zero, zero, zero, zero};
-    const int64_t group_end = task.group_end(group), end = group_end < task.words ? group_end : group_end - 1;
+    const int64_t end = task.group_end(group);
     for (int64_t w = group * task.group_words; w < end; ++w) {
+      const int64_t next = w + kPrefetchWords;
+      const int64_t ahead = next < task.words ? next : next + (kSingleTiles - 1) * task.words;
       for (int t = 0; t < kSingleTiles; ++t) {
-        _mm_prefetch(reinterpret_cast<const char*>(weight[t] + (w + kPrefetchWords) * kTileRows), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(weight[t] + ahead * kTileRows), _MM_HINT_T1);
       }
-      add_word<false>(sums, weight, w, tables + w * kTableFloats);
+      add_word(sums, weight, w, tables + w * kTableFloats);
     }
-    if (end < group_end) add_word<true>(sums, weight, end, tables + end * kTableFloats);
     const auto put = [&](int t, __m512 sum) { scale_and_finish<T>(task, row, tile + t, group, sum, partial[t]); };
     put(0, sums.s0), put(1, sums.s1), put(2, sums.s2), put(3, sums.s3);
     put(4, sums.s4), put(5, sums.s5), put(6, sums.s6), put(7, sums.s7);

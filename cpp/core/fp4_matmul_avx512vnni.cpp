@@ -10,6 +10,8 @@
 namespace bitmill::detail {
 namespace {
 
+constexpr int kPair = 2;  // tiles side by side for one row: memory is read fastest from one or two places
+
 // `grouped`: every group of a row has a scale of its own. `words`: Path's kWords.
 template <bool grouped, int words>
 struct Int8Path {
@@ -62,7 +64,9 @@ struct Int8Path {
   }
 
   void single(const Fp4Task& task, int64_t row, int64_t tile, const float* x) const {
-    block<Int8Path<grouped, words>, 1, kChunkTiles>(task, *this, row, tile, x);
+    for (int64_t end = task.clamp(tile + kChunkTiles - 1); tile <= end; tile += kPair) {
+      block<Int8Path<grouped, words>, 1, kPair>(task, *this, row, tile, x);
+    }
   }
 };
 

@@ -8,7 +8,7 @@
 
 namespace bitmill::detail {
 
-inline constexpr int kRowTiles = 4;               // side by side
+inline constexpr int kRowTiles = 2;               // side by side: memory is read fastest from one or two places
 inline constexpr int64_t kRowPrefetchWords = 48;  // kPrefetchWords for fewer tiles
 
 struct Int8Row {
@@ -33,8 +33,8 @@ struct Int8RowTiles {
 template <int words, bool grouped, bool ordinary, class Scales>
 [[gnu::noinline]] static int64_t add_groups(const Int8Row& row, const Int8RowTiles& tiles, const Scales& scales,
                                             int64_t group, __m512 (&result)[kRowTiles]) {
-  __m512 r0 = result[0], r1 = result[1], r2 = result[2], r3 = result[3];
-  const int32_t *c0 = tiles.codes(0), *c1 = tiles.codes(1), *c2 = tiles.codes(2), *c3 = tiles.codes(3);
+  __m512 r0 = result[0], r1 = result[1];
+  const int32_t *c0 = tiles.codes(0), *c1 = tiles.codes(1);
   const auto* bytes = reinterpret_cast<const char*>(tiles.w.scale_bytes);
   do {
     const int64_t last = group + 16 < tiles.groups ? group + 16 : tiles.groups, base = last - 16;
@@ -47,7 +47,7 @@ template <int words, bool grouped, bool ordinary, class Scales>
     if (!all) break;
     for (; group < last; ++group) {
       const __m512i start = _mm512_set1_epi32(row.first_sum[group]);
-      __m512i s0 = start, s1 = start, s2 = start, s3 = start;
+      __m512i s0 = start, s1 = start;
 #pragma GCC unroll 4
       for (int i = 0; i < words; ++i) {
         const int64_t w = group * words + i, next = w + kRowPrefetchWords;
@@ -61,8 +61,6 @@ template <int words, bool grouped, bool ordinary, class Scales>
         };
         s0 = add(s0, c0);
         s1 = add(s1, c1);
-        s2 = add(s2, c2);
-        s3 = add(s3, c3);
       }
       const auto at = static_cast<uint32_t>(group - base);
       const __m512i left = _mm512_set1_epi32(static_cast<int>((ordinary ? Scales::kShift : 0) - at % 4 * 8));
@@ -80,15 +78,11 @@ template <int words, bool grouped, bool ordinary, class Scales>
       };
       r0 = fold(r0, s0, 0);
       r1 = fold(r1, s1, 1);
-      r2 = fold(r2, s2, 2);
-      r3 = fold(r3, s3, 3);
       _mm_prefetch(tiles.next_scales + 64 * group, _MM_HINT_T1);
     }
   } while (ordinary && group < tiles.groups);
   result[0] = r0;
   result[1] = r1;
-  result[2] = r2;
-  result[3] = r3;
   return group;
 }
 
@@ -100,11 +94,8 @@ static void multiply_row(const Fp4Weight& w, const Int8Row& row, const Scales& s
   for (int64_t tile = begin; tile < end; tile += kRowTiles) {
     const auto clamp = [&](int64_t t) { return t < end ? t : end - 1; };  // not stored past the end
     const auto* scale = reinterpret_cast<const char*>(w.scale_bytes);
-    const Int8RowTiles tiles{w,
-                             all,
-                             groups,
-                             {tile, clamp(tile + 1), clamp(tile + 2), clamp(tile + 3)},
-                             scale + clamp(tile + kRowTiles) * kTileRows * groups};
+    const Int8RowTiles tiles{
+        w, all, groups, {tile, clamp(tile + 1)}, scale + clamp(tile + kRowTiles) * kTileRows * groups};
     __m512 result[kRowTiles] = {};
     for (int64_t group = 0; group < groups;) {
       group = add_groups<words, grouped, true>(row, tiles, scales, group, result);

@@ -31,7 +31,8 @@ namespace bitmill::detail {
 
 inline constexpr int64_t kChunkTiles = 8;    // tiles whose scales are expanded together, and side by side for one row
 inline constexpr int64_t kPackedRows = 256;  // rows packed together; fewer if k is large
-// How far ahead codes are asked for, 2 KiB a tile, and to the second-level cache: 8 tiles fill half of the first.
+// How far ahead codes are asked for, 2 KiB a tile, and to the second-level cache: 8 tiles fill half of the first. Of
+// two tiles 4 KiB each.
 inline constexpr int64_t kPrefetchWords = 32;
 
 struct Fp4Task {
@@ -99,7 +100,7 @@ struct FloatSums {
 
 // The word of a tile that is asked for at word w. Past the end of the tiles side by side the next ones begin.
 static inline int64_t prefetched_word(const Fp4Task& task, int64_t w, int tiles) {
-  const int64_t ahead = w + kPrefetchWords;
+  const int64_t ahead = w + (tiles > 2 ? kPrefetchWords : 2 * kPrefetchWords);
   return ahead < task.words ? ahead : ahead + (tiles - 1) * task.words;
 }
 

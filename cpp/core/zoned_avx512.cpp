@@ -18,14 +18,11 @@ constexpr int64_t kUnits = 4;             // outputs side by side: 4 rows of a t
 constexpr int64_t kOctetFloats = 32;      // of the two tables of 8 columns
 constexpr int64_t kPrefetchBytes = 1536;  // how far ahead a single row asks for its bits
 
-// The 16 rows' bits of 8 columns, lowest first; what lies above them is of no account. A load that begins at the octet
-// reaches 3 bytes past its word, so the last word of a tile is shifted.
-template <bool last>
+// The 16 rows' bits of 8 columns, lowest first; what lies above them is of no account. Loads that begin at the octet
+// would cross lines.
 __m512i octet_of(const int32_t* tile, int64_t octet) {
-  const int32_t* word = tile + octet / 4 * kTileRows;
-  const int byte = static_cast<int>(octet % 4);
-  if constexpr (!last) return _mm512_loadu_si512(reinterpret_cast<const char*>(word) + byte);
-  return _mm512_srl_epi32(_mm512_loadu_si512(word), _mm_cvtsi32_si128(8 * byte));
+  const __m512i word = _mm512_loadu_si512(tile + octet / 4 * kTileRows);
+  return _mm512_srl_epi32(word, _mm_cvtsi32_si128(static_cast<int>(8 * (octet % 4))));
 }
 
 __m512i equal(__m512i a, __m512i b) { return _mm512_ternarylogic_epi32(a, b, b, 0xC3); }
@@ -172,34 +169,21 @@ template <bool rows, class Sums>
 struct FourSums {
   Sums s0, s1, s2, s3;
 
-  // Octets [octet, end), of which those of the splits begin at `split`.
-  void add(const Task& task, const Tile (&tile)[kUnits], int64_t octet, int64_t end, int64_t split,
-           const float*& table) {
-    const int64_t last_word = 4 * (task.words - 1), middle = end < last_word ? end : last_word;
-    if (octet < middle) {
-      add_octets<false>(task, tile, octet, middle, split, table);
-      split += middle - octet, octet = middle;
-    }
-    add_octets<true>(task, tile, octet, end, split, table);
-  }
-
-  template <bool last>
   static Bits bits(const Tile& tile, int64_t octet, int64_t split) {
-    const __m512i sign = octet_of<last>(tile.sign, octet), zone = octet_of<last>(tile.zone, octet);
-    if constexpr (std::is_same_v<Sums, SplitSums>) return {sign, zone, octet_of<true>(tile.split, split)};
+    const __m512i sign = octet_of(tile.sign, octet), zone = octet_of(tile.zone, octet);
+    if constexpr (std::is_same_v<Sums, SplitSums>) return {sign, zone, octet_of(tile.split, split)};
     return {sign, zone, _mm512_setzero_si512()};
   }
 
-  // The sums are copied to registers and back: g++ leaves those of an object in memory.
-  template <bool last>
-  void add_octets(const Task& task, const Tile (&tile)[kUnits], int64_t octet, int64_t end, int64_t split,
-                  const float*& at) {
+  // Octets [octet, end), of which those of the splits begin at `split`. The sums are copied to registers and back: g++
+  // leaves those of an object in memory.
+  void add(const Task& task, const Tile (&tile)[kUnits], int64_t octet, int64_t end, int64_t split, const float*& at) {
     Sums a = s0, b = s1, c = s2, d = s3;
     const float* table = at;
     const int64_t row = task.row_floats;
     for (; octet < end; ++octet, ++split, table += kOctetFloats) {
       if constexpr (rows) {
-        const Bits low = bits<last>(tile[0], octet, split);
+        const Bits low = bits(tile[0], octet, split);
         add_rows(a, b, c, d, low, table, row);
         add_rows(a, b, c, d, low.next(), table + 16, row);
       } else {
@@ -207,10 +191,10 @@ struct FourSums {
           for (const Tile& t : tile) t.prefetch(octet);
         }
         const __m512 low = table_at(table), high = table_at(table + 16);
-        add_tile(a, bits<last>(tile[0], octet, split), low, high);
-        add_tile(b, bits<last>(tile[1], octet, split), low, high);
-        add_tile(c, bits<last>(tile[2], octet, split), low, high);
-        add_tile(d, bits<last>(tile[3], octet, split), low, high);
+        add_tile(a, bits(tile[0], octet, split), low, high);
+        add_tile(b, bits(tile[1], octet, split), low, high);
+        add_tile(c, bits(tile[2], octet, split), low, high);
+        add_tile(d, bits(tile[3], octet, split), low, high);
       }
     }
     s0 = a, s1 = b, s2 = c, s3 = d;
