@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..nn import PackedSalientLinear
-from ..ops import decode_attention
+from ..ops import decode_attention, prompt_attention
 from .transformers import PreTrainedModel, transformers
 
 LEAN = ("llama", "mistral", "qwen2")  # model types whose blocks are all like Llama's
@@ -110,6 +110,10 @@ class _Walk:
         if len(cos) == 1 and cos.dtype == torch.float32:
             turn = cos[0], sin[0]
             return lambda rows, block: decode_attention(rows, *turn, block.keys, block.values, start, self.scaling)
+        if cos.dtype == torch.float32 and cos.device.type == "cpu":
+            return lambda rows, block: prompt_attention(
+                rows.contiguous(), cos, sin, block.keys, block.values, start, self.scaling
+            )
         cos, half, turning = cos.unsqueeze(1), self.head_dim // 2, self.heads + self.key_heads
         sin = torch.cat((-sin[:, :half], sin[:, half:]), 1).unsqueeze(1)  # for halves that have changed places
 

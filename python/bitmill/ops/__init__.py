@@ -14,7 +14,7 @@ from .binary_encoder import BinaryEncoder, EncoderLayerArguments, binary_encoder
 from .binary_matmul import binary_linear, binary_matmul, binary_weight_linear
 from .bitpack import bitpack, bitunpack, tile_pack, tile_unpack
 from .codebook4 import codebook4_dequantize, codebook4_fake_quant, codebook4_quantize
-from .decode_attention import decode_attention
+from .decode_attention import decode_attention, prompt_attention
 from .fp4 import (
     code_values,
     e8m0_cast,
@@ -99,6 +99,7 @@ __all__ = [
     "nvfp4_fake_quant",
     "nvfp4_global_scale",
     "nvfp4_quantize",
+    "prompt_attention",
     "salient_linear",
     "salient_weight",
     "tile_pack",

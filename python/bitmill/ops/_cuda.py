@@ -26,6 +26,7 @@ COMPOSED = {
     "binary_self_attention": "ops with kernels, which hand each other bits",
     "binary_encoder": "ops with kernels, which hand each other bits",
     "decode_attention": "a dozen of torch's kernels a layer",
+    "prompt_attention": "a dozen of torch's kernels a layer",
 }
 
 
