@@ -8,6 +8,7 @@ the (quantised) activations with the dequantised weight in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from bitmill.bench.layers import buffer_bytes
 from bitmill.config import Config
 from bitmill.convert import LAYERS
 from bitmill.ops.fp4_activations import _fp4_activations_reference as fp4_activations_default
+from bitmill.timing import SHORTEST
 
 from . import convs, peers, shapes
 from .attention import ATTENTION
@@ -123,8 +125,11 @@ def product_kernel(case: Case) -> Prepared:
     def call() -> np.ndarray:
         return arrays.binary_matmul(bits.numpy(), tiles.numpy(), case.n, case.k)
 
+    once = _C.binary_matmul_seconds(case.m, case.n, case.k, 5)
+    repeats = max(5, math.ceil(SHORTEST / once))  # as long as every other sample
+
     def sample() -> float:
-        return _C.binary_matmul_seconds(case.m, case.n, case.k, 5)
+        return _C.binary_matmul_seconds(case.m, case.n, case.k, repeats)
 
     return Prepared(call, expected, 0.0, bits.nbytes, tiles.nbytes, None, "popcount", sample)
 

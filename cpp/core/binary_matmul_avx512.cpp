@@ -156,8 +156,8 @@ template <Operand operand, int tiles>
   if constexpr (tiles > 4) finish_tile<tiles == 5>(o, 4, to_dot<operand>(counts.c4, present), row_scale, factor);
 }
 
-// The same for 4 rows to float32, without a row scale, a residual or a cut to look for. Columns, counts and what is left
-// are exact floats, so one fused operation makes the dot product.
+// The same for 4 rows to float32, without a row scale, a residual or a cut to look for. Columns, counts and what is
+// left are exact floats, so one fused operation makes the dot product.
 template <int tiles>
 [[gnu::always_inline]] inline void finish_floats(const Output& o, int64_t n, const int32_t* columns, int32_t all,
                                                  bool counted, const Row& r0, const Row& r1, const Row& r2,
@@ -368,10 +368,10 @@ void columns(const Task& task, int64_t tile, int64_t begin, int64_t end) {
   for (; row < end; ++row) block<1, tiles>(task, c, row);
 }
 
-// Whether binary_matmul_short_avx512vnni may do it.
+// Whether binary_matmul_short_avx512vnni may do it, and there are rows for what it prepares.
 bool is_short(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
   const bool whole = begin == 0 && end == tile_count(p.n) && p.n > kTileRows && p.n % kTileRows != 0;
-  return has_int8_dot() && p.dot && p.operand == Operand::sign && word_count(p.k) <= 2 && whole && p.m > 0;
+  return has_int8_dot() && p.dot && p.operand == Operand::sign && word_count(p.k) <= 2 && whole && p.m >= kTileRows;
 }
 
 // present[m, groups]: columns of the group where the activation is not 0.
