@@ -403,7 +403,7 @@ void binary_matmul_tiles_avx512(const BinaryMatmulParams& p, int64_t begin, int6
   const bool counts = !plain || p.operand != Operand::sign;
   const Scratch<int32_t> present(counts ? p.m * groups : 0);
   if (counts) count_present(p, groups, group_words, present);
-  const bool far = plain && (words >= kShortWords || p.m * p.n * 4 > kNearBytes);
+  const bool far = plain && asks_for_writes() && (words >= kShortWords || p.m * p.n * 4 > kNearBytes);
   const Task task{p, words, groups, group_words, counts ? present.get() : nullptr, plain, far};
   for (int64_t row = 0; row < p.m; row += kRowChunk) {
     const int64_t last = row + kRowChunk < p.m ? row + kRowChunk : p.m;

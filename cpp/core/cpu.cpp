@@ -4,6 +4,9 @@
 #include "cpu.h"
 
 #include <atomic>
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 
 namespace bitmill {
 namespace {
@@ -91,6 +94,22 @@ bool has_int8_dot() {
   return has;
 #else
   return false;
+#endif
+}
+
+bool asks_for_writes() {
+#ifdef __x86_64__
+  static const bool asks = [] {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d)) return true;
+    const bool amd = b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
+    if (!amd || !__get_cpuid(1, &a, &b, &c, &d)) return true;
+    const unsigned family = (a >> 8 & 0xF) + (a >> 20 & 0xFF);
+    return family < 0x1A;
+  }();
+  return asks;
+#else
+  return true;
 #endif
 }
 

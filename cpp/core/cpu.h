@@ -28,6 +28,10 @@ bool eight_lanes();
 bool has_int8_dot();  // VNNI, VBMI and VBMI2
 bool has_bf16_dot();  // BF16
 
+// Whether lines that will be written are worth asking for: AMD's cores from Zen 5 on wait for enough of them at once,
+// and would only pay for the instructions.
+bool asks_for_writes();
+
 // Which functions have a kernel of their own for a set beyond the generic one. Everything else runs generic code.
 struct KernelRow {
   InstructionSet set;
@@ -55,6 +59,7 @@ inline constexpr KernelRow kKernels[] = {{InstructionSet::neon, "binary_attentio
                                          {InstructionSet::neon, "mxfp4_quantize"},
                                          {InstructionSet::neon, "nvfp4_dequantize"},
                                          {InstructionSet::neon, "nvfp4_quantize"},
+                                         {InstructionSet::neon, "prompt_attention"},
                                          {InstructionSet::neon, "salient_linear"},
                                          {InstructionSet::neon, "zoned_linear"},
                                          {InstructionSet::avx2, "binary_attention"},
@@ -79,6 +84,7 @@ inline constexpr KernelRow kKernels[] = {{InstructionSet::neon, "binary_attentio
                                          {InstructionSet::avx2, "mxfp4_quantize"},
                                          {InstructionSet::avx2, "nvfp4_dequantize"},
                                          {InstructionSet::avx2, "nvfp4_quantize"},
+                                         {InstructionSet::avx2, "prompt_attention"},
                                          {InstructionSet::avx2, "salient_linear"},
                                          {InstructionSet::avx2, "zoned_linear"},
                                          {InstructionSet::avx512, "binary_attention"},
@@ -98,6 +104,7 @@ inline constexpr KernelRow kKernels[] = {{InstructionSet::neon, "binary_attentio
                                          {InstructionSet::avx512, "layer_norm"},
                                          {InstructionSet::avx512, "mxfp4_dequantize"},
                                          {InstructionSet::avx512, "mxfp4_quantize"},
+                                         {InstructionSet::avx512, "prompt_attention"},
                                          {InstructionSet::avx512, "salient_linear"},
                                          {InstructionSet::avx512, "zoned_linear"}};
 
