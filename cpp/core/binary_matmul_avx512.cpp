@@ -156,27 +156,18 @@ template <Operand operand, int tiles>
   if constexpr (tiles > 4) finish_tile<tiles == 5>(o, 4, to_dot<operand>(counts.c4, present), row_scale, factor);
 }
 
-// The same for 4 rows to float32, without a row scale, a residual or a cut to look for. Columns, counts and what is
-// left are exact floats, so one fused operation makes the dot product.
-template <int tiles>
-[[gnu::always_inline]] inline void finish_floats(const Output& o, int64_t n, const int32_t* columns, int32_t all,
-                                                 bool counted, const Row& r0, const Row& r1, const Row& r2,
-                                                 const Row& r3) {
-  float* out = o.out;
-  const auto put = [&](int r, const Row& counts) __attribute__((always_inline)) {
-    const __m512 present = _mm512_set1_ps(static_cast<float>(counted ? columns[r] : all));
-    const auto tile = [&](int t, __m512i c) __attribute__((always_inline)) {
-      const __m512 dot = _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), _mm512_cvtepi32_ps(c), present);
-      _mm512_storeu_ps(out + t * kTileRows, _mm512_add_ps(_mm512_mul_ps(o.scale[t], dot), o.bias[t]));
-    };
-    tile(0, counts.c0);
-    if constexpr (tiles > 1) tile(1, counts.c1);
-    if constexpr (tiles > 2) tile(2, counts.c2);
-    if constexpr (tiles > 3) tile(3, counts.c3);
-    if constexpr (tiles > 4) tile(4, counts.c4);
-    out += n;
+// The same for 4 rows where nothing has to be looked for: put(row, tile, 16 counts).
+template <int tiles, class Put>
+[[gnu::always_inline]] inline void put_rows(const Put& put, const Row& r0, const Row& r1, const Row& r2,
+                                            const Row& r3) {
+  const auto row = [&](int r, const Row& counts) __attribute__((always_inline)) {
+    put(r, 0, counts.c0);
+    if constexpr (tiles > 1) put(r, 1, counts.c1);
+    if constexpr (tiles > 2) put(r, 2, counts.c2);
+    if constexpr (tiles > 3) put(r, 3, counts.c3);
+    if constexpr (tiles > 4) put(r, 4, counts.c4);
   };
-  put(0, r0), put(1, r1), put(2, r2), put(3, r3);
+  row(0, r0), row(1, r1), row(2, r2), row(3, r3);
 }
 
 // Kept out of line: rare, and its loops would take registers.
@@ -318,8 +309,26 @@ void block(const Task& task, const Columns& c, int64_t row) {
     if (task.plain) {
       Output o = output;
       if constexpr (rows > 1 && operand != Operand::bool_) {
+        int32_t all[4];  // of which the bits count; before a store, which could change them for all g++ knows
+        for (int r = 0; r < 4; ++r) all[r] = operand == Operand::sign ? k : present[r];
+        if (o.dot && o.lanes == 0xFFFF) {
+          return put_rows<tiles>(
+              [&](int r, int t, __m512i counts) __attribute__((always_inline)) {
+                const __m512i dot = to_dot<operand>(counts, _mm512_set1_epi32(all[r]));
+                _mm512_storeu_si512(o.dot + r * n + t * kTileRows, dot);
+              },
+              r0, r1, r2, r3);
+        }
         if (o.out && !row_scale && !o.residual && o.lanes == 0xFFFF) {
-          return finish_floats<tiles>(o, n, present, k, operand != Operand::sign, r0, r1, r2, r3);
+          // columns, counts and what is left are exact floats, so one fused operation makes the dot product
+          return put_rows<tiles>(
+              [&](int r, int t, __m512i counts) __attribute__((always_inline)) {
+                const __m512 most = _mm512_set1_ps(static_cast<float>(all[r])), two = _mm512_set1_ps(2.0f);
+                const __m512 dot = _mm512_fnmadd_ps(two, _mm512_cvtepi32_ps(counts), most);
+                const __m512 value = _mm512_add_ps(_mm512_mul_ps(o.scale[t], dot), o.bias[t]);
+                _mm512_storeu_ps(o.out + r * n + t * kTileRows, value);
+              },
+              r0, r1, r2, r3);
         }
       }
       const auto columns = [&](int r) { return operand == Operand::sign ? k : present[r]; };
