@@ -308,9 +308,9 @@ void block(const Task& task, const Columns& c, int64_t row) {
     }
     if (task.plain) {
       Output o = output;
+      int32_t all[rows];  // columns that count; before a store, which could change them for all g++ knows
+      for (int r = 0; r < rows; ++r) all[r] = operand == Operand::sign ? k : present[r];
       if constexpr (rows > 1 && operand != Operand::bool_) {
-        int32_t all[4];  // of which the bits count; before a store, which could change them for all g++ knows
-        for (int r = 0; r < 4; ++r) all[r] = operand == Operand::sign ? k : present[r];
         if (o.dot && o.lanes == 0xFFFF) {
           return put_rows<tiles>(
               [&](int r, int t, __m512i counts) __attribute__((always_inline)) {
@@ -331,13 +331,12 @@ void block(const Task& task, const Columns& c, int64_t row) {
               r0, r1, r2, r3);
         }
       }
-      const auto columns = [&](int r) { return operand == Operand::sign ? k : present[r]; };
       const auto scale_of = [&](int r) { return row_scale ? row_scale + r : nullptr; };
-      finish<operand, tiles>(o, columns(0), scale_of(0), r0);
+      finish<operand, tiles>(o, all[0], scale_of(0), r0);
       if constexpr (rows > 1) {
-        finish<operand, tiles>(o = next_row(o, n), columns(1), scale_of(1), r1);
-        finish<operand, tiles>(o = next_row(o, n), columns(2), scale_of(2), r2);
-        finish<operand, tiles>(o = next_row(o, n), columns(3), scale_of(3), r3);
+        finish<operand, tiles>(o = next_row(o, n), all[1], scale_of(1), r1);
+        finish<operand, tiles>(o = next_row(o, n), all[2], scale_of(2), r2);
+        finish<operand, tiles>(o = next_row(o, n), all[3], scale_of(3), r3);
       }
       return;
     }
