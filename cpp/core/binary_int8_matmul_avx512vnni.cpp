@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Few rows of int8 activations times bits, without unpacking a bit: byte b of a word masked with 1 << j holds the
 // weight of column 8 b + j times 2^j, and vpdpbusd multiplies the four bytes with the activations of those columns. 8
-// sums, one for each j, are shifted right by j and added at the end. Two tiles share the activations.
+// sums, one for each j, are shifted right by j and added at the end.
 #include "binary_int8_avx512.h"
+#include "read_ahead.h"
 
 namespace bitmill::detail {
 namespace {
 
-constexpr int kTilePair = 2;
-constexpr int64_t kPrefetchWords = 96;             // 6 KiB ahead in either tile
 constexpr int64_t kWordsBeforeOverflow = 1 << 14;  // 4 x 128 x 127 a word, within 2^31
 
 // Columns of a word in the order of the sums: dword j holds columns j, 8 + j, 16 + j, 24 + j. Columns past k are 0.
@@ -25,57 +24,43 @@ void arrange(const int8_t* q, int64_t k, int32_t* out) {
   }
 }
 
-struct Sums {  // named, not an array: g++ keeps an indexed array of accumulators in memory
-  __m512i s0, s1, s2, s3, s4, s5, s6, s7;
-};
-
-// Bit j of a word of either tile.
+// Bit j of a word.
 template <int j>
-void add_bit(__m512i& a, __m512i& b, __m512i x, __m512i y, const int32_t* q) {
-  const __m512i mask = _mm512_set1_epi8(static_cast<char>(1 << j)), activations = _mm512_set1_epi32(q[j]);
-  a = _mm512_dpbusd_epi32(a, _mm512_and_si512(x, mask), activations);
-  b = _mm512_dpbusd_epi32(b, _mm512_and_si512(y, mask), activations);
-  asm volatile("" : "+v"(a), "+v"(b));  // one bit after the other; otherwise g++ runs out of registers
+void add_bit(__m512i& sum, __m512i bits, const int32_t* q) {
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>(1 << j));
+  sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(bits, mask), _mm512_set1_epi32(q[j]));
+  asm volatile("" : "+v"(sum));  // one bit after the other; otherwise g++ runs out of registers
 }
 
-__m512i join(const Sums& s) {
-  const __m512i a = _mm512_add_epi32(s.s0, _mm512_srai_epi32(s.s1, 1));
-  const __m512i b = _mm512_add_epi32(_mm512_srai_epi32(s.s2, 2), _mm512_srai_epi32(s.s3, 3));
-  const __m512i c = _mm512_add_epi32(_mm512_srai_epi32(s.s4, 4), _mm512_srai_epi32(s.s5, 5));
-  const __m512i d = _mm512_add_epi32(_mm512_srai_epi32(s.s6, 6), _mm512_srai_epi32(s.s7, 7));
-  return _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d));
-}
-
-void pair_of_tiles(const Int8Task& task, int64_t row, int64_t tile, const int32_t* q) {
-  const int32_t *w0 = task.tile(tile), *w1 = task.tile(tile + 1);
-  float partial[kTilePair][kTileRows];
+void one_tile(const Int8Task& task, int64_t row, int64_t tile, const int32_t* q) {
+  const int32_t* weight = task.tile(tile);
+  float partial[kTileRows];
   for (int64_t group = 0; group < task.groups; ++group) {
-    const __m512i zero = _mm512_setzero_si512();
-    __m512i plus0 = zero, plus1 = zero;
+    __m512i total = _mm512_setzero_si512();
     const int64_t end = task.group_end(group);
     for (int64_t w = group * task.group_words; w < end;) {
       const int64_t pause = w + kWordsBeforeOverflow < end ? w + kWordsBeforeOverflow : end;
-      Sums a{zero, zero, zero, zero, zero, zero, zero, zero}, b = a;
+      __m512i s0 = _mm512_setzero_si512(), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
       for (; w < pause; ++w) {
-        const __m512i x = _mm512_loadu_si512(w0 + w * kTileRows), y = _mm512_loadu_si512(w1 + w * kTileRows);
-        const int64_t next = w + kPrefetchWords,
-                      ahead = next < task.words ? next : next + task.words;  // of the next pair
-        _mm_prefetch(reinterpret_cast<const char*>(w0 + ahead * kTileRows), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(w1 + ahead * kTileRows), _MM_HINT_T1);
-        add_bit<0>(a.s0, b.s0, x, y, q + 8 * w);
-        add_bit<1>(a.s1, b.s1, x, y, q + 8 * w);
-        add_bit<2>(a.s2, b.s2, x, y, q + 8 * w);
-        add_bit<3>(a.s3, b.s3, x, y, q + 8 * w);
-        add_bit<4>(a.s4, b.s4, x, y, q + 8 * w);
-        add_bit<5>(a.s5, b.s5, x, y, q + 8 * w);
-        add_bit<6>(a.s6, b.s6, x, y, q + 8 * w);
-        add_bit<7>(a.s7, b.s7, x, y, q + 8 * w);
+        const __m512i bits = _mm512_loadu_si512(weight + w * kTileRows);
+        read_ahead(weight + w * kTileRows);
+        read_pages_ahead(weight + w * kTileRows, w);
+        add_bit<0>(s0, bits, q + 8 * w);
+        add_bit<1>(s1, bits, q + 8 * w);
+        add_bit<2>(s2, bits, q + 8 * w);
+        add_bit<3>(s3, bits, q + 8 * w);
+        add_bit<4>(s4, bits, q + 8 * w);
+        add_bit<5>(s5, bits, q + 8 * w);
+        add_bit<6>(s6, bits, q + 8 * w);
+        add_bit<7>(s7, bits, q + 8 * w);
       }
-      plus0 = _mm512_add_epi32(plus0, join(a));
-      plus1 = _mm512_add_epi32(plus1, join(b));
+      const __m512i a = _mm512_add_epi32(s0, _mm512_srai_epi32(s1, 1));
+      const __m512i b = _mm512_add_epi32(_mm512_srai_epi32(s2, 2), _mm512_srai_epi32(s3, 3));
+      const __m512i c = _mm512_add_epi32(_mm512_srai_epi32(s4, 4), _mm512_srai_epi32(s5, 5));
+      const __m512i d = _mm512_add_epi32(_mm512_srai_epi32(s6, 6), _mm512_srai_epi32(s7, 7));
+      total = _mm512_add_epi32(total, _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d)));
     }
-    finish(task, row, tile, group, plus0, partial[0]);
-    finish(task, row, tile + 1, group, plus1, partial[1]);
+    finish(task, row, tile, group, total, partial);
   }
 }
 
@@ -88,7 +73,7 @@ void binary_int8_matmul_tiles_avx512vnni(const BinaryInt8MatmulParams& p, int64_
   const Scratch<int32_t> q(8 * task.words);
   for (int64_t row = 0; row < p.m; ++row) {
     arrange(p.q + row * p.k, p.k, q);
-    for (int64_t tile = begin; tile < end; tile += kTilePair) pair_of_tiles(task, row, tile, q);
+    for (int64_t tile = begin; tile < end; ++tile) one_tile(task, row, tile, q);
   }
 }
 

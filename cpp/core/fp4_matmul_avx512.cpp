@@ -22,10 +22,6 @@ struct FloatPath : FloatSums<T> {
     return _mm512_srli_epi32(codes, 4);
   }
   static __m512 multiply_add(__m512 sum, __m512 a, __m512 w) { return _mm512_fmadd_ps(a, w, sum); }
-
-  void single(const Fp4Task& task, int64_t row, int64_t tile, const float* x) const {
-    block<FloatPath<T>, 1, kChunkTiles>(task, *this, row, tile, x);
-  }
 };
 
 }  // namespace

@@ -36,10 +36,6 @@ struct HalfPath : FloatSums<BFloat16> {
   static __m512 multiply_add(__m512 sum, __m512 a, __m512i w) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(w));
   }
-
-  void single(const Fp4Task& task, int64_t row, int64_t tile, const float* x) const {
-    block<HalfPath, 1, kChunkTiles>(task, *this, row, tile, x);
-  }
 };
 
 }  // namespace

@@ -10,8 +10,6 @@
 namespace bitmill::detail {
 namespace {
 
-constexpr int kPair = 2;  // tiles side by side for one row: memory is read fastest from one or two places
-
 // `grouped`: every group of a row has a scale of its own. `words`: Path's kWords.
 template <bool grouped, int words>
 struct Int8Path {
@@ -62,15 +60,9 @@ struct Int8Path {
     value = _mm512_add_ps(value, bias);
     with_dtype(p.dtype, p.out, [&](auto* out) { store16(out + row * p.weight.n + column, lanes, value); });
   }
-
-  void single(const Fp4Task& task, int64_t row, int64_t tile, const float* x) const {
-    for (int64_t end = task.clamp(tile + kChunkTiles - 1); tile <= end; tile += kPair) {
-      block<Int8Path<grouped, words>, 1, kPair>(task, *this, row, tile, x);
-    }
-  }
 };
 
-// One row with a scale byte a group.
+// One row, of weights with one scale a row or a scale byte a group.
 template <bool grouped, int words>
 void multiply_one_row(const Fp4MatmulParams& p, const Int8Path<grouped, words>& path, int64_t begin, int64_t end) {
   const Fp4Weight& w = p.weight;
@@ -78,14 +70,20 @@ void multiply_one_row(const Fp4MatmulParams& p, const Int8Path<grouped, words>& 
   Scratch<float> packed(ceil_div(2 * all, 16) * 16);
   pack<Int8Path<grouped, words>, 1>(path, static_cast<const int8_t*>(p.x), k, packed, 1);
   const Int8Row row{path.table, reinterpret_cast<const int32_t*>(packed.get()), path.first_sum, path.row_scale};
-  const Fp4Task task{p, all, all / words, words, end, begin, nullptr};
+  const int64_t group_words = words > 0 ? words : all;
+  const Fp4Task task{p, all, all / group_words, group_words, end, begin, nullptr};
   const auto store = [&](int64_t tile, __m512 sum) {
     alignas(64) float result[kTileRows];
     _mm512_store_ps(result, sum);
     finish_rows(task, path, 0, 1, tile, 1, result);
   };
-  w.global_scale ? multiply_row<words, grouped>(w, row, E4m3Scales(path.unit, *w.global_scale), begin, end, store)
-                 : multiply_row<words, grouped>(w, row, E8m0Scales(path.unit), begin, end, store);
+  if constexpr (words == 0) {
+    multiply_whole_row(w, row, path.unit, begin, end, store);
+  } else if (w.global_scale) {
+    multiply_row<words, grouped>(w, row, E4m3Scales(path.unit, *w.global_scale), begin, end, store);
+  } else {
+    multiply_row<words, grouped>(w, row, E8m0Scales(path.unit), begin, end, store);
+  }
 }
 
 // Sum of a row of n values.
@@ -131,11 +129,9 @@ void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& p, const Fp4Integer
   }
   const auto multiply = [&]<bool grouped, int words>() {
     const Int8Path<grouped, words> path{values, integers.unit, rows, first_sum, row_scale};
-    if constexpr (words > 0) {
-      if (p.m == 1 && p.weight.scale_bytes && k % width == 0 && groups % 4 == 0 && groups >= 16) {
-        return multiply_one_row(p, path, begin, end);
-      }
-    }
+    const bool whole = words == 0 && p.weight.scale && groups == 1 && !grouped;
+    const bool bytes = words > 0 && p.weight.scale_bytes && k % width == 0 && groups % 4 == 0 && groups >= 16;
+    if (p.m == 1 && (whole || bytes)) return multiply_one_row(p, path, begin, end);
     multiply_tiles(p, path, begin, end);
   };
   const auto multiply_groups = [&]<bool grouped>() {

@@ -16,7 +16,6 @@
 //   unit                    what a scale is multiplied with
 //   fold(result, scale, sum, row, group)     a group's sum added to the result
 //   finish(task, row, column, lanes, value, bias)  16 results to memory
-//   single(task, row, tile, x)   one packed row times the tiles of a chunk
 // Sums run over the columns first to last, one accumulator an output: they depend neither on the threads nor on the
 // size of the block that a row is in.
 #pragma once
@@ -25,14 +24,14 @@
 #include "fp4.h"
 #include "fp4_scales_avx512.h"
 #include "layout.h"
+#include "read_ahead.h"
 #include "scratch.h"
 
 namespace bitmill::detail {
 
 inline constexpr int64_t kChunkTiles = 8;    // tiles whose scales are expanded together, and side by side for one row
 inline constexpr int64_t kPackedRows = 256;  // rows packed together; fewer if k is large
-// How far ahead codes are asked for, 2 KiB a tile, and to the second-level cache: 8 tiles fill half of the first. Of
-// two tiles 4 KiB each.
+// How far ahead codes are asked for, 2 KiB a tile, and to the second-level cache: 8 tiles fill half of the first.
 inline constexpr int64_t kPrefetchWords = 32;
 
 struct Fp4Task {
@@ -100,7 +99,7 @@ struct FloatSums {
 
 // The word of a tile that is asked for at word w. Past the end of the tiles side by side the next ones begin.
 static inline int64_t prefetched_word(const Fp4Task& task, int64_t w, int tiles) {
-  const int64_t ahead = w + (tiles > 2 ? kPrefetchWords : 2 * kPrefetchWords);
+  const int64_t ahead = w + kPrefetchWords;
   return ahead < task.words ? ahead : ahead + (tiles - 1) * task.words;
 }
 
@@ -150,6 +149,9 @@ static void block(const Fp4Task& task, const Path& path, int64_t row, int64_t ti
     }
     const auto add_word = [&](int64_t w) __attribute__((always_inline)) {
       const int64_t ahead = prefetched_word(task, w, tiles);
+      if (rows == 1 && w % kPageWords == 0) {
+        for (const int32_t* tile_codes : codes) read_pages_ahead(tile_codes + w * kTileRows, w);
+      }
       __m512i bits[tiles];
 #pragma GCC unroll 8
       for (int t = 0; t < tiles; ++t) {
@@ -231,7 +233,9 @@ template <class Path>
           block<Path, 4, 4>(task, path, first + row, tile, packed + row * stride);
         }
       }
-      for (int64_t row = fours; row < rows; ++row) path.single(task, first + row, task.chunk, packed + row * stride);
+      for (int64_t row = fours; row < rows; ++row) {
+        block<Path, 1, kChunkTiles>(task, path, first + row, task.chunk, packed + row * stride);
+      }
     }
   }
 }
