@@ -8,6 +8,7 @@
 #include "bit_output_avx512.h"
 #include "cpu.h"
 #include "layout.h"
+#include "read_ahead.h"
 #include "scratch.h"
 
 namespace bitmill::detail {
@@ -18,6 +19,7 @@ constexpr int kRows = 4;                   // rows together; the rest comes one 
 constexpr int64_t kRowChunk = 128;         // rows whose bits and output pages stay near while the tiles pass by
 constexpr int64_t kNearBytes = 512 << 10;  // an output of this size may be in the second-level cache already
 constexpr int64_t kAhead = 8192;           // words of weights: 32 KiB
+constexpr int64_t kLongWords = 64;         // from so many on, one row reads weights tile by tile
 constexpr int64_t kShortWords = 8;         // below, asking for its lines costs more than it saves
 
 struct Row {  // named, not an array: g++ keeps an indexed array of accumulators in memory
@@ -55,7 +57,10 @@ void step(Row& row, int32_t a, int32_t nonzero, __m512i w0, __m512i w1, __m512i 
 template <Operand operand, int rows, int tiles, bool first>
 [[gnu::always_inline]] inline void add_word(Row& r0, Row& r1, Row& r2, Row& r3, const int32_t* const* weight,
                                             const int32_t* a, const int32_t* z, int64_t next, int64_t w) {
-  if constexpr (rows == 1) {  // waits for the weights, unless they are asked for
+  if constexpr (rows == 1 && tiles == 1) {  // waits for the weights, unless they are asked for
+    read_ahead(weight[0] + w * kTileRows);
+    read_pages_ahead(weight[0] + w * kTileRows, w);
+  } else if constexpr (rows == 1) {
 #pragma GCC unroll 5
     for (int t = 0; t < tiles; ++t) __builtin_prefetch(weight[t] + w * kTileRows + kAhead, 0, 2);
   }
@@ -416,6 +421,7 @@ void binary_matmul_tiles_avx512(const BinaryMatmulParams& p, int64_t begin, int6
   for (int64_t row = 0; row < p.m; row += kRowChunk) {
     const int64_t last = row + kRowChunk < p.m ? row + kRowChunk : p.m;
     int64_t tile = begin, left = end - begin;
+    for (; p.m == 1 && words >= kLongWords && left > 0; ++tile, --left) columns<1>(task, tile, row, last);
     for (; left > kTiles || left == 4; tile += 4, left -= 4) columns<4>(task, tile, row, last);
     if (left == 5) columns<5>(task, tile, row, last);
     if (left == 3) columns<3>(task, tile, row, last);
