@@ -123,7 +123,8 @@ void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& p, const Fp4Integer
   alignas(16) uint8_t table[16];
   for (int i = 0; i < 16; ++i) table[i] = static_cast<uint8_t>(integers.value[i] + offset);
   const __m512i values = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
-  const Scratch<float> row_scale(p.grouped_rows ? rows * groups : 0, 0);
+  const Scratch<float> scales(p.grouped_rows ? rows * (groups + 1) : 0, 0);
+  float* const row_scale = p.grouped_rows ? scales + rows : nullptr;  // after a group of zeros
   for (int64_t i = 0; p.grouped_rows && i < p.m * groups; ++i) {
     row_scale[i % groups * rows + i / groups] = p.row_scale[i];
   }

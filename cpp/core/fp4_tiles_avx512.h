@@ -14,7 +14,7 @@
 //   broadcast(element)      a
 //   multiply_add(sum, a, w)
 //   unit                    what a scale is multiplied with
-//   fold(result, scale, sum, row, group)     a group's sum added to the result
+//   fold(result, scale, sum, row, group)     a group's sum added to the result; group -1 is one of zeros, if kWords > 0
 //   finish(task, row, column, lanes, value, bias)  16 results to memory
 // Sums run over the columns first to last, one accumulator an output: they depend neither on the threads nor on the
 // size of the block that a row is in.
@@ -31,6 +31,7 @@ namespace bitmill::detail {
 
 inline constexpr int64_t kChunkTiles = 8;    // tiles whose scales are expanded together, and side by side for one row
 inline constexpr int64_t kPackedRows = 256;  // rows packed together; fewer if k is large
+inline constexpr int64_t kOverlappedRows = 32;  // from so many rows on sums of short groups are folded by the way
 // How far ahead codes are asked for, 2 KiB a tile, and to the second-level cache: 8 tiles fill half of the first.
 inline constexpr int64_t kPrefetchWords = 32;
 
@@ -194,6 +195,72 @@ static void block(const Fp4Task& task, const Path& path, int64_t row, int64_t ti
   finish_rows(task, path, row, rows, tile, tiles, result[0][0]);
 }
 
+// 4 of 8 packed rows x times two tiles, of short groups that are whole: results stay in registers, and the sums of a
+// group are folded while those of the next are computed. The group before the first has sums and scales of 0.
+// `first`: nobody has read these codes before.
+template <class Path>
+static void overlapped(const Fp4Task& task, const Path& path, int64_t row, int64_t tile, const float* x, bool first) {
+  constexpr int rows = 4, tiles = 2, packed = 8, steps = Path::kWords * Path::kSteps;
+  static_assert(steps % rows == 0);
+  const int32_t *codes0 = task.codes(tile), *codes1 = task.codes(tile + 1);
+  const float *scales0 = task.scales(tile), *scales1 = task.scales(tile + 1);
+  request_output(task, row, rows, tile, tiles);
+  typename Path::Sum before[rows][tiles];
+  __m512 result[rows][tiles], scale0 = _mm512_setzero_ps(), scale1 = scale0;
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+    result[r][0] = result[r][1] = _mm512_setzero_ps();
+    before[r][0] = before[r][1] = _mm512_setzero_si512();
+  }
+  const auto fold = [&](int r, int64_t group) __attribute__((always_inline)) {
+    result[r][0] = path.fold(result[r][0], scale0, before[r][0], row + r, group);
+    result[r][1] = path.fold(result[r][1], scale1, before[r][1], row + r, group);
+    asm volatile("" : "+v"(result[r][0]), "+v"(result[r][1]));  // here, and not after all sums
+  };
+  for (int64_t group = 0; group < task.groups; ++group) {
+    typename Path::Sum sum[rows][tiles];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = path.start(row + r, group);
+#pragma GCC unroll 4
+    for (int i = 0; i < Path::kWords; ++i) {
+      const int64_t w = group * Path::kWords + i;
+      __m512i bits0 = _mm512_loadu_si512(codes0 + w * kTileRows), bits1 = _mm512_loadu_si512(codes1 + w * kTileRows);
+      if (first) {
+        const int64_t ahead = prefetched_word(task, w, tiles);
+        _mm_prefetch(reinterpret_cast<const char*>(codes0 + ahead * kTileRows), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(codes1 + ahead * kTileRows), _MM_HINT_T1);
+      }
+#pragma GCC unroll 2
+      for (int j = 0; j < Path::kSteps; ++j) {
+        const float* a = x + (w * Path::kSteps + j) * packed;
+        const typename Path::Values values0 = path.lookup(bits0), values1 = path.lookup(bits1);
+        bits0 = Path::template next<rows>(bits0);
+        bits1 = Path::template next<rows>(bits1);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+          const auto broadcast = Path::broadcast(a[r]);
+          sum[r][0] = Path::multiply_add(sum[r][0], broadcast, values0);
+          sum[r][1] = Path::multiply_add(sum[r][1], broadcast, values1);
+        }
+        const int step = i * Path::kSteps + j;
+        if (step % (steps / rows) == 0) fold(step / (steps / rows), group - 1);
+      }
+    }
+    scale0 = _mm512_loadu_ps(scales0 + group * kTileRows);
+    scale1 = _mm512_loadu_ps(scales1 + group * kTileRows);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) before[r][0] = sum[r][0], before[r][1] = sum[r][1];
+  }
+  alignas(64) float results[rows][tiles][kTileRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+    fold(r, task.groups - 1);
+    _mm512_store_ps(results[r][0], result[r][0]);
+    _mm512_store_ps(results[r][1], result[r][1]);
+  }
+  finish_rows(task, path, row, rows, tile, tiles, results[0][0]);
+}
+
 // Tiles [begin, end) of all rows. A function of its own: where two paths are in one, g++ 12 runs out of registers.
 template <class Path>
 [[gnu::noinline]] static void multiply_tiles(const Fp4MatmulParams& p, const Path& path, int64_t begin, int64_t end) {
@@ -225,7 +292,15 @@ template <class Path>
       }
       for (int64_t tile = task.chunk; tile < after; tile += 2) {
         for (int64_t row = 0; row < eights; row += 8) {
-          block<Path, 8, 2>(task, path, first + row, tile, packed + row * stride);
+          const float* x8 = packed + row * stride;
+          if constexpr (Path::kWords > 0) {
+            if (eights >= kOverlappedRows && task.words == task.groups * Path::kWords) {
+              overlapped(task, path, first + row, tile, x8, row == 0);
+              overlapped(task, path, first + row + 4, tile, x8 + 4, false);
+              continue;
+            }
+          }
+          block<Path, 8, 2>(task, path, first + row, tile, x8);
         }
       }
       for (int64_t row = eights; row < fours; row += 4) {

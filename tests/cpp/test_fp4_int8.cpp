@@ -174,7 +174,9 @@ int main() {
           for (const float global_scale : {0.01f, 300.0f, 0x1p-101f, 0x1p-149f, 0x1p127f, -1.0f}) {
             compare(1, 150, groups * group_size, group_size, scales, grouped_rows, Dtype::f32, global_scale);
           }
-          compare(5, 150, groups * group_size, group_size, scales, grouped_rows, Dtype::f32);
+          for (const int64_t m : {5, 37}) {  // folded after a group, and during the next
+            compare(m, 150, groups * group_size, group_size, scales, grouped_rows, Dtype::f32);
+          }
         }
       }
     }
