@@ -13,7 +13,7 @@ namespace bitmill::detail {
 inline constexpr int64_t kLinesAhead = 6 << 10, kPagesAhead = 256 << 10;
 inline constexpr int64_t kPageWords = 4096 / (kTileRows * sizeof(int32_t));
 
-// `word`: of its tile, where the vector of 16 words lies that is about to be read.
+// Called with each vector that is about to be read; `word` is its place in the tile.
 [[gnu::always_inline]] static inline void read_pages_ahead(const int32_t* vector, int64_t word) {
   if (word % kPageWords == 0) __builtin_prefetch(reinterpret_cast<const char*>(vector) + kPagesAhead, 0, 2);
 }
