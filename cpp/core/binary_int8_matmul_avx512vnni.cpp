@@ -44,7 +44,7 @@ void one_tile(const Int8Task& task, int64_t row, int64_t tile, const int32_t* q)
       for (; w < pause; ++w) {
         const __m512i bits = _mm512_loadu_si512(weight + w * kTileRows);
         read_ahead(weight + w * kTileRows);
-        read_pages_ahead(weight + w * kTileRows, w);
+        if (begins_page(w)) read_page_ahead(weight + w * kTileRows);
         add_bit<0>(s0, bits, q + 8 * w);
         add_bit<1>(s1, bits, q + 8 * w);
         add_bit<2>(s2, bits, q + 8 * w);

@@ -59,7 +59,7 @@ template <Operand operand, int rows, int tiles, bool first>
                                             const int32_t* a, const int32_t* z, int64_t next, int64_t w) {
   if constexpr (rows == 1 && tiles == 1) {  // waits for the weights, unless they are asked for
     read_ahead(weight[0] + w * kTileRows);
-    read_pages_ahead(weight[0] + w * kTileRows, w);
+    if (begins_page(w)) read_page_ahead(weight[0] + w * kTileRows);
   } else if constexpr (rows == 1) {
 #pragma GCC unroll 5
     for (int t = 0; t < tiles; ++t) __builtin_prefetch(weight[t] + w * kTileRows + kAhead, 0, 2);

@@ -40,7 +40,7 @@ template <int words, bool grouped, bool ordinary, class Scales>
     load_tile_step(bytes, groups, weight.n, tile, base, z);
     if (ordinary && !are_ordinary(scales, z)) break;
     for (; group < last; ++group) {
-      read_pages_ahead(codes + group * words * kTileRows, group * words);
+      if (begins_page(group * words)) read_page_ahead(codes + group * words * kTileRows);
       _mm_prefetch(bytes + (tile + 1) * kTileRows * groups + 32 * group, _MM_HINT_T1);  // of two tiles
       __m512i dot = _mm512_set1_epi32(row.first_sum[group]);
 #pragma GCC unroll 4
@@ -88,7 +88,7 @@ static void multiply_whole_row(const Fp4Weight& w, const Int8Row& row, float uni
     __m512i s0 = _mm512_set1_epi32(row.first_sum[0]), s1 = _mm512_setzero_si512(), s2 = s1, s3 = s1;
     int64_t i = 0;
     for (; i + 4 <= words; i += 4) {
-      read_pages_ahead(codes + i * kTileRows, i);
+      if (begins_page(i)) read_page_ahead(codes + i * kTileRows);
       s0 = row.add(s0, codes, i);
       s1 = row.add(s1, codes, i + 1);
       s2 = row.add(s2, codes, i + 2);

@@ -150,8 +150,8 @@ static void block(const Fp4Task& task, const Path& path, int64_t row, int64_t ti
     }
     const auto add_word = [&](int64_t w) __attribute__((always_inline)) {
       const int64_t ahead = prefetched_word(task, w, tiles);
-      if constexpr (rows == 1) {
-        for (const int32_t* tile_codes : codes) read_pages_ahead(tile_codes + w * kTileRows, w);
+      if (rows == 1 && begins_page(w)) {
+        for (const int32_t* tile_codes : codes) read_page_ahead(tile_codes + w * kTileRows);
       }
       __m512i bits[tiles];
 #pragma GCC unroll 8

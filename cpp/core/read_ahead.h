@@ -13,9 +13,10 @@ namespace bitmill::detail {
 inline constexpr int64_t kLinesAhead = 6 << 10, kPagesAhead = 256 << 10;
 inline constexpr int64_t kPageWords = 4096 / (kTileRows * sizeof(int32_t));
 
-// Called with each vector that is about to be read; `word` is its place in the tile.
-[[gnu::always_inline]] static inline void read_pages_ahead(const int32_t* vector, int64_t word) {
-  if (word % kPageWords == 0) __builtin_prefetch(reinterpret_cast<const char*>(vector) + kPagesAhead, 0, 2);
+// Whether one line of a page is to be asked for at this word of a tile.
+[[gnu::always_inline]] static inline bool begins_page(int64_t word) { return word % kPageWords == 0; }
+[[gnu::always_inline]] static inline void read_page_ahead(const int32_t* vector) {
+  __builtin_prefetch(reinterpret_cast<const char*>(vector) + kPagesAhead, 0, 2);
 }
 [[gnu::always_inline]] static inline void read_ahead(const int32_t* vector) {
   __builtin_prefetch(reinterpret_cast<const char*>(vector) + kLinesAhead, 0, 2);
