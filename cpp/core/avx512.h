@@ -81,22 +81,34 @@ static inline void transpose4(__m512 (&z)[4]) {
 }
 
 // 16 rows of 16 values to 16 columns. A gather, which would do the same 16 values at a time, takes ten times as long.
-static inline void transpose16(const float* in, int64_t row_width, float* out, int64_t stride) {
+static inline void transpose16(__m512 (&z)[16]) {
   __m512 part[4][4];  // [row / 4][column % 4]: the column's 4 rows, for the columns of every 128-bit part
-  for (int64_t i = 0; i < 4; ++i) {
-    for (int64_t r = 0; r < 4; ++r) part[i][r] = _mm512_loadu_ps(in + (4 * i + r) * row_width);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) part[i][r] = z[4 * i + r];
     transpose4(part[i]);
   }
-  for (int64_t column = 0; column < 4; ++column) {
+#pragma GCC unroll 4
+  for (int column = 0; column < 4; ++column) {
     const __m512 a = _mm512_shuffle_f32x4(part[0][column], part[1][column], 0x44);
     const __m512 b = _mm512_shuffle_f32x4(part[2][column], part[3][column], 0x44);
     const __m512 c = _mm512_shuffle_f32x4(part[0][column], part[1][column], 0xEE);
     const __m512 d = _mm512_shuffle_f32x4(part[2][column], part[3][column], 0xEE);
-    _mm512_storeu_ps(out + column * stride, _mm512_shuffle_f32x4(a, b, 0x88));
-    _mm512_storeu_ps(out + (column + 4) * stride, _mm512_shuffle_f32x4(a, b, 0xDD));
-    _mm512_storeu_ps(out + (column + 8) * stride, _mm512_shuffle_f32x4(c, d, 0x88));
-    _mm512_storeu_ps(out + (column + 12) * stride, _mm512_shuffle_f32x4(c, d, 0xDD));
+    z[column] = _mm512_shuffle_f32x4(a, b, 0x88);
+    z[column + 4] = _mm512_shuffle_f32x4(a, b, 0xDD);
+    z[column + 8] = _mm512_shuffle_f32x4(c, d, 0x88);
+    z[column + 12] = _mm512_shuffle_f32x4(c, d, 0xDD);
   }
+}
+
+static inline void transpose16(const float* in, int64_t row_width, float* out, int64_t stride) {
+  __m512 z[16];
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < 16; ++r) z[r] = _mm512_loadu_ps(in + r * row_width);
+  transpose16(z);
+#pragma GCC unroll 16
+  for (int64_t c = 0; c < 16; ++c) _mm512_storeu_ps(out + c * stride, z[c]);
 }
 
 }  // namespace bitmill::detail

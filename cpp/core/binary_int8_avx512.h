@@ -57,6 +57,7 @@ static inline void finish(const Int8Task& task, int64_t row, int64_t tile, int64
   __m512 value = _mm512_mul_ps(factor, to_dot(task, row, group, plus));
   if (group > 0) value = _mm512_add_ps(_mm512_loadu_ps(partial), value);
   if (group + 1 < task.groups) return _mm512_storeu_ps(partial, value);
+  if (p.addend) value = _mm512_add_ps(value, _mm512_loadu_ps(p.addend.at(row, tile)));
   if (p.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, p.bias + column));
   with_dtype(p.out_dtype, p.out, [&](auto* out) { store16(out + row * p.n + column, lanes, value); });
 }

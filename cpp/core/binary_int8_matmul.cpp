@@ -30,6 +30,7 @@ void binary_int8_matmul_tiles_generic(const BinaryInt8MatmulParams& p, int64_t b
         const float term = p.scale[column * groups + group] * p.row_scale[row] * static_cast<float>(dot);
         value = group == 0 ? term : value + term;
       }
+      if (p.addend) value += p.addend.at(row, column / kTileRows)[column % kTileRows];
       if (p.bias) value += p.bias[column];
       with_dtype(p.out_dtype, p.out, [&](auto* out) { store(value, out + row * p.n + column); });
     }
@@ -72,6 +73,7 @@ BinaryInt8MatmulParams rows_of(BinaryInt8MatmulParams p, int64_t begin, int64_t 
   p.m = end - begin;
   p.q += begin * p.k;
   p.row_scale += begin;
+  p.addend = p.addend.from(begin);
   p.out = static_cast<char*>(p.out) + begin * p.n * bytes_of(p.out_dtype);
   return p;
 }

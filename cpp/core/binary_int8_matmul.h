@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of int8 activations (int8.h) with a 1-bit weight: exact integers, then the epilogue of binary_matmul.
-//   out = fl(sum over groups, first to last, of fl(fl(scale * row_scale) * dot)) + bias
+//   out = fl(sum over groups, first to last, of fl(fl(scale * row_scale) * dot)) + addend + bias
 // A dot product is within 127 k, which k <= kMaxColumns keeps within int32; above 2^24 its conversion to a float
 // rounds.
 #pragma once
@@ -9,6 +9,7 @@
 
 #include "floats.h"
 #include "int8.h"
+#include "layout.h"
 #include "parallel.h"
 #include "status.h"
 
@@ -22,8 +23,9 @@ struct BinaryInt8MatmulParams {
   int64_t m = 0, n = 0, k = 0;
   const float* scale = nullptr;  // [n, groups]
   int64_t group_size = 0;        // columns a group, a multiple of 32; 0: one group
-  const float* bias = nullptr;   // [n] or null
-  void* out = nullptr;           // [m, n]
+  Addend addend;
+  const float* bias = nullptr;  // [n] or null
+  void* out = nullptr;          // [m, n]
   Dtype out_dtype = Dtype::f32;
   ParallelFor parallel_for = serial_for;
 };

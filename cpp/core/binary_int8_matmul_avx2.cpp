@@ -201,8 +201,13 @@ void finish(const Task& task, int64_t row, int64_t count, int64_t tile) {
       T* result = out + (row + i) * p.n + column;
       T part[kColumns];
       T* to = columns == kColumns ? result : part;
-      for (int j = 0; j < kColumns; j += 8) {
-        store8(to + j, _mm256_add_ps(_mm256_load_ps(task.kept[i].sum + j), _mm256_loadu_ps(bias + j)));
+      for (int64_t j = 0; j < kColumns; j += 8) {
+        __m256 value = _mm256_load_ps(task.kept[i].sum + j);
+        if (p.addend && j < columns) {
+          const float* addend = p.addend.at(row + i, tile + j / kTileRows) + j % kTileRows;
+          value = _mm256_add_ps(value, _mm256_loadu_ps(addend));
+        }
+        store8(to + j, _mm256_add_ps(value, _mm256_loadu_ps(bias + j)));
       }
       if (to == part) std::memcpy(result, part, static_cast<size_t>(columns) * sizeof(T));
     }

@@ -139,17 +139,21 @@ struct alignas(64) Kept {
 };
 
 // Tiles of `count` rows, whole, as float32 and with one group.
-void finish_whole(const Int8Task& task, int64_t row, int64_t count, int64_t tile, int tiles, const Kept* kept) {
+[[gnu::noinline]] void finish_whole(const Int8Task& task, int64_t row, int64_t count, int64_t tile, int tiles,
+                                    const Kept* kept) {
   const BinaryInt8MatmulParams& p = task.p;
-  const __m512 none = _mm512_set1_ps(-0.0f);  // x + -0 is x, for every x
-  for (int t = 0; t < tiles; ++t) {
-    const int64_t column = (tile + t) * kTileRows;
-    const __m512 scale = _mm512_loadu_ps(p.scale + column), bias = p.bias ? _mm512_loadu_ps(p.bias + column) : none;
+  alignas(64) static constexpr float kNone[kTileRows] = {-0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f,
+                                                         -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f};
+  for (int t = 0; t < tiles; ++t) {  // x + -0 is x, for every x
+    const int64_t column = (tile + t) * kTileRows, next = p.addend ? kTileRows : 0;
+    const float* addend = p.addend ? p.addend.at(row, tile + t) : kNone;
+    const __m512 scale = _mm512_loadu_ps(p.scale + column), bias = _mm512_loadu_ps(p.bias ? p.bias + column : kNone);
     float* out = static_cast<float*>(p.out) + row * p.n + column;
-    for (int64_t r = 0; r < count; ++r, out += p.n) {
+    for (int64_t r = 0; r < count; ++r, out += p.n, addend += next) {
       const __m512 dot = to_dot(task, row + r, 0, _mm512_load_si512(kept[r].plus[t]));
       const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(p.row_scale[row + r]));
-      _mm512_storeu_ps(out, _mm512_add_ps(_mm512_mul_ps(factor, dot), bias));
+      const __m512 sum = _mm512_add_ps(_mm512_mul_ps(factor, dot), _mm512_loadu_ps(addend));
+      _mm512_storeu_ps(out, _mm512_add_ps(sum, bias));
     }
   }
 }

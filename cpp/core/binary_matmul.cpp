@@ -150,6 +150,7 @@ namespace {
 BinaryWeightMatmulParams rows_of(BinaryWeightMatmulParams p, int64_t begin, int64_t end) {
   p.m = end - begin;
   p.x = static_cast<const char*>(p.x) + begin * p.k * bytes_of(p.dtype);
+  p.addend = p.addend.from(begin);
   p.out = static_cast<char*>(p.out) + begin * p.n * bytes_of(p.dtype);
   return p;
 }
@@ -213,7 +214,8 @@ Status binary_weight_matmul(const BinaryWeightMatmulParams& p) {
   const auto finish = [&](int64_t, int64_t tile, int64_t lane, int64_t group, float sum, float& value) {
     value += p.scale[(tile * kTileRows + lane) * groups + group] * sum;
   };
-  const auto done = [&](int64_t, int64_t tile, int64_t lane, float value) {
+  const auto done = [&](int64_t row, int64_t tile, int64_t lane, float value) {
+    if (p.addend) value += p.addend.at(row, tile)[lane];
     return p.bias ? value + p.bias[tile * kTileRows + lane] : value;
   };
   with_dtype(p.dtype, p.out, [&]<class T>(T* out) {

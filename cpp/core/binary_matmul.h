@@ -64,6 +64,7 @@ struct BinaryWeightMatmulParams {
   int64_t m = 0, n = 0, k = 0;
   const float* scale = nullptr;  // [n, groups]
   int64_t group_size = 0;        // columns a group, a multiple of 32; 0: one group
+  Addend addend;                 // on a CPU
   const float* bias = nullptr;   // [n] or null
   void* out = nullptr;           // [m, n] of `dtype`
   ParallelFor parallel_for = serial_for;

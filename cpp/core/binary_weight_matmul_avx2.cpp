@@ -55,12 +55,16 @@ template <class T>
 void finish(const Task& task, int64_t row, int64_t column, __m256 value) {
   const BinaryWeightMatmulParams& p = task.p;
   const int64_t count = p.n - column;
+  if (count <= 0) return;
+  if (p.addend) {
+    const float* addend = p.addend.at(row, column / kTileRows) + column % kTileRows;
+    value = _mm256_add_ps(value, _mm256_loadu_ps(addend));
+  }
   T* out = static_cast<T*>(p.out) + row * p.n + column;
   if (count >= 8) {
     if (p.bias) value = _mm256_add_ps(value, _mm256_loadu_ps(p.bias + column));
     return store8(out, value);
   }
-  if (count <= 0) return;
   if (p.bias) value = _mm256_add_ps(value, load_some(p.bias + column, 1, count));
   T part[8];
   store8(part, value);

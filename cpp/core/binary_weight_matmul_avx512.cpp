@@ -31,6 +31,7 @@ void finish(const Task& task, int64_t row, int64_t tile, __m512 value) {
   const BinaryWeightMatmulParams& p = task.p;
   const int64_t column = tile * kTileRows;
   const __mmask16 lanes = first_lanes(p.n - column);
+  if (p.addend) value = _mm512_add_ps(value, _mm512_loadu_ps(p.addend.at(row, tile)));
   if (p.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, p.bias + column));
   store16(static_cast<T*>(p.out) + row * p.n + column, lanes, value);
 }
@@ -72,10 +73,13 @@ void finish_whole(const Task& task, int64_t row, int64_t tile, Row r0, Row r1, R
   const int64_t column = tile * kTileRows;
   const auto column_of = [&](int t, __m512 a, __m512 b, __m512 c, __m512 d) {
     const __m512 scale = _mm512_loadu_ps(p.scale + column + t * kTileRows), zero = _mm512_setzero_ps();
-    const __m512 bias = p.bias ? _mm512_loadu_ps(p.bias + column + t * kTileRows) : _mm512_set1_ps(-0.0f);
+    const __m512 none = _mm512_set1_ps(-0.0f);  // x + -0 is x, for every x
+    const __m512 bias = p.bias ? _mm512_loadu_ps(p.bias + column + t * kTileRows) : none;
     float* out = static_cast<float*>(p.out) + row * p.n + column + t * kTileRows;
     const auto put = [&](int64_t r, __m512 sum) {
-      _mm512_storeu_ps(out + r * p.n, _mm512_add_ps(_mm512_add_ps(zero, _mm512_mul_ps(scale, sum)), bias));
+      const __m512 addend = p.addend ? _mm512_loadu_ps(p.addend.at(row + r, tile + t)) : none;
+      const __m512 value = _mm512_add_ps(zero, _mm512_mul_ps(scale, sum));
+      _mm512_storeu_ps(out + r * p.n, _mm512_add_ps(_mm512_add_ps(value, addend), bias));
     };
     put(0, a), put(1, b), put(2, c), put(3, d);
   };

@@ -142,7 +142,8 @@ void add_pair(Integers& sum, Integers codes, const int32_t* pair) {
 
 // Adds `pairs` pairs of columns to the sums of some rows, [row][16]. panel: [pair][16][2]. x: pairs, `width` apart.
 template <int rows>
-void add_columns(const int16_t* panel, int64_t pairs, const int32_t* x, int64_t width, int32_t* sums) {
+[[gnu::noinline]] void add_columns(const int16_t* panel, int64_t pairs, const int32_t* x, int64_t width,
+                                   int32_t* sums) {
   constexpr int64_t kNext = rows > 1 ? kTileRows : 0;
   const int64_t next = rows > 1 ? width : 0;
   const auto load = [](const int32_t* p) { return Integers{load_bits(p), load_bits(p + 8)}; };

@@ -6,12 +6,28 @@
 namespace bitmill::detail {
 namespace {
 
-constexpr int64_t kBlockRows = 64;   // rows transposed together
-constexpr int64_t kChunkSteps = 64;  // steps of a list that are decoded together
+constexpr int64_t kBlockRows = 64;        // rows transposed together
+constexpr int64_t kListSteps = 64;        // of a list, decoded together
+constexpr int64_t kBitmapColumns = 2048;  // of a bitmap, decoded together
 
 // Sums of a tile for 64 rows of activations.
 struct Sums {
   alignas(64) int32_t code[kTileRows][kBlockRows], plain[kTileRows][kBlockRows];
+};
+
+// Entries of one output, four at a time: columns, `stride` apart, and their codes, 4 bytes that lie `code_stride`
+// apart.
+struct Entries {
+  const int32_t* column;
+  const uint8_t* code;
+  int64_t fours;
+};
+
+// What is decoded together: entries of the outputs of a tile.
+struct Chunk {
+  Entries of_output[kTileRows];
+  int64_t stride, code_stride;
+  bool begins;  // the sums
 };
 
 // Rows of activations, 64 at a time: `count` blocks of `size` = (width + 1) x 64 bytes, columns first. The last column
@@ -19,35 +35,29 @@ struct Sums {
 struct Blocks {
   const int8_t* q;
   int64_t size, count;
-  const float* next;  // where the sign plane's part of the next tile begins, [rows][n]
-  int64_t rows, n;
-
-  // Those lines, far apart, arrive while this tile is computed: a part for each of its 16 outputs.
-  void prefetch_next(int64_t lane) const {
-    for (int64_t row = lane * rows / kTileRows; row < (lane + 1) * rows / kTileRows; ++row) {
-      __builtin_prefetch(next + row * n, 1);
-    }
-  }
 };
 
-// Adds 4 x `fours` entries to the sums of one output, which begin there or go on. Columns lie `stride` apart, their
-// codes in words that lie `word_stride` apart. q: a block.
-void add_entries(const int32_t* column, int64_t stride, const int32_t* codes, int64_t word_stride, int64_t fours,
-                 const int8_t* q, bool begins, int32_t* code, int32_t* plain) {
+// Adds entries to the sums of one output. q: a block.
+void add_entries(Entries entries, int64_t stride, int64_t code_stride, const int8_t* q, bool begins, int32_t* code,
+                 int32_t* plain) {
   const auto before = [begins](const int32_t* sums) {
     return begins ? _mm512_setzero_si512() : _mm512_load_si512(sums);
   };
   __m512i c0 = before(code), c1 = before(code + 16), c2 = before(code + 32), c3 = before(code + 48);
   __m512i t0 = before(plain), t1 = before(plain + 16), t2 = before(plain + 32), t3 = before(plain + 48);
   const __m512i ones = _mm512_set1_epi8(1);
-  for (int64_t i = 0; i < fours; ++i, column += 4 * stride) {
+  const int32_t* column = entries.column;
+  const uint8_t* codes = entries.code;
+  for (int64_t i = 0; i < entries.fours; ++i, column += 4 * stride, codes += code_stride) {
     const auto load = [&](int64_t j) { return _mm512_load_si512(q + int64_t{column[j * stride]} * kBlockRows); };
     const __m512i a = load(0), b = load(1), c = load(2), d = load(3);
     const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
     const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
     const __m512i p0 = _mm512_unpacklo_epi16(ab_low, cd_low), p1 = _mm512_unpackhi_epi16(ab_low, cd_low);
     const __m512i p2 = _mm512_unpacklo_epi16(ab_high, cd_high), p3 = _mm512_unpackhi_epi16(ab_high, cd_high);
-    const __m512i v = _mm512_set1_epi32(codes[i * word_stride]);
+    int32_t four;
+    __builtin_memcpy(&four, codes, sizeof(four));
+    const __m512i v = _mm512_set1_epi32(four);
     c0 = _mm512_dpbusd_epi32(c0, v, p0), t0 = _mm512_dpbusd_epi32(t0, ones, p0);
     c1 = _mm512_dpbusd_epi32(c1, v, p1), t1 = _mm512_dpbusd_epi32(t1, ones, p1);
     c2 = _mm512_dpbusd_epi32(c2, v, p2), t2 = _mm512_dpbusd_epi32(t2, ones, p2);
@@ -59,12 +69,13 @@ void add_entries(const int32_t* column, int64_t stride, const int32_t* codes, in
   _mm512_store_si512(plain + 32, t2), _mm512_store_si512(plain + 48, t3);
 }
 
-void add_entries(const int32_t* column, int64_t stride, const int32_t* codes, int64_t word_stride, int64_t fours,
-                 const Blocks& blocks, int64_t lane, bool begins, Sums* sums) {
-  blocks.prefetch_next(lane);
+// Block by block: what a block reads of the activations stays in the first-level cache for 16 outputs.
+void add_chunk(const Chunk& chunk, const Blocks& blocks, Sums* sums) {
   for (int64_t i = 0; i < blocks.count; ++i) {
-    add_entries(column, stride, codes, word_stride, fours, blocks.q + i * blocks.size, begins, sums[i].code[lane],
-                sums[i].plain[lane]);
+    for (int64_t lane = 0; lane < kTileRows; ++lane) {
+      add_entries(chunk.of_output[lane], chunk.stride, chunk.code_stride, blocks.q + i * blocks.size, chunk.begins,
+                  sums[i].code[lane], sums[i].plain[lane]);
+    }
   }
 }
 
@@ -72,12 +83,13 @@ void add_list(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums* 
   const __m256i last = _mm256_set1_epi16(static_cast<int16_t>(w.k - 1));
   const __m512i zeros = _mm512_set1_epi32(static_cast<int>(w.k));  // the row of zeros after the last column
   __m256i column = _mm256_set1_epi16(-1);
-  alignas(64) int32_t columns[kChunkSteps][kTileRows], codes[kChunkSteps / 4][kTileRows];
+  alignas(64) int32_t columns[kListSteps][kTileRows];
+  alignas(64) uint8_t codes[kListSteps / 4][4 * kTileRows];
+  Chunk chunk{{}, kTileRows, 4 * kTileRows, true};
   int64_t step = w.start[tile];
-  bool begins = true;
   do {
     int64_t fours = 0;
-    for (; fours < kChunkSteps / 4 && step < w.start[tile + 1]; ++fours) {
+    for (; fours < kListSteps / 4 && step < w.start[tile + 1]; ++fours) {
       __m128i bytes[4];
       for (int i = 0; i < 4; ++i, ++step) {
         bytes[i] = _mm_setzero_si128();
@@ -102,44 +114,53 @@ void add_list(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums* 
       _mm_store_si128(out + 2, _mm_unpacklo_epi16(b, d));
       _mm_store_si128(out + 3, _mm_unpackhi_epi16(b, d));
     }
-    for (int64_t lane = 0; lane < kTileRows; ++lane) {
-      add_entries(columns[0] + lane, kTileRows, codes[0] + lane, kTileRows, fours, blocks, lane, begins, sums);
-    }
-    begins = false;
+    for (int64_t lane = 0; lane < kTileRows; ++lane)
+      chunk.of_output[lane] = {columns[0] + lane, codes[0] + 4 * lane, fours};
+    add_chunk(chunk, blocks, sums);
+    chunk.begins = false;
   } while (step < w.start[tile + 1]);
 }
 
 // `every`: 0, 1, 2, ... up to the width.
 void add_columns(const SalientInt8Rows& rows, int64_t tile, const Blocks& blocks, const int32_t* every, Sums* sums) {
   const int64_t words = rows.width / 4;
-  const int32_t* value = static_cast<const int32_t*>(rows.task.weight.value) + tile * words * kTileRows;
-  for (int64_t lane = 0; lane < kTileRows; ++lane) {
-    add_entries(every, 1, value + lane, kTileRows, words, blocks, lane, true, sums);
-  }
+  const auto* value = static_cast<const uint8_t*>(rows.task.weight.value) + tile * rows.width * kTileRows;
+  Chunk chunk{{}, 1, 4 * kTileRows, true};
+  for (int64_t lane = 0; lane < kTileRows; ++lane) chunk.of_output[lane] = {every, value + 4 * lane, words};
+  add_chunk(chunk, blocks, sums);
 }
 
-void add_bitmap(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums* sums) {
-  const int64_t words = word_count(w.k);
-  alignas(64) int32_t column[kSegmentColumns + 64], codes[kSegmentColumns / 4];
-  for (int64_t lane = 0; lane < kTileRows && tile * kTileRows + lane < w.n; ++lane) {
-    const int64_t row = tile * kTileRows + lane;
-    int64_t entry = w.start[row];
-    int64_t word = 0;
-    do {
-      const int64_t end = word + kSegmentWords < words ? word + kSegmentWords : words;
+void add_bitmap(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums* sums, int32_t* columns) {
+  const int64_t words = word_count(w.k), first = tile * kTileRows, left = w.n - first;
+  const int64_t outputs = left < kTileRows ? left : kTileRows;
+  const auto* value = static_cast<const uint8_t*>(w.value);
+  const int32_t* next_mask = w.mask + (tile + 1) * words * kTileRows;
+  int64_t entry[kTileRows];
+  for (int64_t lane = 0; lane < outputs; ++lane) entry[lane] = w.start[first + lane];
+  uint8_t last_codes[kBitmapColumns + 4 * kTileRows];  // of outputs whose last four would reach past the array
+  Chunk chunk{{}, 1, 4, true};
+  for (int64_t word = 0; chunk.begins || word < words; word += kBitmapColumns / 32, chunk.begins = false) {
+    const int64_t end = word + kBitmapColumns / 32 < words ? word + kBitmapColumns / 32 : words;
+    int32_t* column = columns;
+    uint8_t* last = last_codes;
+    for (int64_t lane = 0; lane < outputs; ++lane) {
       int64_t count = columns_of_words(w, tile, lane, word, end, column);
-      if (count > w.start[row + 1] - entry) count = w.start[row + 1] - entry;  // contradictory arrays
+      const int64_t left = w.start[first + lane + 1] - entry[lane];
+      if (count > left) count = left;  // contradictory arrays
       const int64_t fours = ceil_div(count, 4);
-      for (int64_t i = count; i < 4 * fours; ++i) column[i] = static_cast<int32_t>(w.k);
-      const uint8_t* value = static_cast<const uint8_t*>(w.value) + entry;
-      for (int64_t i = 0; i < count; i += 64) {
-        const __mmask64 here = count - i < 64 ? (__mmask64{1} << (count - i)) - 1 : ~__mmask64{0};
-        _mm512_store_si512(codes + i / 4, _mm512_maskz_loadu_epi8(here, value + i));
+      _mm512_storeu_si512(column + count, _mm512_set1_epi32(static_cast<int>(w.k)));  // what the last four lacks
+      chunk.of_output[lane] = {column, value + entry[lane], fours};
+      if (entry[lane] + 4 * fours > w.entries) {
+        __builtin_memcpy(last, value + entry[lane], static_cast<size_t>(count));
+        chunk.of_output[lane].code = last;
+        last += 4 * fours;
       }
-      add_entries(column, 1, codes, 1, fours, blocks, lane, word == 0, sums);
-      entry += count;
-      word = end;
-    } while (word < words);
+      for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(value + entry[lane] + i + 2048);
+      for (int64_t i = word + lane; i < end; i += kTileRows) __builtin_prefetch(next_mask + i * kTileRows);
+      column += 4 * fours;
+      entry[lane] += count;
+    }
+    add_chunk(chunk, blocks, sums);
   }
 }
 
@@ -176,22 +197,41 @@ void transpose_rows(const int8_t* q, int64_t width, int64_t count, int8_t* out) 
   for (int64_t i = 0; i < kBlockRows; ++i) out[width * kBlockRows + i] = 0;
 }
 
+// The factors of a tile's outputs, from memory: what is computed for an output has the rows as lanes.
+struct OutputFactors {
+  alignas(64) float scale[kTileRows], zero[kTileRows];
+  float base[kTileRows], mu[kTileRows];
+
+  explicit OutputFactors(const TileFactors& factors) {
+    _mm512_store_ps(scale, factors.scale), _mm512_store_ps(zero, factors.zero);
+    _mm512_storeu_ps(base, _mm512_loadu_ps(factors.base));
+    _mm512_storeu_ps(mu, factors.mu ? _mm512_loadu_ps(factors.mu) : _mm512_setzero_ps());
+  }
+};
+
 // A block's sums, from integers to results. `totals`: of the block's rows.
-void finish_block(const SalientTask& task, int64_t row, int64_t count, int64_t tile, const Sums& sums,
-                  const TileFactors& factors, const float* totals) {
-  alignas(64) float scale[kTileRows], zero[kTileRows], sum[kTileRows * 16];
-  _mm512_store_ps(scale, factors.scale);
-  _mm512_store_ps(zero, factors.zero);
+[[gnu::noinline]] void finish_block(const SalientTask& task, int64_t row, int64_t count, int64_t tile, const Sums& sums,
+                                    const OutputFactors& factors, const float* totals) {
   for (int64_t first = 0; first < count; first += 16) {
+    const __mmask16 rows = first_lanes(count - first);
+    const __m512 total = _mm512_maskz_loadu_ps(rows, totals + first);
+    const __m512 row_scale = _mm512_maskz_loadu_ps(rows, task.row_scale + row + first);
+    __m512 value[kTileRows];
+#pragma GCC unroll 16
     for (int64_t lane = 0; lane < kTileRows; ++lane) {
       const __m512 c = _mm512_cvtepi32_ps(_mm512_load_si512(sums.code[lane] + first));
       const __m512 t = _mm512_cvtepi32_ps(_mm512_load_si512(sums.plain[lane] + first));
-      const __m512 value =
-          _mm512_mul_ps(_mm512_set1_ps(scale[lane]), _mm512_fnmadd_ps(_mm512_set1_ps(zero[lane]), t, c));
-      _mm512_store_ps(sum + lane * 16, _mm512_fnmadd_ps(_mm512_set1_ps(factors.base[lane]), t, value));
+      const __m512 codes = _mm512_fnmadd_ps(_mm512_set1_ps(factors.zero[lane]), t, c);
+      const __m512 sum = _mm512_fnmadd_ps(_mm512_set1_ps(factors.base[lane]), t,
+                                          _mm512_mul_ps(_mm512_set1_ps(factors.scale[lane]), codes));
+      value[lane] = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_set1_ps(factors.mu[lane]), total, sum), row_scale);
     }
-    const int64_t here = count - first < 16 ? count - first : 16;
-    finish_rows(task, row + first, here, tile, sum, 16, factors, totals + first);
+    transpose16(value);
+    float* out = task.at(row + first, tile);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < 16; ++r) {
+      if (r < count - first) _mm512_storeu_ps(out + r * kTileRows, value[r]);
+    }
   }
 }
 
@@ -203,15 +243,16 @@ void salient_many_rows_avx512vnni(const SalientInt8Rows& rows, int64_t begin, in
   const bool columns = w.encoding == SalientEncoding::columns;
   const int64_t size = (rows.width + 1) * kBlockRows, all = ceil_div(task.m, kBlockRows);
   const int64_t together = blocks_together(size) < all ? blocks_together(size) : all;
-  Scratch<int8_t> q(together * size, 0);
-  Scratch<int32_t> every(columns ? rows.width : 0, 0);
+  const Scratch<int8_t> q(together * size);
+  const Scratch<int32_t> every(columns ? rows.width : 0);
   for (int64_t i = 0; columns && i < rows.width; ++i) every[i] = static_cast<int32_t>(i);
-  Scratch<float> totals(task.m, 0);
+  const Scratch<int32_t> bits(w.encoding == SalientEncoding::bitmap ? kTileRows * kBitmapColumns + 64 : 0);
+  const Scratch<float> totals(task.m);
   for (int64_t i = 0; i < task.m; ++i) totals[i] = static_cast<float>(task.total[i]);
-  Scratch<Sums> sums(together, {});
+  const Scratch<Sums> sums(together);
   for (int64_t row = 0; row < task.m; row += together * kBlockRows) {
     const int64_t left = task.m - row, most = together * kBlockRows, count = left < most ? left : most;
-    Blocks blocks{q, size, ceil_div(count, kBlockRows), nullptr, count, w.n};
+    const Blocks blocks{q, size, ceil_div(count, kBlockRows)};
     const auto rows_of = [&](int64_t i) {
       const int64_t rest = count - i * kBlockRows;
       return rest < kBlockRows ? rest : kBlockRows;
@@ -221,15 +262,15 @@ void salient_many_rows_avx512vnni(const SalientInt8Rows& rows, int64_t begin, in
     }
     for (int64_t tile = begin; tile < end; ++tile) {
       factors.load(task, tile);
-      blocks.next = task.signs + row * w.n + (tile + 1) * kTileRows;
       if (columns) {
         add_columns(rows, tile, blocks, every, sums);
       } else {
-        w.encoding == SalientEncoding::list ? add_list(w, tile, blocks, sums) : add_bitmap(w, tile, blocks, sums);
+        w.encoding == SalientEncoding::list ? add_list(w, tile, blocks, sums) : add_bitmap(w, tile, blocks, sums, bits);
       }
+      const OutputFactors of_outputs(factors);
       for (int64_t i = 0; i < blocks.count; ++i) {
         const int64_t first = row + i * kBlockRows;
-        finish_block(task, first, rows_of(i), tile, sums[i], factors, totals + first);
+        finish_block(task, first, rows_of(i), tile, sums[i], of_outputs, totals + first);
       }
     }
   }

@@ -145,39 +145,52 @@ void widen(Dtype dtype, const void* x, int64_t count, float* out) {
   });
 }
 
-// The sign plane's part of the product, to `out`.
-Status multiply_signs(const SalientMatmulParams& p, const void* x, int64_t m, bool as_floats, Rows& rows, float* out) {
-  const SalientWeight& w = p.weight;
+// What the salient part reads of `m` rows.
+Rows prepare_rows(const SalientMatmulParams& p, const void* x, int64_t m, bool as_floats) {
+  const int64_t k = p.weight.k;
+  Rows rows;
   if (!p.int8) {
-    BinaryWeightMatmulParams signs;
     if (p.dtype != Dtype::f32) {
-      rows.values.resize(m * w.k);
-      widen(p.dtype, x, m * w.k, rows.values.data());
+      rows.values.resize(m * k);
+      widen(p.dtype, x, m * k, rows.values.data());
     }
-    signs.x = p.dtype == Dtype::f32 ? x : rows.values.data();
-    signs.weight = w.sign;
-    signs.m = m, signs.n = w.n, signs.k = w.k;
-    signs.scale = w.alpha, signs.group_size = w.group_size;
-    signs.out = out;
-    signs.parallel_for = p.parallel_for;
-    return binary_weight_matmul(signs);
+    return rows;
   }
-  rows.q.resize(m * w.k), rows.scale.resize(m), rows.total.resize(m);
+  rows.q.resize(m * k), rows.scale.resize(m), rows.total.resize(m);
   Int8QuantizeParams quantize;
   quantize.x = x, quantize.dtype = p.dtype;
-  quantize.m = m, quantize.k = w.k;
+  quantize.m = m, quantize.k = k;
   quantize.q = rows.q.data(), quantize.scale = rows.scale.data(), quantize.total = rows.total.data();
   quantize.parallel_for = p.parallel_for;
   int8_quantize(quantize);
   if (as_floats) rows.values.assign(rows.q.begin(), rows.q.end());
-  BinaryInt8MatmulParams signs;
-  signs.q = rows.q.data(), signs.row_scale = rows.scale.data();
+  return rows;
+}
+
+// The sign plane's part of the product, and what is added to it.
+template <class Product>
+Product sign_product(const SalientMatmulParams& p, int64_t m, Addend addend, void* out) {
+  const SalientWeight& w = p.weight;
+  Product signs;
   signs.weight = w.sign;
   signs.m = m, signs.n = w.n, signs.k = w.k;
   signs.scale = w.alpha, signs.group_size = w.group_size;
-  signs.out = out;
+  signs.addend = addend, signs.bias = p.bias, signs.out = out;
   signs.parallel_for = p.parallel_for;
-  return binary_int8_matmul(signs);
+  return signs;
+}
+
+Status multiply_signs(const SalientMatmulParams& p, const void* x, const Rows& rows, int64_t m, Addend addend,
+                      void* out) {
+  if (p.int8) {
+    auto signs = sign_product<BinaryInt8MatmulParams>(p, m, addend, out);
+    signs.q = rows.q.data(), signs.row_scale = rows.scale.data();
+    signs.out_dtype = p.dtype;
+    return binary_int8_matmul(signs);
+  }
+  auto signs = sign_product<BinaryWeightMatmulParams>(p, m, addend, out);
+  signs.x = x, signs.dtype = p.dtype;
+  return binary_weight_matmul(signs);
 }
 
 struct Kernel {
@@ -256,8 +269,7 @@ void multiply_spread(const Kernel& kernel, const detail::SalientTask& task, int6
     }
     // The kernels count codes from the first one of all.
     wide.value = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(bytes.get()) - static_cast<uintptr_t>(base));
-    kernel.tiles({wide, task.m, task.groups, task.group_width, task.x, task.q, task.row_scale, task.total, task.signs,
-                  task.bias, task.dtype, task.out},
+    kernel.tiles({wide, task.m, task.groups, task.group_width, task.x, task.q, task.row_scale, task.total, task.out},
                  first, last);
   }
 }
@@ -294,9 +306,7 @@ void detail::salient_tiles_generic(const SalientTask& task, int64_t begin, int64
       for (int64_t group = 0; w.mu && group < task.groups; ++group) {
         sum += w.mu[output * task.groups + group] * totals[row * task.groups + group];
       }
-      float value = task.signs[row * w.n + output] + (task.row_scale ? task.row_scale[row] * sum : sum);
-      if (task.bias) value += task.bias[output];
-      with_dtype(task.dtype, task.out, [&](auto* out) { store(value, out + row * w.n + output); });
+      task.at(row, output / kTileRows)[output % kTileRows] = task.row_scale ? task.row_scale[row] * sum : sum;
     }
   }
 }
@@ -322,16 +332,12 @@ Status salient_matmul(const SalientMatmulParams& p) {
   const Kernel kernel = choose_kernel(p);
   const bool spreads = w.value_scale && w.code_bits == 4 && kernel.tiles != detail::salient_tiles_generic;
   const int64_t row_bytes_of_x = w.k * bytes_of(p.dtype), row_bytes = w.n * bytes_of(p.dtype);
-  std::unique_ptr<float[]> narrow_signs;  // float32 results begin as the sign plane's part; others have no room for it
-  if (p.dtype != Dtype::f32) narrow_signs = std::make_unique_for_overwrite<float[]>(std::min(kRowBlock, p.m) * w.n);
+  const auto sums = std::make_unique_for_overwrite<float[]>(tile_count(w.n) * std::min(kRowBlock, p.m) * kTileRows);
   for (int64_t row = 0; row < p.m; row += kRowBlock) {
     const int64_t m = std::min(kRowBlock, p.m - row);
     const char* x = static_cast<const char*>(p.x) + row * row_bytes_of_x;
     char* out = static_cast<char*>(p.out) + row * row_bytes;
-    float* signs = p.dtype == Dtype::f32 ? reinterpret_cast<float*>(out) : narrow_signs.get();
-    Rows rows;
-    const Status multiplied = multiply_signs(p, x, m, p.int8 && !kernel.reads_int8, rows, signs);
-    if (multiplied != Status::ok) return multiplied;
+    const Rows rows = prepare_rows(p, x, m, p.int8 && !kernel.reads_int8);
     const bool direct = !p.int8 && p.dtype == Dtype::f32;
     const detail::SalientTask task{w,
                                    m,
@@ -341,15 +347,14 @@ Status salient_matmul(const SalientMatmulParams& p) {
                                    p.int8 ? rows.q.data() : nullptr,
                                    p.int8 ? rows.scale.data() : nullptr,
                                    p.int8 ? rows.total.data() : nullptr,
-                                   signs,
-                                   p.bias,
-                                   p.dtype,
-                                   out};
+                                   sums.get()};
     const double salient = (salient_weights(w) / static_cast<double>(w.n) + 2.0) * kTileRows;
     split(p.parallel_for, tile_count(w.n), salient * static_cast<double>(m + 4) * kernel.nanoseconds,
           [&](int64_t begin, int64_t end) {
             spreads ? multiply_spread(kernel, task, begin, end) : kernel.tiles(task, begin, end);
           });
+    const Status multiplied = multiply_signs(p, x, rows, m, {sums.get(), m}, out);
+    if (multiplied != Status::ok) return multiplied;
   }
   return Status::ok;
 }

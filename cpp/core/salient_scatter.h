@@ -4,7 +4,7 @@
 //   w[r, c] = salient(r, c) ? value : mu[r, g(c)] + alpha[r, g(c)] b[r, c],   b = -1, +1
 //   value = value_scale[r] (code - value_zero[r]) of a code of 8 or 4 bits, or the float16 itself
 // No sign bit is looked up twice: the sign plane is multiplied as if salient weights were b = -1 (their bit is 0), and
-// the salient part puts that right afterwards:
+// the salient part, which is computed first and added to that product, puts it right:
 //   y = sum_g [ alpha_g S_g + mu_g X_g ] + sum_{salient c} x_c (value - (mu_g(c) - alpha_g(c)))
 // with S_g = sum of +-x over the sign bits of group g and X_g = sum of x over its columns (one for all outputs).
 #pragma once
@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "floats.h"
+#include "layout.h"
 #include "parallel.h"
 #include "status.h"
 
@@ -60,7 +61,7 @@ Status salient_check(const SalientWeight& weight, ParallelFor parallel_for);
 
 namespace detail {
 
-// The second half of the product: out = round(signs + row_scale (sum_g mu_g X_g + salient part) + bias).
+// All of the product but the sign plane's part: out = row_scale (sum_g mu_g X_g + salient part).
 struct SalientTask {
   const SalientWeight& weight;
   int64_t m, groups, group_width;
@@ -68,10 +69,9 @@ struct SalientTask {
   const int8_t* q;         // [m, k] or null
   const float* row_scale;  // [m] or null: 1
   const int32_t* total;    // [m] or null: sums of rows of q
-  const float* signs;      // [m, n]: sum_g alpha_g S_g, times row_scale; may be `out` itself
-  const float* bias;
-  Dtype dtype;
-  void* out;
+  float* out;              // [tiles, m, 16], whole tiles (Addend in layout.h)
+
+  float* at(int64_t row, int64_t tile) const { return out + (tile * m + row) * kTileRows; }
 };
 
 // Tiles [begin, end), all rows. The forms for int8 (AVX2's, and VNNI) take int8 activations, uint8 codes, one group, k

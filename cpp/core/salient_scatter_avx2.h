@@ -66,10 +66,9 @@ static inline Outputs load_some(const float* p, int64_t count) {
   return {_mm256_maskload_ps(p, low), _mm256_maskload_ps(p + 8, high)};
 }
 
-// One row and one tile: the sum of the salient part to the result, before rounding. `totals`: X_g of the row.
-static inline Outputs finished(const SalientTask& task, int64_t row, int64_t tile, Outputs sum,
-                               const TileFactors& factors, const float* totals) {
-  const SalientWeight& w = task.weight;
+// One row and one tile: the sum of the salient part to the result. `totals`: X_g of the row.
+static inline void finish(const SalientTask& task, int64_t row, int64_t tile, Outputs sum, const TileFactors& factors,
+                          const float* totals) {
   for (int64_t group = 0; factors.mu && group < task.groups; ++group) {
     const Outputs mu = load_outputs(factors.mu + group * kTileRows);
     const __m256 total = _mm256_set1_ps(totals[group]);
@@ -79,37 +78,10 @@ static inline Outputs finished(const SalientTask& task, int64_t row, int64_t til
     const __m256 scale = _mm256_set1_ps(task.row_scale[row]);
     sum = {_mm256_mul_ps(sum.low, scale), _mm256_mul_ps(sum.high, scale)};
   }
-  const int64_t first = tile * kTileRows, count = outputs_of_tile(w, tile);
-  const Outputs signs = load_some(task.signs + row * w.n + first, count);
-  sum = {_mm256_add_ps(signs.low, sum.low), _mm256_add_ps(signs.high, sum.high)};
-  if (!task.bias) return sum;
-  const Outputs bias = load_some(task.bias + first, count);
-  return {_mm256_add_ps(sum.low, bias.low), _mm256_add_ps(sum.high, bias.high)};
+  store_outputs(task.at(row, tile), sum);
 }
 
-static inline void store_tile(const SalientTask& task, int64_t row, int64_t tile, Outputs value) {
-  const SalientWeight& w = task.weight;
-  const int64_t count = outputs_of_tile(w, tile);
-  with_dtype(task.dtype, task.out, [&](auto* all) {
-    auto* out = all + row * w.n + tile * kTileRows;
-    if (count == kTileRows) {
-      store8(out, value.low);
-      store8(out + 8, value.high);
-    } else {
-      float each[kTileRows];
-      store_outputs(each, value);
-      for (int64_t i = 0; i < count; ++i) store(each[i], out + i);
-    }
-  });
-}
-
-static inline void finish(const SalientTask& task, int64_t row, int64_t tile, Outputs sum, const TileFactors& factors,
-                          const float* totals) {
-  store_tile(task, row, tile, finished(task, row, tile, sum, factors, totals));
-}
-
-// The same for `count` <= 8 rows: rows_of(lane) are the sums of 8 rows for one output. `totals`: [count][groups]. All
-// rows are computed before one is written: rows 4 KiB apart, or multiples of that, would wait for one another.
+// The same for `count` <= 8 rows: rows_of(lane) are the sums of 8 rows for one output. `totals`: [count][groups].
 template <class RowsOf>
 static inline void finish_rows(const SalientTask& task, int64_t row, int64_t count, int64_t tile, const RowsOf& rows_of,
                                const TileFactors& factors, const float* totals) {
@@ -123,13 +95,8 @@ static inline void finish_rows(const SalientTask& task, int64_t row, int64_t cou
     for (int i = 0; i < 8; ++i) _mm256_store_ps(turned + i * kTileRows + half, v[i]);
   }
   for (int64_t r = 0; r < count; ++r) {
-    float* value = turned + r * kTileRows;
-    store_outputs(value, finished(task, row + r, tile, load_outputs(value), factors, totals + r * task.groups));
-    // The next tile's part of the row lies a whole row away from what the processor foresees.
-    _mm_prefetch(reinterpret_cast<const char*>(task.signs + (row + r) * task.weight.n + (tile + 1) * kTileRows),
-                 _MM_HINT_T0);
+    finish(task, row + r, tile, load_outputs(turned + r * kTileRows), factors, totals + r * task.groups);
   }
-  for (int64_t r = 0; r < count; ++r) store_tile(task, row + r, tile, load_outputs(turned + r * kTileRows));
 }
 
 // The mask of row 16 tile + lane, one word; bits past k are 0.

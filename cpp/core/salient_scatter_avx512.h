@@ -54,42 +54,28 @@ struct TileFactors {
   }
 };
 
-// One row and one tile: sum of the salient part to the result, before rounding. `totals`: X_g of the row.
-static inline __m512 finished(const SalientTask& task, int64_t row, int64_t tile, __m512 sum,
-                              const TileFactors& factors, const float* totals) {
-  const SalientWeight& w = task.weight;
-  const int64_t column = tile * kTileRows;
-  const __mmask16 lanes = lanes_of_tile(w, tile);
+// One row and one tile: sum of the salient part to the result. `totals`: X_g of the row.
+static inline __m512 finished(const SalientTask& task, int64_t row, __m512 sum, const TileFactors& factors,
+                              const float* totals) {
   for (int64_t group = 0; factors.mu && group < task.groups; ++group) {
     sum = _mm512_fmadd_ps(_mm512_loadu_ps(factors.mu + group * kTileRows), _mm512_set1_ps(totals[group]), sum);
   }
-  if (task.row_scale) sum = _mm512_mul_ps(sum, _mm512_set1_ps(task.row_scale[row]));
-  const __m512 value = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, task.signs + row * w.n + column), sum);
-  return task.bias ? _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, task.bias + column)) : value;
-}
-
-static inline void store_tile(const SalientTask& task, int64_t row, int64_t tile, __m512 value) {
-  const SalientWeight& w = task.weight;
-  const __mmask16 lanes = lanes_of_tile(w, tile);
-  with_dtype(task.dtype, task.out, [&](auto* out) { store16(out + row * w.n + tile * kTileRows, lanes, value); });
+  return task.row_scale ? _mm512_mul_ps(sum, _mm512_set1_ps(task.row_scale[row])) : sum;
 }
 
 static inline void finish(const SalientTask& task, int64_t row, int64_t tile, __m512 sum, const TileFactors& factors,
                           const float* totals) {
-  store_tile(task, row, tile, finished(task, row, tile, sum, factors, totals));
+  _mm512_storeu_ps(task.at(row, tile), finished(task, row, sum, factors, totals));
 }
 
-// The same for `count` <= 16 rows whose sums lie output by output, `stride` apart. `totals`: [count][groups]. All rows
-// are read before one is written: rows 4 KiB apart, or multiples of that, would wait for one another.
+// The same for `count` <= 16 rows whose sums lie output by output, `stride` apart. `totals`: [count][groups].
 static inline void finish_rows(const SalientTask& task, int64_t row, int64_t count, int64_t tile, const float* sums,
                                int64_t stride, const TileFactors& factors, const float* totals) {
   alignas(64) float turned[16 * kTileRows];
   transpose16(sums, stride, turned, kTileRows);
   for (int64_t r = 0; r < count; ++r) {
-    float* value = turned + r * kTileRows;
-    _mm512_store_ps(value, finished(task, row + r, tile, _mm512_load_ps(value), factors, totals + r * task.groups));
+    finish(task, row + r, tile, _mm512_load_ps(turned + r * kTileRows), factors, totals + r * task.groups);
   }
-  for (int64_t r = 0; r < count; ++r) store_tile(task, row + r, tile, _mm512_load_ps(turned + r * kTileRows));
 }
 
 // How many blocks of rows, each of `bytes`, are multiplied together, so that a salient weight is decoded once for all:
@@ -99,39 +85,39 @@ static inline int64_t blocks_together(int64_t bytes) {
   return bytes < kCache ? kCache / bytes : 1;
 }
 
-// The mask of row 16 tile + lane, one word; bits past k are 0.
-static inline uint32_t mask_word(const SalientWeight& w, int64_t tile, int64_t lane, int64_t word) {
-  const uint32_t bits = static_cast<uint32_t>(w.mask[(tile * word_count(w.k) + word) * kTileRows + lane]);
-  const int64_t columns = w.k - 32 * word;
-  return columns >= 32 ? bits : bits & ((1u << columns) - 1);
-}
-
-// The columns of the mask bits of words [begin, end), ascending, to `column`, which has room for 64 more than there
-// can be. Returns how many.
+// The columns of the mask bits of words [begin, end) of row 16 tile + lane, ascending, to `column`, which has room for
+// 64 more than there can be. Bits past k do not count. Returns how many.
 static inline int64_t columns_of_words(const SalientWeight& w, int64_t tile, int64_t lane, int64_t begin, int64_t end,
                                        int32_t* column) {
   const __m512i bytes =  // 0, 1, 2, ... 63
       _mm512_setr_epi64(0x0706050403020100, 0x0F0E0D0C0B0A0908, 0x1716151413121110, 0x1F1E1D1C1B1A1918,
                         0x2726252423222120, 0x2F2E2D2C2B2A2928, 0x3736353433323130, 0x3F3E3D3C3B3A3938);
-  int64_t count = 0;
-  for (int64_t word = begin; word < end; word += 2) {
-    const uint64_t high = word + 1 < end ? mask_word(w, tile, lane, word + 1) : 0;
-    const uint64_t bits = high << 32 | mask_word(w, tile, lane, word);
+  const int32_t* mask = w.mask + tile * word_count(w.k) * kTileRows + lane;
+  int32_t* next = column;
+  const auto add = [&](uint64_t bits, int64_t word) {
     const __m512i found = _mm512_mask_compress_epi8(fresh_zeros(), bits, bytes);
     const __m512i first = _mm512_set1_epi32(static_cast<int>(32 * word));
-    const int64_t ones = __builtin_popcountll(bits);
     const auto put = [&](int64_t at, __m128i offsets) {
-      _mm512_storeu_si512(column + count + at, _mm512_add_epi32(_mm512_cvtepu8_epi32(offsets), first));
+      _mm512_storeu_si512(next + at, _mm512_add_epi32(_mm512_cvtepu8_epi32(offsets), first));
     };
+    const int64_t ones = __builtin_popcountll(bits);
     put(0, _mm512_castsi512_si128(found));
     if (ones > 16) {
       put(16, _mm512_extracti32x4_epi32(found, 1));
       put(32, _mm512_extracti32x4_epi32(found, 2));
       put(48, _mm512_extracti32x4_epi32(found, 3));
     }
-    count += ones;
+    next += ones;
+  };
+  const auto bits_of = [mask](int64_t word) { return static_cast<uint32_t>(mask[word * kTileRows]); };
+  int64_t word = begin;
+  for (; word + 2 <= end && 32 * (word + 2) <= w.k; word += 2)
+    add(uint64_t{bits_of(word + 1)} << 32 | bits_of(word), word);
+  for (; word < end; ++word) {
+    const int64_t left = w.k - 32 * word;
+    add(left >= 32 ? bits_of(word) : bits_of(word) & ((1u << left) - 1), word);
   }
-  return count;
+  return next - column;
 }
 
 // 16 gaps of a step: the columns of the 16 rows move on.

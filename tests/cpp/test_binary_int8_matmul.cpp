@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // int8 activations times bits: every kernel that this machine can run, for few rows and for many, against the generic
 // form bit for bit. Buffers end where the arrays end, so that the sanitizer sees a read past them.
+#include <cmath>
 #include <vector>
 
 #include "binary_int8_matmul.h"
@@ -14,6 +15,16 @@ namespace {
 
 uint32_t state = 1;
 uint32_t next() { return state = state * 1664525u + 1013904223u; }
+
+// Numbers to be added to a product; NaN past n.
+std::vector<float> random_addend(int64_t m, int64_t n) {
+  std::vector<float> values(static_cast<size_t>(tile_count(n) * m * kTileRows));
+  for (size_t i = 0; i < values.size(); ++i) {
+    const int64_t place = static_cast<int64_t>(i), output = place / (m * kTileRows) * kTileRows + place % kTileRows;
+    values[i] = output < n ? static_cast<float>(static_cast<int>(next())) * 1e-9f : NAN;
+  }
+  return values;
+}
 
 // `extreme`: all bits set, and all activations the largest, which is where sums of 16 bits would overflow first.
 void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bias, bool extreme = false) {
@@ -41,6 +52,8 @@ void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bias, boo
   p.scale = scale.data();
   p.group_size = group_size;
   p.bias = bias ? offset.data() : nullptr;
+  const std::vector<float> addend = random_addend(m, n);
+  if (m % 2 == 1 || extreme) p.addend = {addend.data(), m};
   p.out = want.data();
   detail::binary_int8_matmul_tiles_generic(p, 0, tile_count(n));
   p.out = got.data();

@@ -134,6 +134,14 @@ void multiplies(const Problem& problem) {
   q.group_size = group_size;
   q.bias = bias.data();
   q.out = y.data();
+  std::vector<float> addend(tile_count(n) * m * kTileRows, NAN);  // NaN past n
+  const auto added = [&](int64_t i, int64_t o) -> float& {
+    return addend[((o / kTileRows) * m + i) * kTileRows + o % kTileRows];
+  };
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t o = 0; o < n; ++o) added(i, o) = static_cast<float>(static_cast<int32_t>(random_bits())) / 2e9f;
+  }
+  if (m % 2 == 1) q.addend = {addend.data(), m};
   for (const InstructionSet set : kInstructionSets) {
     if (!select(set)) continue;
     q.parallel_for = scattered_for;
@@ -141,7 +149,8 @@ void multiplies(const Problem& problem) {
     CHECK(binary_weight_matmul(q) == Status::ok);
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t o = 0; o < n; ++o) {
-        double want = bias[o], magnitude = std::fabs(bias[o]);
+        const double other = q.addend ? double{added(i, o)} : 0.0;
+        double want = bias[o] + other, magnitude = std::fabs(bias[o]) + std::fabs(other);
         for (int64_t c = 0; c < k; ++c) {
           const double term = static_cast<double>(scale[o * groups + c / width]) * x[i * k + c] * w[o * k + c];
           want += term;
