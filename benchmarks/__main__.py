@@ -125,9 +125,9 @@ def workload(options: argparse.Namespace) -> list[tuple[Family, shapes.Problem]]
             family = dataclasses.replace(family, variants=variants)
         seen = set()
         wanted = (options.model or "").lower()
-        own = tuple(problem for problem in family.problems if wanted in problem.name.lower())
+        own = tuple(p for p in (*family.problems, *family.besides) if wanted in p.name.lower())
         layers = tuple(problem for problem in options.problems if problem not in shapes.OTHERS)
-        for problem in options.problems if options.shape else own if family.problems else layers:
+        for problem in options.problems if options.shape else own if family.problems else (*layers, *own):
             size: Sequence[int] = problem[1:] if family.macs else (problem.m, problem.k)
             only_the_call = not family.macs and problem.m <= COLD_ROWS and not options.shape
             if size not in seen and not only_the_call:

@@ -312,6 +312,7 @@ FAMILIES = (
             on_rows("numpy packbits", numpy_bits, pack_plus, "peer"),
         ),
         macs=False,
+        besides=(shapes.OUT_OF_CACHE,),
     ),
     Family(
         "cast",
@@ -322,5 +323,6 @@ FAMILIES = (
             *peers.CAST,
         ),
         macs=False,
+        besides=(shapes.OUT_OF_CACHE,),
     ),
 )

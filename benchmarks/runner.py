@@ -106,7 +106,7 @@ class Variant:
 class Family:
     """Variants that answer the same question. `macs` is False where nothing is multiplied: bytes count there.
 
-    `problems` are those of a question that is not about a linear layer.
+    `problems` are those of a question that is not about a linear layer, `besides` come to those of linear layers.
     """
 
     name: str
@@ -114,6 +114,7 @@ class Family:
     variants: tuple[Variant, ...]
     macs: bool = True
     problems: tuple[Problem, ...] = ()
+    besides: tuple[Problem, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,16 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from problems import ATTENTION, CONVS, GPU_CALLS, GPU_PRODUCTS, HEADLINE, MODELS, Problem  # noqa: E402
+from problems import (  # noqa: E402
+    ATTENTION,
+    CONVS,
+    GPU_CALLS,
+    GPU_PRODUCTS,
+    HEADLINE,
+    MODELS,
+    OUT_OF_CACHE,
+    Problem,
+)
 
 __all__ = [
     "ATTENTION",
@@ -19,12 +28,13 @@ __all__ = [
     "HEADLINE",
     "MODELS",
     "OTHERS",
+    "OUT_OF_CACHE",
     "REPOSITORY",
     "Problem",
     "select",
 ]
 
-OTHERS = (*ATTENTION, *CONVS)  # problems of families that are not about a linear layer
+OTHERS = (*ATTENTION, *CONVS, OUT_OF_CACHE)  # problems of families that are not about a linear layer
 
 
 def select(model: str | None, shape: tuple[int, int, int] | None) -> tuple[Problem, ...]:

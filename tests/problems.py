@@ -100,6 +100,9 @@ HEADLINE = (
     ),
 )
 
+# What is packed and cast besides: a weight that no cache holds.
+OUT_OF_CACHE = Problem("LLaMA-7B up, its weight", 11008, 4096, 4096)
+
 # What the benchmarks report of a GPU: a square, the layers of 32 texts of 128 tokens, and one token of a large model.
 GPU_PRODUCTS = (Problem("square", 8192, 8192, 8192), *_transformer("BERT-base, 32 texts", 32 * 128, 768, 3072))
 GPU_CALLS = tuple(problem for problem in HEADLINE if problem.m == 1)
