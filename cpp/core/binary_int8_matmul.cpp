@@ -60,6 +60,11 @@ Kernel choose_kernel([[maybe_unused]] const BinaryInt8MatmulParams& p) {
 }
 
 }  // namespace
+
+void binary_int8_matmul_tiles(const BinaryInt8MatmulParams& p, int64_t begin, int64_t end) {
+  choose_kernel(p).tiles(p, begin, end);
+}
+
 }  // namespace detail
 
 namespace {

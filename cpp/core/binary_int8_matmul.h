@@ -36,7 +36,9 @@ Status binary_int8_matmul(const BinaryInt8MatmulParams& params);
 Status binary_int8_linear(const Int8QuantizeParams& quantize, const BinaryInt8MatmulParams& product);
 
 namespace detail {
-// Tiles [begin, end) of the output columns, all rows. The kernel without VNNI is the faster one from a few rows on.
+// Tiles [begin, end) of the output columns, all rows, on this thread. Nothing is checked.
+void binary_int8_matmul_tiles(const BinaryInt8MatmulParams& params, int64_t begin, int64_t end);
+// The same, by kernel. The one without VNNI is the faster one from a few rows on.
 void binary_int8_matmul_tiles_generic(const BinaryInt8MatmulParams& params, int64_t begin, int64_t end);
 void binary_int8_matmul_tiles_avx2(const BinaryInt8MatmulParams& params, int64_t begin, int64_t end);
 void binary_int8_matmul_tiles_avx512(const BinaryInt8MatmulParams& params, int64_t begin, int64_t end);

@@ -107,28 +107,55 @@ Kernel choose_kernel() {
 }
 
 struct WeightKernel {
-  void (*tiles)(const BinaryWeightMatmulParams&, int64_t, int64_t);  // null: the obvious form
-  double nanoseconds_per_column;                                     // of one row and one output
+  void (*tiles)(const BinaryWeightMatmulParams&, int64_t, int64_t);
+  double nanoseconds_per_column;  // of one row and one output
 };
 
-WeightKernel choose_weight_kernel(const BinaryWeightMatmulParams& p) {
-  if (p.weight_nonzero || p.k == 0) return {nullptr, 0.0};
-  switch (selected()) {
+WeightKernel choose_weight_kernel([[maybe_unused]] const BinaryWeightMatmulParams& p) {
 #ifdef BITMILL_EIGHT_LANES
-    case InstructionSet::neon:
-    case InstructionSet::avx2:
-      return {binary_weight_matmul_tiles_avx2, 0.015};
+  if (eight_lanes() && !p.weight_nonzero && p.k > 0) return {binary_weight_matmul_tiles_avx2, 0.015};
 #endif
 #ifdef BITMILL_AVX512
-    case InstructionSet::avx512:
-      return {binary_weight_matmul_tiles_avx512, 0.01};
-#endif
-    default:
-      return {nullptr, 0.0};
+  if (selected() == InstructionSet::avx512 && !p.weight_nonzero && p.k > 0) {
+    return {binary_weight_matmul_tiles_avx512, 0.01};
   }
+#endif
+  return {binary_weight_matmul_tiles_generic, 0.3};
 }
 
 }  // namespace
+
+void binary_weight_matmul_tiles_generic(const BinaryWeightMatmulParams& p, int64_t begin, int64_t end) {
+  const PanelShape shape{p.m, p.n, p.k, p.group_size};
+  const int64_t words = word_count(p.k), groups = shape.groups();
+  const auto decode = [&](int64_t tile, int64_t first, int64_t last, float* panel) {
+    for (int64_t j = first; j < last; ++j) {
+      const int64_t word = (tile * words + j / 32) * kTileRows;
+      for (int64_t lane = 0; lane < kTileRows; ++lane) {
+        const auto bit = [&](const int32_t* tiles) {
+          return (static_cast<uint32_t>(tiles[word + lane]) >> (j % 32)) & 1u;
+        };
+        const float sign = bit(p.weight) ? 1.0f : -1.0f;
+        panel[(j - first) * kTileRows + lane] = !p.weight_nonzero || bit(p.weight_nonzero) ? sign : 0.0f;
+      }
+    }
+  };
+  const auto finish = [&](int64_t, int64_t tile, int64_t lane, int64_t group, float sum, float& value) {
+    value += p.scale[(tile * kTileRows + lane) * groups + group] * sum;
+  };
+  const auto done = [&](int64_t row, int64_t tile, int64_t lane, float value) {
+    if (p.addend) value += p.addend.at(row, tile)[lane];
+    return p.bias ? value + p.bias[tile * kTileRows + lane] : value;
+  };
+  with_dtype(p.dtype, p.out, [&]<class T>(T* out) {
+    panel_tiles(shape, static_cast<const T*>(p.x), out, begin, end, decode, finish, done);
+  });
+}
+
+void binary_weight_matmul_tiles(const BinaryWeightMatmulParams& p, int64_t begin, int64_t end) {
+  choose_weight_kernel(p).tiles(p, begin, end);
+}
+
 }  // namespace detail
 
 Status check(const BinaryMatmulParams& p) {
@@ -190,37 +217,12 @@ Status binary_matmul(const BinaryMatmulParams& p) {
 Status binary_weight_matmul(const BinaryWeightMatmulParams& p) {
   if (p.m < 0 || p.n < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
   if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
-  if (const detail::WeightKernel kernel = detail::choose_weight_kernel(p); kernel.tiles) {
-    const double cost = static_cast<double>(p.k) * kernel.nanoseconds_per_column;
-    split_product(p.parallel_for, p.m, p.n, cost, [&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
-      kernel.tiles(rows_of(p, row, rows), begin, end);
-    });
-    return Status::ok;
-  }
-  const detail::PanelShape shape{p.m, p.n, p.k, p.group_size};
-  const int64_t words = word_count(p.k), groups = shape.groups();
-  const auto decode = [&](int64_t tile, int64_t begin, int64_t end, float* panel) {
-    for (int64_t j = begin; j < end; ++j) {
-      const int64_t word = (tile * words + j / 32) * kTileRows;
-      for (int64_t lane = 0; lane < kTileRows; ++lane) {
-        const auto bit = [&](const int32_t* tiles) {
-          return (static_cast<uint32_t>(tiles[word + lane]) >> (j % 32)) & 1u;
-        };
-        const float sign = bit(p.weight) ? 1.0f : -1.0f;
-        panel[(j - begin) * kTileRows + lane] = !p.weight_nonzero || bit(p.weight_nonzero) ? sign : 0.0f;
-      }
-    }
-  };
-  const auto finish = [&](int64_t, int64_t tile, int64_t lane, int64_t group, float sum, float& value) {
-    value += p.scale[(tile * kTileRows + lane) * groups + group] * sum;
-  };
-  const auto done = [&](int64_t row, int64_t tile, int64_t lane, float value) {
-    if (p.addend) value += p.addend.at(row, tile)[lane];
-    return p.bias ? value + p.bias[tile * kTileRows + lane] : value;
-  };
-  with_dtype(p.dtype, p.out, [&]<class T>(T* out) {
-    detail::panel_matmul(shape, static_cast<const T*>(p.x), out, p.parallel_for, decode, finish, done);
-  });
+  const auto [tiles, nanoseconds_per_column] = detail::choose_weight_kernel(p);
+  const double cost = static_cast<double>(p.k) * nanoseconds_per_column;
+  split_product(p.parallel_for, p.m, p.n, cost,
+                [&, tiles = tiles](int64_t row, int64_t rows, int64_t begin, int64_t end) {
+                  tiles(rows_of(p, row, rows), begin, end);
+                });
   return Status::ok;
 }
 

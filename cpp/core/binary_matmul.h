@@ -72,12 +72,15 @@ struct BinaryWeightMatmulParams {
 Status binary_weight_matmul(const BinaryWeightMatmulParams& params);
 
 namespace detail {
-// Tiles [begin, end) of the output columns, all rows.
+// Tiles [begin, end) of the output columns, all rows, on this thread. Nothing is checked.
+void binary_weight_matmul_tiles(const BinaryWeightMatmulParams& params, int64_t begin, int64_t end);
+// The same, by kernel.
 void binary_matmul_tiles_generic(const BinaryMatmulParams& params, int64_t begin, int64_t end);
 void binary_matmul_tiles_neon(const BinaryMatmulParams& params, int64_t begin, int64_t end);
 void binary_matmul_tiles_avx2(const BinaryMatmulParams& params, int64_t begin, int64_t end);
 void binary_matmul_tiles_avx512(const BinaryMatmulParams& params, int64_t begin, int64_t end);
 void binary_matmul_short_avx512vnni(const BinaryMatmulParams& params);
+void binary_weight_matmul_tiles_generic(const BinaryWeightMatmulParams& params, int64_t begin, int64_t end);
 void binary_weight_matmul_tiles_avx2(const BinaryWeightMatmulParams& params, int64_t begin, int64_t end);
 void binary_weight_matmul_tiles_avx512(const BinaryWeightMatmulParams& params, int64_t begin, int64_t end);
 }  // namespace detail

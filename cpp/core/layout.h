@@ -60,15 +60,15 @@ static constexpr int64_t values_per_word(int bits) { return 32 / bits; }
 static constexpr int64_t word_count(int64_t k, int bits = 1) { return ceil_div(k, values_per_word(bits)); }
 static constexpr int64_t tile_count(int64_t n) { return ceil_div(n, kTileRows); }
 
-// What is added to a product [m, n] before its bias: float32 [tiles, rows, 16], 16 outputs of a row side by side. What
-// lies past n does not matter.
+// What is added to a product [m, n] before its bias: float32 [tiles, rows, 16], 16 outputs of a row side by side, tiles
+// from `first` on. What lies past n does not matter.
 struct Addend {
   const float* data = nullptr;  // or nothing is added
-  int64_t rows = 0;
+  int64_t rows = 0, first = 0;
 
   explicit operator bool() const { return data != nullptr; }
-  const float* at(int64_t row, int64_t tile) const { return data + (tile * rows + row) * kTileRows; }
-  Addend from(int64_t row) const { return {data ? data + row * kTileRows : nullptr, rows}; }
+  const float* at(int64_t row, int64_t tile) const { return data + ((tile - first) * rows + row) * kTileRows; }
+  Addend from(int64_t row) const { return {data ? data + row * kTileRows : nullptr, rows, first}; }
 };
 
 }  // namespace bitmill

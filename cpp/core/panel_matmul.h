@@ -49,12 +49,12 @@ void multiply_panel(const T* x, int64_t rows, int64_t stride, int64_t columns, c
   }
 }
 
-// decode(tile, begin, end, panel): weights of the tile's 16 rows, columns [begin, end), to panel [end -
-// begin][16]. finish(row, tile, lane, group, sum, out): adds the group's contribution to `out`, which starts
-// at 0. For a tile the groups come first to last; `done(row, tile, lane, out)` makes the result.
+// Tiles [first, last) on this thread. decode(tile, begin, end, panel): weights of the tile's 16 rows, columns [begin,
+// end), to panel [end - begin][16]. finish(row, tile, lane, group, sum, out): adds the group's contribution to `out`,
+// which starts at 0. For a tile the groups come first to last; `done(row, tile, lane, out)` makes the result.
 template <class T, class Decode, class Finish, class Done>
-void panel_matmul(const PanelShape& shape, const T* x, T* out, ParallelFor parallel_for, const Decode& decode,
-                  const Finish& finish, const Done& done) {
+void panel_tiles(const PanelShape& shape, const T* x, T* out, int64_t first, int64_t last, const Decode& decode,
+                 const Finish& finish, const Done& done) {
   constexpr int64_t kColumns = 256;  // a panel of 16 KiB stays in the first-level cache
   constexpr int64_t kRows = 256;     // bounds the scratch memory
   const auto multiply_tile = [&](int64_t tile, int64_t row, int64_t rows, float* panel, float* sum, float* result) {
@@ -78,17 +78,22 @@ void panel_matmul(const PanelShape& shape, const T* x, T* out, ParallelFor paral
       if (lane < lanes) store(done(row + i / kTileRows, tile, lane, result[i]), out + output);
     }
   };
-  const auto tiles = [&](int64_t first, int64_t last) {
-    const int64_t block = std::min(kRows, shape.m);
-    std::vector<float> panel(kColumns * kTileRows), sum(block * kTileRows), result(block * kTileRows);
-    for (int64_t tile = first; tile < last; ++tile) {
-      for (int64_t row = 0; row < shape.m; row += kRows) {
-        multiply_tile(tile, row, std::min(kRows, shape.m - row), panel.data(), sum.data(), result.data());
-      }
+  const int64_t block = std::min(kRows, shape.m);
+  std::vector<float> panel(kColumns * kTileRows), sum(block * kTileRows), result(block * kTileRows);
+  for (int64_t tile = first; tile < last; ++tile) {
+    for (int64_t row = 0; row < shape.m; row += kRows) {
+      multiply_tile(tile, row, std::min(kRows, shape.m - row), panel.data(), sum.data(), result.data());
     }
-  };
+  }
+}
+
+// All tiles.
+template <class T, class Decode, class Finish, class Done>
+void panel_matmul(const PanelShape& shape, const T* x, T* out, ParallelFor parallel_for, const Decode& decode,
+                  const Finish& finish, const Done& done) {
   const double nanoseconds = static_cast<double>(shape.m) * static_cast<double>(shape.k) * kTileRows * 0.3;
-  split(parallel_for, tile_count(shape.n), nanoseconds, tiles);
+  split(parallel_for, tile_count(shape.n), nanoseconds,
+        [&](int64_t first, int64_t last) { panel_tiles(shape, x, out, first, last, decode, finish, done); });
 }
 
 }  // namespace bitmill::detail

@@ -17,8 +17,11 @@
 namespace bitmill {
 namespace {
 
-// Activation rows that are multiplied together: what bounds the scratch memory.
-constexpr int64_t kRowBlock = 256;
+// Activation rows that are prepared, and multiplied, together: what bounds the scratch memory. The last ones take what
+// remains if that is less than kManyRows: a kernel for few rows, which may round otherwise, is for few rows in all.
+constexpr int64_t kPreparedRows = 1024, kRowBlock = 256;
+
+int64_t rows_together(int64_t left, int64_t most) { return left < most + kManyRows ? left : most; }
 
 int64_t group_width(const SalientWeight& w) { return w.group_size > 0 ? w.group_size : std::max<int64_t>(w.k, 1); }
 int64_t group_count(const SalientWeight& w) { return w.group_size > 0 ? ceil_div(w.k, w.group_size) : 1; }
@@ -167,32 +170,6 @@ Rows prepare_rows(const SalientMatmulParams& p, const void* x, int64_t m, bool a
   return rows;
 }
 
-// The sign plane's part of the product, and what is added to it.
-template <class Product>
-Product sign_product(const SalientMatmulParams& p, int64_t m, Addend addend, void* out) {
-  const SalientWeight& w = p.weight;
-  Product signs;
-  signs.weight = w.sign;
-  signs.m = m, signs.n = w.n, signs.k = w.k;
-  signs.scale = w.alpha, signs.group_size = w.group_size;
-  signs.addend = addend, signs.bias = p.bias, signs.out = out;
-  signs.parallel_for = p.parallel_for;
-  return signs;
-}
-
-Status multiply_signs(const SalientMatmulParams& p, const void* x, const Rows& rows, int64_t m, Addend addend,
-                      void* out) {
-  if (p.int8) {
-    auto signs = sign_product<BinaryInt8MatmulParams>(p, m, addend, out);
-    signs.q = rows.q.data(), signs.row_scale = rows.scale.data();
-    signs.out_dtype = p.dtype;
-    return binary_int8_matmul(signs);
-  }
-  auto signs = sign_product<BinaryWeightMatmulParams>(p, m, addend, out);
-  signs.x = x, signs.dtype = p.dtype;
-  return binary_weight_matmul(signs);
-}
-
 struct Kernel {
   void (*tiles)(const detail::SalientTask&, int64_t, int64_t);
   double nanoseconds;  // of one salient weight and one row of activations
@@ -269,8 +246,55 @@ void multiply_spread(const Kernel& kernel, const detail::SalientTask& task, int6
     }
     // The kernels count codes from the first one of all.
     wide.value = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(bytes.get()) - static_cast<uintptr_t>(base));
-    kernel.tiles({wide, task.m, task.groups, task.group_width, task.x, task.q, task.row_scale, task.total, task.out},
-                 first, last);
+    kernel.tiles(
+        {wide, task.m, task.groups, task.group_width, task.x, task.q, task.row_scale, task.total, task.out, task.first},
+        first, last);
+  }
+}
+
+// The sign plane's part of the product, without activations.
+template <class Product>
+Product sign_product(const SalientMatmulParams& p, int64_t m, Addend addend, void* out) {
+  const SalientWeight& w = p.weight;
+  Product signs;
+  signs.weight = w.sign;
+  signs.m = m, signs.n = w.n, signs.k = w.k;
+  signs.scale = w.alpha, signs.group_size = w.group_size;
+  signs.addend = addend, signs.bias = p.bias, signs.out = out;
+  return signs;
+}
+
+// `m` rows from `row` on of prepared rows, tiles [begin, end), on this thread: the salient part, and the sign plane's
+// with it. x and out: of the prepared rows.
+void multiply_part(const SalientMatmulParams& p, const Kernel& kernel, const Rows& rows, const char* x, char* out,
+                   int64_t row, int64_t m, int64_t begin, int64_t end) {
+  const SalientWeight& w = p.weight;
+  x += row * w.k * bytes_of(p.dtype), out += row * w.n * bytes_of(p.dtype);
+  const auto sums = std::make_unique_for_overwrite<float[]>((end - begin) * m * kTileRows);
+  const bool direct = !p.int8 && p.dtype == Dtype::f32;
+  const float* floats = rows.values.empty() ? nullptr : rows.values.data() + row * w.k;
+  const detail::SalientTask task{w,
+                                 m,
+                                 group_count(w),
+                                 group_width(w),
+                                 direct ? reinterpret_cast<const float*>(x) : floats,
+                                 p.int8 ? rows.q.data() + row * w.k : nullptr,
+                                 p.int8 ? rows.scale.data() + row : nullptr,
+                                 p.int8 ? rows.total.data() + row : nullptr,
+                                 sums.get(),
+                                 begin};
+  const bool spreads = w.value_scale && w.code_bits == 4 && kernel.tiles != detail::salient_tiles_generic;
+  spreads ? multiply_spread(kernel, task, begin, end) : kernel.tiles(task, begin, end);
+  const Addend addend{sums.get(), m, begin};
+  if (p.int8) {
+    auto signs = sign_product<BinaryInt8MatmulParams>(p, m, addend, out);
+    signs.q = task.q, signs.row_scale = task.row_scale;
+    signs.out_dtype = p.dtype;
+    detail::binary_int8_matmul_tiles(signs, begin, end);
+  } else {
+    auto signs = sign_product<BinaryWeightMatmulParams>(p, m, addend, out);
+    signs.x = x, signs.dtype = p.dtype;
+    detail::binary_weight_matmul_tiles(signs, begin, end);
   }
 }
 
@@ -330,31 +354,19 @@ Status salient_matmul(const SalientMatmulParams& p) {
   const Status status = p.m == 0 ? salient_check(w, p.parallel_for) : check_outline(w);
   if (status != Status::ok || p.m == 0 || w.n == 0) return status;
   const Kernel kernel = choose_kernel(p);
-  const bool spreads = w.value_scale && w.code_bits == 4 && kernel.tiles != detail::salient_tiles_generic;
-  const int64_t row_bytes_of_x = w.k * bytes_of(p.dtype), row_bytes = w.n * bytes_of(p.dtype);
-  const auto sums = std::make_unique_for_overwrite<float[]>(tile_count(w.n) * std::min(kRowBlock, p.m) * kTileRows);
-  for (int64_t row = 0; row < p.m; row += kRowBlock) {
-    const int64_t m = std::min(kRowBlock, p.m - row);
-    const char* x = static_cast<const char*>(p.x) + row * row_bytes_of_x;
-    char* out = static_cast<char*>(p.out) + row * row_bytes;
+  const double entries = salient_weights(w) / static_cast<double>(w.n) + 2.0, columns = static_cast<double>(w.k);
+  const double cost = (entries * kernel.nanoseconds + columns * (p.int8 ? 0.003 : 0.01)) * kTileRows;
+  for (int64_t row = 0, m; row < p.m; row += m) {
+    m = rows_together(p.m - row, kPreparedRows);
+    const char* x = static_cast<const char*>(p.x) + row * w.k * bytes_of(p.dtype);
+    char* out = static_cast<char*>(p.out) + row * w.n * bytes_of(p.dtype);
     const Rows rows = prepare_rows(p, x, m, p.int8 && !kernel.reads_int8);
-    const bool direct = !p.int8 && p.dtype == Dtype::f32;
-    const detail::SalientTask task{w,
-                                   m,
-                                   group_count(w),
-                                   group_width(w),
-                                   direct ? reinterpret_cast<const float*>(x) : rows.values.data(),
-                                   p.int8 ? rows.q.data() : nullptr,
-                                   p.int8 ? rows.scale.data() : nullptr,
-                                   p.int8 ? rows.total.data() : nullptr,
-                                   sums.get()};
-    const double salient = (salient_weights(w) / static_cast<double>(w.n) + 2.0) * kTileRows;
-    split(p.parallel_for, tile_count(w.n), salient * static_cast<double>(m + 4) * kernel.nanoseconds,
-          [&](int64_t begin, int64_t end) {
-            spreads ? multiply_spread(kernel, task, begin, end) : kernel.tiles(task, begin, end);
-          });
-    const Status multiplied = multiply_signs(p, x, rows, m, {sums.get(), m}, out);
-    if (multiplied != Status::ok) return multiplied;
+    split_blocks(p.parallel_for, m, w.n, cost, [&](int64_t first, int64_t count, int64_t begin, int64_t end) {
+      for (int64_t i = 0, here; i < count; i += here) {
+        here = rows_together(count - i, kRowBlock);
+        multiply_part(p, kernel, rows, x, out, first + i, here, begin, end);
+      }
+    });
   }
   return Status::ok;
 }

@@ -69,9 +69,10 @@ struct SalientTask {
   const int8_t* q;         // [m, k] or null
   const float* row_scale;  // [m] or null: 1
   const int32_t* total;    // [m] or null: sums of rows of q
-  float* out;              // [tiles, m, 16], whole tiles (Addend in layout.h)
+  float* out;              // [tiles, m, 16], whole tiles (Addend in layout.h), from this one on:
+  int64_t first;
 
-  float* at(int64_t row, int64_t tile) const { return out + (tile * m + row) * kTileRows; }
+  float* at(int64_t row, int64_t tile) const { return out + ((tile - first) * m + row) * kTileRows; }
 };
 
 // Tiles [begin, end), all rows. The forms for int8 (AVX2's, and VNNI) take int8 activations, uint8 codes, one group, k
