@@ -116,7 +116,7 @@ Image pack_image(const BinaryConvParams& p, const Kernel& kernel) {
     bitpack(pack);  // its sizes are checked
     for (size_t row = 0; row < zeros.size(); ++row) zeros[row] = bits - count[row];
   } else {
-    split(p.parallel_for, rows, static_cast<double>(bits) * 0.1, [&](int64_t begin, int64_t end) {
+    split(p.parallel_for, rows, static_cast<double>(bits) * 0.4, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t y = row % p.vertical.size, group = row / p.vertical.size % p.groups;
         const int64_t sample = row / (p.vertical.size * p.groups), at = row * image.row_words;
@@ -268,15 +268,16 @@ Status binary_conv(const BinaryConvParams& p) {
   const detail::Kernel kernel = detail::choose_kernel();
   const detail::Image image = detail::pack_image(p, kernel);
   const int64_t positions = p.positions(), words = word_count(p.k());
-  const double cost = static_cast<double>(words + 2) * static_cast<double>(p.n * detail::kPatches) * 0.1;
-  split(p.parallel_for, ceil_div(positions, detail::kPatches), cost, [&](int64_t begin, int64_t end) {
-    const int64_t rows = std::min(positions, detail::kPatches);
+  // Chunks of equal size, and whole blocks of the product's kernels: 196 positions are not 3 chunks of 64 and one of 4.
+  const int64_t rows = ceil_div(ceil_div(positions, ceil_div(positions, detail::kPatches)), kRowUnit) * kRowUnit;
+  const double cost = static_cast<double>(words + 2) * static_cast<double>(p.n * rows) * 0.1;
+  split(p.parallel_for, ceil_div(positions, rows), cost, [&](int64_t begin, int64_t end) {
     const int64_t outputs = p.n / p.groups + kTileRows;
     const detail::PatchRoom room{detail::words_for(rows * words),
                                  image.nonzero ? detail::words_for(rows * words) : nullptr,
                                  std::unique_ptr<char[]>(new char[rows * outputs * bytes_of(p.dtype)])};
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t first = chunk * detail::kPatches, count = std::min(rows, positions - first);
+      const int64_t first = chunk * rows, count = std::min(rows, positions - first);
       for (int64_t group = 0; group < p.groups; ++group) {
         detail::convolve(p, image, kernel, group, first, count, room);
       }
