@@ -24,6 +24,13 @@ void reversed_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* 
   if (begin < middle) body(context, begin, middle);
 }
 
+// Parts of 5, the last one first.
+void scattered_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
+  for (int64_t part = begin + (end - begin - 1) / 5 * 5; part >= begin; part -= 5) {
+    body(context, part, std::min(end, part + 5));
+  }
+}
+
 // x as the product sees it: itself, or rounded to int8.
 template <class T>
 std::vector<double> activations(const std::vector<T>& x, int64_t m, int64_t k, Dtype dtype, bool int8) {
@@ -78,12 +85,12 @@ void check_matmul(const Case& c, const Weight& w, int64_t m, Dtype dtype, double
     p.parallel_for = serial_for;
     p.out = out.data();
     CHECK(salient_matmul(p) == Status::ok);
-    p.parallel_for = reversed_for;
-    p.out = again.data();
-    CHECK(salient_matmul(p) == Status::ok);
-    for (size_t i = 0; i < sum.size(); ++i) {
-      CHECK(std::fabs(double(to_float(out[i])) - sum[i]) <= allowed[i]);
-      CHECK(to_float(out[i]) == to_float(again[i]));
+    for (size_t i = 0; i < sum.size(); ++i) CHECK(std::fabs(double(to_float(out[i])) - sum[i]) <= allowed[i]);
+    for (const ParallelFor parallel_for : {reversed_for, scattered_for}) {
+      p.parallel_for = parallel_for;
+      p.out = again.data();
+      CHECK(salient_matmul(p) == Status::ok);
+      for (size_t i = 0; i < sum.size(); ++i) CHECK(to_float(out[i]) == to_float(again[i]));
     }
   }
   select(best());
@@ -286,6 +293,18 @@ void check_products(std::mt19937& random) {
   }
 }
 
+// More rows than a block, a part and what is prepared together have, in parts of threads that begin inside a block.
+void check_blocks_of_rows(std::mt19937& random) {
+  for (const auto encoding : {SalientEncoding::bitmap, SalientEncoding::list, SalientEncoding::columns}) {
+    const Case c{.n = 150, .k = 40, .fraction = 0.2, .encoding = encoding};
+    const Weight w = make(c, random);
+    for (const int64_t m : {127, 128, 197, 260, 321, 1090}) {
+      check_matmul<float>(c, w, m, Dtype::f32, 1e-6, false, random);
+      check_matmul<BFloat16>(c, w, m, Dtype::bf16, 0x1p-8, true, random);
+    }
+  }
+}
+
 void check_arrays(std::mt19937& random) {
   for (const auto encoding : {SalientEncoding::bitmap, SalientEncoding::list, SalientEncoding::columns}) {
     for (const int64_t m : {1, 9, 70}) {
@@ -309,6 +328,7 @@ void check_arrays(std::mt19937& random) {
 int main() {
   std::mt19937 random(1);
   check_products(random);
+  check_blocks_of_rows(random);
   for (const InstructionSet set : kInstructionSets) {
     if (select(set)) check_arrays(random);
   }
