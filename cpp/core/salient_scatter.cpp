@@ -155,7 +155,10 @@ Rows prepare_rows(const SalientMatmulParams& p, const void* x, int64_t m, bool a
   if (!p.int8) {
     if (p.dtype != Dtype::f32) {
       rows.values.resize(m * k);
-      widen(p.dtype, x, m * k, rows.values.data());
+      split(p.parallel_for, m, static_cast<double>(k) * 0.05, [&](int64_t begin, int64_t end) {
+        const char* first = static_cast<const char*>(x) + begin * k * bytes_of(p.dtype);
+        widen(p.dtype, first, (end - begin) * k, rows.values.data() + begin * k);
+      });
     }
     return rows;
   }
