@@ -10,9 +10,22 @@ constexpr int64_t kBlockRows = 64;        // rows transposed together
 constexpr int64_t kListSteps = 64;        // of a list, decoded together
 constexpr int64_t kBitmapColumns = 2048;  // of a bitmap, decoded together
 
-// Sums of a tile for 64 rows of activations.
+// The factors of a tile's outputs, from memory: what is computed for an output has the rows as lanes.
+struct OutputFactors {
+  alignas(64) float scale[kTileRows], zero[kTileRows];
+  float base[kTileRows], mu[kTileRows];
+
+  explicit OutputFactors(const TileFactors& factors) {
+    _mm512_store_ps(scale, factors.scale), _mm512_store_ps(zero, factors.zero);
+    _mm512_storeu_ps(base, _mm512_loadu_ps(factors.base));
+    _mm512_storeu_ps(mu, factors.mu ? _mm512_loadu_ps(factors.mu) : _mm512_setzero_ps());
+  }
+};
+
+// Sums of a tile for 64 rows of activations: of codes and of activations, while entries follow, and what they come to.
 struct Sums {
-  alignas(64) int32_t code[kTileRows][kBlockRows], plain[kTileRows][kBlockRows];
+  alignas(64) float value[kTileRows][kBlockRows];
+  int32_t code[kTileRows][kBlockRows], plain[kTileRows][kBlockRows];
 };
 
 // Entries of one output, four at a time: columns, `stride` apart, and their codes, 4 bytes that lie `code_stride`
@@ -27,7 +40,7 @@ struct Entries {
 struct Chunk {
   Entries of_output[kTileRows];
   int64_t stride, code_stride;
-  bool begins;  // the sums
+  bool begins, ends;  // the sums
 };
 
 // Rows of activations, 64 at a time: `count` blocks of `size` = (width + 1) x 64 bytes, columns first. The last column
@@ -38,17 +51,19 @@ struct Blocks {
 };
 
 // Adds entries to the sums of one output. q: a block.
-void add_entries(Entries entries, int64_t stride, int64_t code_stride, const int8_t* q, bool begins, int32_t* code,
-                 int32_t* plain) {
-  const auto before = [begins](const int32_t* sums) {
-    return begins ? _mm512_setzero_si512() : _mm512_load_si512(sums);
+void add_entries(const Chunk& chunk, int64_t lane, const int8_t* q, const OutputFactors& factors, Sums& sums) {
+  const auto before = [&chunk](const int32_t* from) {
+    return chunk.begins ? _mm512_setzero_si512() : _mm512_load_si512(from);
   };
+  int32_t *const code = sums.code[lane], *const plain = sums.plain[lane];
   __m512i c0 = before(code), c1 = before(code + 16), c2 = before(code + 32), c3 = before(code + 48);
   __m512i t0 = before(plain), t1 = before(plain + 16), t2 = before(plain + 32), t3 = before(plain + 48);
   const __m512i ones = _mm512_set1_epi8(1);
-  const int32_t* column = entries.column;
-  const uint8_t* codes = entries.code;
-  for (int64_t i = 0; i < entries.fours; ++i, column += 4 * stride, codes += code_stride) {
+  const auto [columns, first_codes, fours] = chunk.of_output[lane];
+  const int64_t stride = chunk.stride;
+  const int32_t* column = columns;
+  const uint8_t* codes = first_codes;
+  for (int64_t i = 0; i < fours; ++i, column += 4 * stride, codes += chunk.code_stride) {
     const auto load = [&](int64_t j) { return _mm512_load_si512(q + int64_t{column[j * stride]} * kBlockRows); };
     const __m512i a = load(0), b = load(1), c = load(2), d = load(3);
     const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
@@ -63,6 +78,17 @@ void add_entries(Entries entries, int64_t stride, int64_t code_stride, const int
     c2 = _mm512_dpbusd_epi32(c2, v, p2), t2 = _mm512_dpbusd_epi32(t2, ones, p2);
     c3 = _mm512_dpbusd_epi32(c3, v, p3), t3 = _mm512_dpbusd_epi32(t3, ones, p3);
   }
+  if (chunk.ends) {
+    const __m512 zero = _mm512_set1_ps(factors.zero[lane]), scale = _mm512_set1_ps(factors.scale[lane]);
+    const __m512 base = _mm512_set1_ps(factors.base[lane]);
+    const auto put = [&](int64_t row, __m512i of_codes, __m512i of_activations) {
+      const __m512 t = _mm512_cvtepi32_ps(of_activations);
+      const __m512 salient = _mm512_mul_ps(scale, _mm512_fnmadd_ps(zero, t, _mm512_cvtepi32_ps(of_codes)));
+      _mm512_store_ps(sums.value[lane] + row, _mm512_fnmadd_ps(base, t, salient));
+    };
+    put(0, c0, t0), put(16, c1, t1), put(32, c2, t2), put(48, c3, t3);
+    return;
+  }
   _mm512_store_si512(code, c0), _mm512_store_si512(code + 16, c1);
   _mm512_store_si512(code + 32, c2), _mm512_store_si512(code + 48, c3);
   _mm512_store_si512(plain, t0), _mm512_store_si512(plain + 16, t1);
@@ -70,22 +96,21 @@ void add_entries(Entries entries, int64_t stride, int64_t code_stride, const int
 }
 
 // Block by block: what a block reads of the activations stays in the first-level cache for 16 outputs.
-void add_chunk(const Chunk& chunk, const Blocks& blocks, Sums* sums) {
+void add_chunk(const Chunk& chunk, const Blocks& blocks, const OutputFactors& factors, Sums* sums) {
   for (int64_t i = 0; i < blocks.count; ++i) {
     for (int64_t lane = 0; lane < kTileRows; ++lane) {
-      add_entries(chunk.of_output[lane], chunk.stride, chunk.code_stride, blocks.q + i * blocks.size, chunk.begins,
-                  sums[i].code[lane], sums[i].plain[lane]);
+      add_entries(chunk, lane, blocks.q + i * blocks.size, factors, sums[i]);
     }
   }
 }
 
-void add_list(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums* sums) {
+void add_list(const SalientWeight& w, int64_t tile, const Blocks& blocks, const OutputFactors& factors, Sums* sums) {
   const __m256i last = _mm256_set1_epi16(static_cast<int16_t>(w.k - 1));
   const __m512i zeros = _mm512_set1_epi32(static_cast<int>(w.k));  // the row of zeros after the last column
   __m256i column = _mm256_set1_epi16(-1);
   alignas(64) int32_t columns[kListSteps][kTileRows];
   alignas(64) uint8_t codes[kListSteps / 4][4 * kTileRows];
-  Chunk chunk{{}, kTileRows, 4 * kTileRows, true};
+  Chunk chunk{{}, kTileRows, 4 * kTileRows, true, false};
   int64_t step = w.start[tile];
   do {
     int64_t fours = 0;
@@ -116,21 +141,24 @@ void add_list(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums* 
     }
     for (int64_t lane = 0; lane < kTileRows; ++lane)
       chunk.of_output[lane] = {columns[0] + lane, codes[0] + 4 * lane, fours};
-    add_chunk(chunk, blocks, sums);
+    chunk.ends = step >= w.start[tile + 1];
+    add_chunk(chunk, blocks, factors, sums);
     chunk.begins = false;
-  } while (step < w.start[tile + 1]);
+  } while (!chunk.ends);
 }
 
 // `every`: 0, 1, 2, ... up to the width.
-void add_columns(const SalientInt8Rows& rows, int64_t tile, const Blocks& blocks, const int32_t* every, Sums* sums) {
+void add_columns(const SalientInt8Rows& rows, int64_t tile, const Blocks& blocks, const OutputFactors& factors,
+                 const int32_t* every, Sums* sums) {
   const int64_t words = rows.width / 4;
   const auto* value = static_cast<const uint8_t*>(rows.task.weight.value) + tile * rows.width * kTileRows;
-  Chunk chunk{{}, 1, 4 * kTileRows, true};
+  Chunk chunk{{}, 1, 4 * kTileRows, true, true};
   for (int64_t lane = 0; lane < kTileRows; ++lane) chunk.of_output[lane] = {every, value + 4 * lane, words};
-  add_chunk(chunk, blocks, sums);
+  add_chunk(chunk, blocks, factors, sums);
 }
 
-void add_bitmap(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums* sums, int32_t* columns) {
+void add_bitmap(const SalientWeight& w, int64_t tile, const Blocks& blocks, const OutputFactors& factors, Sums* sums,
+                int32_t* columns) {
   const int64_t words = word_count(w.k), first = tile * kTileRows, left = w.n - first;
   const int64_t outputs = left < kTileRows ? left : kTileRows;
   const auto* value = static_cast<const uint8_t*>(w.value);
@@ -138,9 +166,10 @@ void add_bitmap(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums
   int64_t entry[kTileRows];
   for (int64_t lane = 0; lane < outputs; ++lane) entry[lane] = w.start[first + lane];
   uint8_t last_codes[kBitmapColumns + 4 * kTileRows];  // of outputs whose last four would reach past the array
-  Chunk chunk{{}, 1, 4, true};
-  for (int64_t word = 0; chunk.begins || word < words; word += kBitmapColumns / 32, chunk.begins = false) {
+  Chunk chunk{{}, 1, 4, true, false};
+  for (int64_t word = 0; !chunk.ends; word += kBitmapColumns / 32, chunk.begins = false) {
     const int64_t end = word + kBitmapColumns / 32 < words ? word + kBitmapColumns / 32 : words;
+    chunk.ends = end == words;
     int32_t* column = columns;
     uint8_t* last = last_codes;
     for (int64_t lane = 0; lane < outputs; ++lane) {
@@ -160,7 +189,7 @@ void add_bitmap(const SalientWeight& w, int64_t tile, const Blocks& blocks, Sums
       column += 4 * fours;
       entry[lane] += count;
     }
-    add_chunk(chunk, blocks, sums);
+    add_chunk(chunk, blocks, factors, sums);
   }
 }
 
@@ -197,19 +226,7 @@ void transpose_rows(const int8_t* q, int64_t width, int64_t count, int8_t* out) 
   for (int64_t i = 0; i < kBlockRows; ++i) out[width * kBlockRows + i] = 0;
 }
 
-// The factors of a tile's outputs, from memory: what is computed for an output has the rows as lanes.
-struct OutputFactors {
-  alignas(64) float scale[kTileRows], zero[kTileRows];
-  float base[kTileRows], mu[kTileRows];
-
-  explicit OutputFactors(const TileFactors& factors) {
-    _mm512_store_ps(scale, factors.scale), _mm512_store_ps(zero, factors.zero);
-    _mm512_storeu_ps(base, _mm512_loadu_ps(factors.base));
-    _mm512_storeu_ps(mu, factors.mu ? _mm512_loadu_ps(factors.mu) : _mm512_setzero_ps());
-  }
-};
-
-// A block's sums, from integers to results. `totals`: of the block's rows.
+// A block's sums to results. `totals`: of the block's rows.
 [[gnu::noinline]] void finish_block(const SalientTask& task, int64_t row, int64_t count, int64_t tile, const Sums& sums,
                                     const OutputFactors& factors, const float* totals) {
   for (int64_t first = 0; first < count; first += 16) {
@@ -219,11 +236,7 @@ struct OutputFactors {
     __m512 value[kTileRows];
 #pragma GCC unroll 16
     for (int64_t lane = 0; lane < kTileRows; ++lane) {
-      const __m512 c = _mm512_cvtepi32_ps(_mm512_load_si512(sums.code[lane] + first));
-      const __m512 t = _mm512_cvtepi32_ps(_mm512_load_si512(sums.plain[lane] + first));
-      const __m512 codes = _mm512_fnmadd_ps(_mm512_set1_ps(factors.zero[lane]), t, c);
-      const __m512 sum = _mm512_fnmadd_ps(_mm512_set1_ps(factors.base[lane]), t,
-                                          _mm512_mul_ps(_mm512_set1_ps(factors.scale[lane]), codes));
+      const __m512 sum = _mm512_load_ps(sums.value[lane] + first);
       value[lane] = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_set1_ps(factors.mu[lane]), total, sum), row_scale);
     }
     transpose16(value);
@@ -262,12 +275,13 @@ void salient_many_rows_avx512vnni(const SalientInt8Rows& rows, int64_t begin, in
     }
     for (int64_t tile = begin; tile < end; ++tile) {
       factors.load(task, tile);
-      if (columns) {
-        add_columns(rows, tile, blocks, every, sums);
-      } else {
-        w.encoding == SalientEncoding::list ? add_list(w, tile, blocks, sums) : add_bitmap(w, tile, blocks, sums, bits);
-      }
       const OutputFactors of_outputs(factors);
+      if (columns) {
+        add_columns(rows, tile, blocks, of_outputs, every, sums);
+      } else {
+        w.encoding == SalientEncoding::list ? add_list(w, tile, blocks, of_outputs, sums)
+                                            : add_bitmap(w, tile, blocks, of_outputs, sums, bits);
+      }
       for (int64_t i = 0; i < blocks.count; ++i) {
         const int64_t first = row + i * kBlockRows;
         finish_block(task, first, rows_of(i), tile, sums[i], of_outputs, totals + first);
