@@ -117,7 +117,7 @@ Status start(const BinaryWeightMatmulParams& p, Dtype out_dtype, Stream stream) 
 
 Status launch_binary_weight_matmul(const BinaryWeightMatmulParams& p, Stream stream, std::optional<Dtype> out_dtype) {
   if (p.m < 0 || p.n < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
-  if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
+  if (p.group_size < 0 || p.group_size % 32 != 0 || p.addend) return Status::bad_argument;
   if (p.m == 0 || p.n == 0) return Status::ok;
   return with_dtype(p.dtype, p.x, [&]<class T>(const T*) {
     const Dtype out = out_dtype.value_or(p.dtype);

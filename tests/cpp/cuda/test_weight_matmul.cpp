@@ -165,6 +165,9 @@ int main() {
   BinaryWeightMatmulParams p;
   p.group_size = 31;
   CHECK(cuda::launch_binary_weight_matmul(p, nullptr) == Status::bad_argument);
+  const float addend = 0;
+  p.group_size = 0, p.addend = {&addend, 1};
+  CHECK(cuda::launch_binary_weight_matmul(p, nullptr) == Status::bad_argument);
   Fp4MatmulParams q;
   CHECK(cuda::launch_fp4_matmul(q, nullptr, nullptr) == Status::bad_argument);  // no table
   return failures() != 0;
