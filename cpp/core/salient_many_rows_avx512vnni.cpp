@@ -59,24 +59,22 @@ void add_entries(const Chunk& chunk, int64_t lane, const int8_t* q, const Output
   __m512i c0 = before(code), c1 = before(code + 16), c2 = before(code + 32), c3 = before(code + 48);
   __m512i t0 = before(plain), t1 = before(plain + 16), t2 = before(plain + 32), t3 = before(plain + 48);
   const __m512i ones = _mm512_set1_epi8(1);
-  const auto [columns, first_codes, fours] = chunk.of_output[lane];
   const int64_t stride = chunk.stride;
-  const int32_t* column = columns;
-  const uint8_t* codes = first_codes;
-  for (int64_t i = 0; i < fours; ++i, column += 4 * stride, codes += chunk.code_stride) {
-    const auto load = [&](int64_t j) { return _mm512_load_si512(q + int64_t{column[j * stride]} * kBlockRows); };
+  for (Entries left = chunk.of_output[lane]; left.fours > 0; --left.fours) {
+    const auto load = [&](int64_t j) { return _mm512_load_si512(q + int64_t{left.column[j * stride]} * kBlockRows); };
     const __m512i a = load(0), b = load(1), c = load(2), d = load(3);
     const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
     const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
     const __m512i p0 = _mm512_unpacklo_epi16(ab_low, cd_low), p1 = _mm512_unpackhi_epi16(ab_low, cd_low);
     const __m512i p2 = _mm512_unpacklo_epi16(ab_high, cd_high), p3 = _mm512_unpackhi_epi16(ab_high, cd_high);
     int32_t four;
-    __builtin_memcpy(&four, codes, sizeof(four));
+    __builtin_memcpy(&four, left.code, sizeof(four));
     const __m512i v = _mm512_set1_epi32(four);
     c0 = _mm512_dpbusd_epi32(c0, v, p0), t0 = _mm512_dpbusd_epi32(t0, ones, p0);
     c1 = _mm512_dpbusd_epi32(c1, v, p1), t1 = _mm512_dpbusd_epi32(t1, ones, p1);
     c2 = _mm512_dpbusd_epi32(c2, v, p2), t2 = _mm512_dpbusd_epi32(t2, ones, p2);
     c3 = _mm512_dpbusd_epi32(c3, v, p3), t3 = _mm512_dpbusd_epi32(t3, ones, p3);
+    left.column += 4 * stride, left.code += chunk.code_stride;
   }
   if (chunk.ends) {
     const __m512 zero = _mm512_set1_ps(factors.zero[lane]), scale = _mm512_set1_ps(factors.scale[lane]);

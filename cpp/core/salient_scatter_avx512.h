@@ -55,17 +55,13 @@ struct TileFactors {
 };
 
 // One row and one tile: sum of the salient part to the result. `totals`: X_g of the row.
-static inline __m512 finished(const SalientTask& task, int64_t row, __m512 sum, const TileFactors& factors,
-                              const float* totals) {
+static inline void finish(const SalientTask& task, int64_t row, int64_t tile, __m512 sum, const TileFactors& factors,
+                          const float* totals) {
   for (int64_t group = 0; factors.mu && group < task.groups; ++group) {
     sum = _mm512_fmadd_ps(_mm512_loadu_ps(factors.mu + group * kTileRows), _mm512_set1_ps(totals[group]), sum);
   }
-  return task.row_scale ? _mm512_mul_ps(sum, _mm512_set1_ps(task.row_scale[row])) : sum;
-}
-
-static inline void finish(const SalientTask& task, int64_t row, int64_t tile, __m512 sum, const TileFactors& factors,
-                          const float* totals) {
-  _mm512_storeu_ps(task.at(row, tile), finished(task, row, sum, factors, totals));
+  if (task.row_scale) sum = _mm512_mul_ps(sum, _mm512_set1_ps(task.row_scale[row]));
+  _mm512_storeu_ps(task.at(row, tile), sum);
 }
 
 // The same for `count` <= 16 rows whose sums lie output by output, `stride` apart. `totals`: [count][groups].

@@ -10,16 +10,12 @@
 #include "check.h"
 #include "cpu.h"
 #include "layout.h"
+#include "threads.h"
 
 using namespace bitmill;
 using namespace bitmill_test;
 
 namespace {
-
-// Parts of one item, last to first: a result must not depend on who computes what, or when.
-void scattered_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
-  for (int64_t i = end; i > begin; --i) body(context, i - 1, i);
-}
 
 // The context of one row, as the rules say, in double.
 std::vector<float> expected(const BinaryAttentionParams& p, const Problem& problem, const FloatOperand& q,

@@ -10,17 +10,14 @@
 #include "check.h"
 #include "cpu.h"
 #include "layout.h"
+#include "threads.h"
 
 using namespace bitmill;
+using bitmill_test::scattered_for;
 
 namespace {
 
 std::mt19937 random_bits(3);
-
-// Parts of one item, last to first: a result must not depend on who computes what, or when.
-void scattered_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
-  for (int64_t i = end; i > begin; --i) body(context, i - 1, i);
-}
 
 std::vector<float> random_floats(int64_t count, bool zeros) {
   std::vector<float> values(count);

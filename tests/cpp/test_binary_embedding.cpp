@@ -10,8 +10,10 @@
 #include "cpu.h"
 #include "layout.h"
 #include "row_steps.h"
+#include "threads.h"
 
 using namespace bitmill;
+using bitmill_test::scattered_for;
 
 namespace {
 
@@ -64,10 +66,6 @@ void looks_up(Dtype dtype, int64_t k, int64_t group_size, bool zeros) {
     CHECK(got.empty() || std::memcmp(got.data(), want.data(), got.size() * sizeof(T)) == 0);
   }
   select(best());
-}
-
-void scattered_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
-  for (int64_t i = end; i > begin; --i) body(context, i - 1, i);
 }
 
 void adds_rows(int64_t m, int64_t k, bool with_ids) {

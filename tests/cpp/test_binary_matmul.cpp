@@ -12,16 +12,12 @@
 #include "layout.h"
 #include "probe.h"
 #include "problems.h"
+#include "threads.h"
 
 using namespace bitmill;
 using namespace bitmill_test;
 
 namespace {
-
-// Parts of one item, last to first: a result must not depend on who computes what, or when.
-void scattered_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
-  for (int64_t i = end; i > begin; --i) body(context, i - 1, i);
-}
 
 void multiplies(const Problem& problem) {
   const auto [m, n, k, operand, weight_zeros, group_size] = problem;

@@ -12,20 +12,15 @@
 #include "cpu.h"
 #include "fp4.h"
 #include "layout.h"
+#include "threads.h"
 
 namespace {
 
 using namespace bitmill;
+using bitmill_test::reversed_for;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-// Parts of two, in reverse: what any number of threads may do to the order.
-void reversed_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
-  const int64_t middle = begin + (end - begin) / 2;
-  if (middle < end) body(context, middle, end);
-  if (begin < middle) body(context, begin, middle);
-}
 
 struct Named {
   Fp4Format format;

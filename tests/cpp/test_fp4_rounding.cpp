@@ -10,6 +10,7 @@
 #include "cpu.h"
 #include "fp4_definition.h"
 #include "layout.h"
+#include "threads.h"
 
 namespace {
 
@@ -18,13 +19,7 @@ using bitmill_test::defined_codes;
 using bitmill_test::kFormats;
 using bitmill_test::kRoundings;
 using bitmill_test::NamedFormat;
-
-// Parts of two, in reverse: what any number of threads may do to the order.
-void reversed_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
-  const int64_t middle = begin + (end - begin) / 2;
-  if (middle < end) body(context, middle, end);
-  if (begin < middle) body(context, begin, middle);
-}
+using bitmill_test::reversed_for;
 
 // Known answers of the Random123 distribution (kat_vectors).
 void test_philox() {

@@ -10,8 +10,10 @@
 #include "cpu.h"
 #include "layout.h"
 #include "row_steps.h"
+#include "threads.h"
 
 using namespace bitmill;
+using bitmill_test::scattered_for;
 
 namespace {
 
@@ -27,10 +29,6 @@ std::vector<int32_t> random_words(int64_t count) {
   std::vector<int32_t> words(static_cast<size_t>(count));
   for (int32_t& word : words) word = static_cast<int32_t>(random_bits());
   return words;
-}
-
-void scattered_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
-  for (int64_t i = end; i > begin; --i) body(context, i - 1, i);
 }
 
 // A buffer's bits: NaN equals itself.

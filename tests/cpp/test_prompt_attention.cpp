@@ -9,8 +9,10 @@
 #include "check.h"
 #include "cpu.h"
 #include "prompt_attention.h"
+#include "threads.h"
 
 using namespace bitmill;
+using bitmill_test::scattered_for;
 
 namespace {
 
@@ -20,10 +22,6 @@ std::vector<float> random_floats(int64_t count) {
   std::vector<float> values(static_cast<size_t>(count));
   for (float& value : values) value = static_cast<float>(static_cast<int32_t>(random_bits())) / 2e9f;
   return values;
-}
-
-void scattered_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
-  for (int64_t i = end; i > begin; --i) body(context, i - 1, i);
 }
 
 struct Problem {

@@ -11,21 +11,15 @@
 #include "layout.h"
 #include "salient_problems.h"
 #include "salient_scatter.h"
+#include "threads.h"
 
 namespace {
 
 using namespace bitmill;
 using namespace bitmill_test;
 
-// Parts of two, in reverse: what any number of threads may do to the order.
-void reversed_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
-  const int64_t middle = begin + (end - begin) / 2;
-  if (middle < end) body(context, middle, end);
-  if (begin < middle) body(context, begin, middle);
-}
-
 // Parts of 5, the last one first.
-void scattered_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
+void fives_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
   for (int64_t part = begin + (end - begin - 1) / 5 * 5; part >= begin; part -= 5) {
     body(context, part, std::min(end, part + 5));
   }
@@ -86,7 +80,7 @@ void check_matmul(const Case& c, const Weight& w, int64_t m, Dtype dtype, double
     p.out = out.data();
     CHECK(salient_matmul(p) == Status::ok);
     for (size_t i = 0; i < sum.size(); ++i) CHECK(std::fabs(double(to_float(out[i])) - sum[i]) <= allowed[i]);
-    for (const ParallelFor parallel_for : {reversed_for, scattered_for}) {
+    for (const ParallelFor parallel_for : {reversed_for, fives_for}) {
       p.parallel_for = parallel_for;
       p.out = again.data();
       CHECK(salient_matmul(p) == Status::ok);

@@ -5,19 +5,13 @@
 
 #include "check.h"
 #include "cpu.h"
+#include "threads.h"
 #include "zoned.h"
 #include "zoned_problems.h"
 
 using namespace bitmill_test;
 
 namespace {
-
-// Parts of two, in reverse: what any number of threads may do to the order.
-void reversed_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
-  const int64_t middle = begin + (end - begin) / 2;
-  if (middle < end) body(context, middle, end);
-  if (begin < middle) body(context, begin, middle);
-}
 
 void compare(const Form& f, int64_t m) {
   const Weight w = make(f);
