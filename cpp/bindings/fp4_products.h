@@ -6,8 +6,8 @@
 #include <optional>
 #include <string>
 
-#include "fp4_activations.h"
 #include "fp4_arguments.h"
+#include "fp4_matmul.h"
 
 namespace bitmill {
 

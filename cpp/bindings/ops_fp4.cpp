@@ -25,27 +25,22 @@ Tensor fp4_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tenso
   p.weight = arguments.weight(n, k, group_size);
   if (int8) checked_integers(op, p.weight.table, group_size, k);
   const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
-  const auto q = scratch<int8_t>(int8 ? rows.m * k : 0);
-  const auto row_scale = scratch<float>(int8 ? rows.m : 0);
-  if (int8) require(op, int8_quantize(int8_rows(op, rows, q.get(), row_scale.get())));
-  p.x = int8 ? q.get() : rows.x.const_data_ptr();
-  p.row_scale = int8 ? row_scale.get() : nullptr;
   p.dtype = dtype;
   p.m = rows.m;
   p.bias = data_or_null<float>(bias_row);
   p.out = out.mutable_data_ptr();
   p.parallel_for = torch_parallel_for;
-  require(op, fp4_matmul(p));
+  if (int8) {
+    require(op, fp4_int8_linear(int8_rows(op, rows, nullptr, nullptr), p));
+  } else {
+    p.x = rows.x.const_data_ptr();
+    require(op, fp4_matmul(p));
+  }
   return out;
 }
 
-// Runs the cast, with a scale on the CPU.
-void cast_activations(const char* op, ActivationArguments& arguments, int8_t* q, float* row_scale) {
-  Fp4ActivationsParams& p = arguments.p;
-  if (arguments.scale) p.scale = *data<float>(*arguments.scale);
-  p.q = q;
-  p.row_scale = row_scale;
-  const Status status = fp4_activations(p);
+// Of a cast of activations: everything else has been checked.
+void require_cast(const char* op, const Fp4ActivationsParams& p, Status status) {
   if (status == Status::bad_argument) {
     fail(op, ": input_shift must be at most ", (1 << p.format.exponent_bits) - 1, " for this format, got more");
   }
@@ -59,7 +54,11 @@ std::tuple<Tensor, Tensor> fp4_activations_cpu(Tensor x, std::string format, std
   ActivationArguments arguments(CpuCall(op, "x", x), op, rows, format, input_scale, input_shift, scale_rule);
   const Tensor q = new_tensor(sizes_of(x), ScalarType::Char);
   const Tensor row_scale = new_tensor(with_last(rows.leading, arguments.p.groups()), ScalarType::Float);
-  cast_activations(op, arguments, mutable_data<int8_t>(q), mutable_data<float>(row_scale));
+  Fp4ActivationsParams& p = arguments.p;
+  if (arguments.scale) p.scale = *data<float>(*arguments.scale);
+  p.q = mutable_data<int8_t>(q);
+  p.row_scale = mutable_data<float>(row_scale);
+  require_cast(op, p, fp4_activations(p));
   return {q, row_scale};
 }
 
@@ -80,18 +79,14 @@ Tensor fp4_fp4_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<T
   p.weight = arguments.weight(n, k, group_size);
   checked_integers(op, p.weight.table, group_size, k);
   const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
-  const auto q = scratch<int8_t>(rows.m * k);
-  const auto row_scale = scratch<float>(rows.m * casting.p.groups());
-  cast_activations(op, casting, q.get(), row_scale.get());
-  p.x = q.get();
+  if (casting.scale) casting.p.scale = *data<float>(*casting.scale);
   p.dtype = casting.p.dtype;
   p.m = rows.m;
-  p.row_scale = row_scale.get();
   p.grouped_rows = casting.width() > 0;
   p.bias = data_or_null<float>(bias_row);
   p.out = out.mutable_data_ptr();
   p.parallel_for = torch_parallel_for;
-  require(op, fp4_matmul(p));
+  require_cast(op, casting.p, fp4_fp4_linear(casting.p, p));
   return out;
 }
 

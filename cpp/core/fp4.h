@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// 4-bit floats: the formats as data, casts of floats to codes and back, E8M0 scales, MXFP4 blocks, and the
-// product of float activations with an FP4 weight (tiles with b = 4, layout.h). A code is the sign in bit 3
-// and the index of the magnitude, ascending, in bits 2..0; code 8 is -0. Packed rows: uint8 [m, ceil(k / 2)],
-// element 0 in the low nibble, an odd k padded with code 0.
+// 4-bit floats: the formats as data, casts of floats to codes and back, E8M0 scales, MXFP4 blocks, and
+// weights (tiles with b = 4, layout.h). A code is the sign in bit 3 and the index of the magnitude, ascending, in bits
+// 2..0; code 8 is -0. Packed rows: uint8 [m, ceil(k / 2)], element 0 in the low nibble, an odd k padded with code 0.
 #pragma once
 
 #include <bit>
@@ -96,25 +95,6 @@ struct Fp4Weight {
   int64_t group_size = 0;                // columns a group, a multiple of 8; 0: one group
 };
 Status fp4_weight(const Fp4Weight& weight, float* values, ParallelFor parallel_for = serial_for);
-
-// y[i, o] = sum_g scale[o, g] sum_{j in g} table[code[o, j]] x[i, j] + bias[o], float sums, columns first to last. With
-// int8 activations the sum over a group is one of integers, dot, exact; groups are added first to last to 0, and
-//   y[i, o] = fl(row_scale[i] * sum_g fl(fl(scale[o, g] * unit) * float(dot))) + bias[o]     (every operation rounded)
-// or, where every group of a row has a scale of its own,
-//   y[i, o] = sum_g fl(fl(scale[o, g] * unit) * fl(row_scale[i, g] * float(dot))) + bias[o]
-struct Fp4MatmulParams {
-  const void* x = nullptr;  // [m, k], contiguous, of `dtype`; int8 if there is a row_scale
-  Dtype dtype = Dtype::f32;
-  int64_t m = 0;
-  const float* row_scale = nullptr;  // [m], or [m, groups], or null: activations are row_scale[i] x[i, j]
-  bool grouped_rows = false;         // row_scale is [m, groups]
-  Fp4Weight weight;
-  const float* bias = nullptr;  // [n] or null
-  void* out = nullptr;          // [m, n] of `dtype`
-  ParallelFor parallel_for = serial_for;
-};
-// With int8 activations: bad_argument for a table that fp4_integers refuses or a group wider than fp4_int8_columns.
-Status fp4_matmul(const Fp4MatmulParams& params);
 
 // A table as integers of magnitude up to 127 times a power of two.
 struct Fp4Integers {
@@ -273,6 +253,7 @@ static constexpr ScaledBlock mxfp4_scaled(uint32_t amax, ScaleRule rule) {
 }
 
 namespace detail {
+Status fp4_weight_check(const Fp4Weight& weight);  // bad_size or bad_argument
 // Rows [begin, end) each. A cast answers whether there was a NaN.
 bool fp4_cast_rows_generic(const Fp4CastParams& params, int64_t begin, int64_t end);
 bool fp4_cast_rows_avx2(const Fp4CastParams& params, int64_t begin, int64_t end);
@@ -304,16 +285,6 @@ void e8m0_uncast_avx2(const uint8_t* bytes, int64_t count, float* values);
 void e8m0_uncast_avx512(const uint8_t* bytes, int64_t count, float* values);
 // Rows of tiles [begin, end); k above 0.
 void fp4_weight_tiles_avx2(const Fp4Weight& weight, float* values, int64_t begin, int64_t end);
-// Tiles [begin, end) of the output columns, all rows; m and k above 0.
-void fp4_matmul_tiles_avx512(const Fp4MatmulParams& params, int64_t begin, int64_t end);
-void fp4_matmul_tiles_avx512bf16(const Fp4MatmulParams& params, int64_t begin, int64_t end);
-// As above, with sums in another order.
-void fp4_matmul_tiles_avx2(const Fp4MatmulParams& params, int64_t begin, int64_t end);
-void fp4_int8_matmul_tiles_generic(const Fp4MatmulParams& params, const Fp4Integers& integers, int64_t begin,
-                                   int64_t end);
-void fp4_int8_matmul_tiles_avx2(const Fp4MatmulParams& params, const Fp4Integers& integers, int64_t begin, int64_t end);
-void fp4_int8_matmul_tiles_avx512vnni(const Fp4MatmulParams& params, const Fp4Integers& integers, int64_t begin,
-                                      int64_t end);
 }  // namespace detail
 
 }  // namespace bitmill

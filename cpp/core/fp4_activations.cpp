@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <vector>
 
 #include "cpu.h"
 #include "layout.h"
@@ -73,13 +72,8 @@ void fp4_activations_rows_generic(const Fp4ActivationsParams& p, const FpqColumn
   });
 }
 
-}  // namespace detail
-
-Status fp4_activations(const Fp4ActivationsParams& p) {
+Status Fp4RowCast::prepare(const Fp4ActivationsParams& p) {
   if (p.m < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
-  std::vector<float> step;
-  std::vector<int32_t> left;
-  detail::FpqColumns columns{};
   if (p.kind == Fp4Activations::fpq) {
     const int most = (1 << p.format.exponent_bits) - 1;
     if (most > 3) return Status::bad_argument;
@@ -93,22 +87,30 @@ Status fp4_activations(const Fp4ActivationsParams& p) {
     }
     columns = {step.data(), left.data(), p.scale * (0.5f / static_cast<float>(1 << most))};
   }
-  auto* rows = detail::fp4_activations_rows_generic;
-  double nanoseconds = 4.0;
+  rows = fp4_activations_rows_generic;
+  nanoseconds = 4.0;
 #ifdef BITMILL_EIGHT_LANES
   if (eight_lanes()) {
-    rows = detail::fp4_activations_rows_avx2;
+    rows = fp4_activations_rows_avx2;
     nanoseconds = 0.8;
   }
 #endif
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512) {
-    rows = detail::fp4_activations_rows_avx512;
+    rows = fp4_activations_rows_avx512;
     nanoseconds = 0.4;
   }
 #endif
-  split(p.parallel_for, p.m, static_cast<double>(p.k) * nanoseconds,
-        [&](int64_t begin, int64_t end) { rows(p, columns, begin, end); });
+  return Status::ok;
+}
+
+}  // namespace detail
+
+Status fp4_activations(const Fp4ActivationsParams& p) {
+  detail::Fp4RowCast cast;
+  if (const Status status = cast.prepare(p); status != Status::ok) return status;
+  split(p.parallel_for, p.m, static_cast<double>(p.k) * cast.nanoseconds,
+        [&](int64_t begin, int64_t end) { cast.rows(p, cast.columns, begin, end); });
   return Status::ok;
 }
 

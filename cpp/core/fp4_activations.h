@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "nvfp4.h"
 
@@ -73,6 +74,17 @@ void fp4_activations_rows_avx2(const Fp4ActivationsParams& params, const FpqColu
                                int64_t end);
 void fp4_activations_rows_avx512(const Fp4ActivationsParams& params, const FpqColumns& columns, int64_t begin,
                                  int64_t end);
+
+// What is found out once for all rows, and the rows of the chosen instruction set.
+struct Fp4RowCast {
+  std::vector<float> step;
+  std::vector<int32_t> left;
+  FpqColumns columns{};
+  decltype(&fp4_activations_rows_generic) rows = nullptr;
+  double nanoseconds = 0.0;  // of an element
+
+  Status prepare(const Fp4ActivationsParams& params);
+};
 
 }  // namespace detail
 }  // namespace bitmill

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <limits>
 
-#include "fp4.h"
+#include "fp4_matmul.h"
 #include "layout.h"
 
 namespace bitmill {

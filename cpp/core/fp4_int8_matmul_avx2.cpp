@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "fp4_matmul.h"
 #include "fp4_scales_avx2.h"
 #include "scratch.h"
 

@@ -6,6 +6,7 @@
 // (decoded_column), one accumulator an output: they depend neither on the threads nor on how many rows there are.
 
 #include "fp4_lookup_avx2.h"
+#include "fp4_matmul.h"
 #include "fp4_scales_avx2.h"
 #include "scratch.h"
 

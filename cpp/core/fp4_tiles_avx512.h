@@ -21,7 +21,7 @@
 #pragma once
 
 #include "avx512.h"
-#include "fp4.h"
+#include "fp4_matmul.h"
 #include "fp4_scales_avx512.h"
 #include "layout.h"
 #include "read_ahead.h"

@@ -58,8 +58,8 @@ Status int8_quantize(const Int8QuantizeParams& p) {
 Int8QuantizeParams rows_of(Int8QuantizeParams p, int64_t begin, int64_t end) {
   p.x = static_cast<const char*>(p.x) + begin * p.k * bytes_of(p.dtype);
   p.m = end - begin;
-  p.q += begin * p.k;
-  p.scale += begin;
+  if (p.q) p.q += begin * p.k;
+  if (p.scale) p.scale += begin;
   if (p.total) p.total += begin;
   return p;
 }

@@ -52,20 +52,22 @@ void split_product(ParallelFor parallel_for, int64_t m, int64_t n, double cost, 
   }
 }
 
-// Rows and outputs both divided, where preparing a weight costs as much as some rows: by blocks of kManyRows rows, the
-// last of which takes the rest, and within a block by tiles. run(row, rows, first tile, last tile), as few calls as
-// there can be; `cost` is that of a row and a tile.
+// Rows and outputs both divided: by blocks of kManyRows to twice as many rows, and within a block by tiles. There are a
+// power of two of them, so that threads, of which there mostly are, too, share none. run(row, rows, first tile, last
+// tile), as few calls as there can be; `cost` is that of a row and a tile.
 template <class Run>
 void split_blocks(ParallelFor parallel_for, int64_t m, int64_t n, double cost, const Run& run) {
-  const int64_t blocks = m < 2 * kManyRows ? 1 : m / kManyRows, tiles = tile_count(n);
+  int64_t blocks = 1;
+  while (m / (2 * blocks) >= kManyRows) blocks *= 2;
+  const int64_t units = (m + kRowUnit - 1) / kRowUnit, tiles = tile_count(n);
+  const auto first_row = [&](int64_t block) { return block < blocks ? units * block / blocks * kRowUnit : m; };
   const double rows = static_cast<double>(m) / static_cast<double>(blocks);
   split(parallel_for, blocks * tiles, cost * rows, [&](int64_t begin, int64_t end) {
     for (int64_t next; begin < end; begin = next) {
       const int64_t block = begin / tiles, tile = begin % tiles, whole = tile == 0 ? (end - begin) / tiles : 0;
       const int64_t last = whole ? block + whole : block + 1;
       next = whole || end > last * tiles ? last * tiles : end;
-      const int64_t row = block * kManyRows, stop = last == blocks ? m : last * kManyRows;
-      run(row, stop - row, tile, next - (last - 1) * tiles);
+      run(first_row(block), first_row(last) - first_row(block), tile, next - (last - 1) * tiles);
     }
   });
 }

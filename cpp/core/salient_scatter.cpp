@@ -13,15 +13,18 @@
 #include "cpu.h"
 #include "int8.h"
 #include "layout.h"
+#include "scratch.h"
 
 namespace bitmill {
 namespace {
 
+using detail::Scratch;
+
 // Activation rows that are prepared, and multiplied, together: what bounds the scratch memory. The last ones take what
 // remains if that is less than kManyRows: a kernel for few rows, which may round otherwise, is for few rows in all.
-constexpr int64_t kPreparedRows = 1024, kRowBlock = 256;
+constexpr int64_t kRowBlock = 256;
 
-int64_t rows_together(int64_t left, int64_t most) { return left < most + kManyRows ? left : most; }
+int64_t rows_together(int64_t left) { return left < kRowBlock + kManyRows ? left : kRowBlock; }
 
 int64_t group_width(const SalientWeight& w) { return w.group_size > 0 ? w.group_size : std::max<int64_t>(w.k, 1); }
 int64_t group_count(const SalientWeight& w) { return w.group_size > 0 ? ceil_div(w.k, w.group_size) : 1; }
@@ -129,13 +132,6 @@ bool row_is_consistent(const SalientWeight& w, int64_t row) {
   return !signs;
 }
 
-// Rows of x as float32, or as int8.
-struct Rows {
-  std::vector<float> values, scale;
-  std::vector<int8_t> q;
-  std::vector<int32_t> total;
-};
-
 void widen(Dtype dtype, const void* x, int64_t count, float* out) {
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512) return detail::widen_avx512(dtype, x, count, out);
@@ -148,30 +144,34 @@ void widen(Dtype dtype, const void* x, int64_t count, float* out) {
   });
 }
 
-// What the salient part reads of `m` rows.
-Rows prepare_rows(const SalientMatmulParams& p, const void* x, int64_t m, bool as_floats) {
-  const int64_t k = p.weight.k;
-  Rows rows;
-  if (!p.int8) {
-    if (p.dtype != Dtype::f32) {
-      rows.values.resize(m * k);
-      split(p.parallel_for, m, static_cast<double>(k) * 0.05, [&](int64_t begin, int64_t end) {
-        const char* first = static_cast<const char*>(x) + begin * k * bytes_of(p.dtype);
-        widen(p.dtype, first, (end - begin) * k, rows.values.data() + begin * k);
-      });
+// What a product reads of `m` rows of x: float32, or int8.
+struct Rows {
+  const float* values = nullptr;  // null if `q` is read
+  Scratch<float> floats, scale;
+  Scratch<int8_t> q;
+  Scratch<int32_t> total;
+
+  Rows(const SalientMatmulParams& p, const void* x, int64_t m, bool as_floats)
+      : floats(as_floats && (p.int8 || p.dtype != Dtype::f32) ? m * p.weight.k : 0),
+        scale(p.int8 ? m : 0),
+        q(p.int8 ? m * p.weight.k : 0),
+        total(p.int8 ? m : 0) {
+    const int64_t count = m * p.weight.k;
+    if (as_floats) values = floats;
+    if (p.int8) {
+      Int8QuantizeParams rows;
+      rows.x = x, rows.dtype = p.dtype;
+      rows.m = m, rows.k = p.weight.k;
+      rows.q = q, rows.scale = scale, rows.total = total;
+      int8_quantize(rows);
+      if (as_floats) std::copy_n(q.get(), count, floats.get());
+    } else if (p.dtype == Dtype::f32) {
+      values = static_cast<const float*>(x);
+    } else {
+      widen(p.dtype, x, count, floats);
     }
-    return rows;
   }
-  rows.q.resize(m * k), rows.scale.resize(m), rows.total.resize(m);
-  Int8QuantizeParams quantize;
-  quantize.x = x, quantize.dtype = p.dtype;
-  quantize.m = m, quantize.k = k;
-  quantize.q = rows.q.data(), quantize.scale = rows.scale.data(), quantize.total = rows.total.data();
-  quantize.parallel_for = p.parallel_for;
-  int8_quantize(quantize);
-  if (as_floats) rows.values.assign(rows.q.begin(), rows.q.end());
-  return rows;
-}
+};
 
 struct Kernel {
   void (*tiles)(const detail::SalientTask&, int64_t, int64_t);
@@ -267,31 +267,30 @@ Product sign_product(const SalientMatmulParams& p, int64_t m, Addend addend, voi
   return signs;
 }
 
-// `m` rows from `row` on of prepared rows, tiles [begin, end), on this thread: the salient part, and the sign plane's
-// with it. x and out: of the prepared rows.
-void multiply_part(const SalientMatmulParams& p, const Kernel& kernel, const Rows& rows, const char* x, char* out,
-                   int64_t row, int64_t m, int64_t begin, int64_t end) {
+// `m` rows from `row` on, tiles [begin, end), on this thread: the salient part, and the sign plane's with it.
+void multiply_part(const SalientMatmulParams& p, const Kernel& kernel, int64_t row, int64_t m, int64_t begin,
+                   int64_t end) {
   const SalientWeight& w = p.weight;
-  x += row * w.k * bytes_of(p.dtype), out += row * w.n * bytes_of(p.dtype);
-  const auto sums = std::make_unique_for_overwrite<float[]>((end - begin) * m * kTileRows);
-  const bool direct = !p.int8 && p.dtype == Dtype::f32;
-  const float* floats = rows.values.empty() ? nullptr : rows.values.data() + row * w.k;
+  const char* x = static_cast<const char*>(p.x) + row * w.k * bytes_of(p.dtype);
+  char* out = static_cast<char*>(p.out) + row * w.n * bytes_of(p.dtype);
+  const Rows rows(p, x, m, !p.int8 || !kernel.reads_int8);
+  const Scratch<float> sums((end - begin) * m * kTileRows);
   const detail::SalientTask task{w,
                                  m,
                                  group_count(w),
                                  group_width(w),
-                                 direct ? reinterpret_cast<const float*>(x) : floats,
-                                 p.int8 ? rows.q.data() + row * w.k : nullptr,
-                                 p.int8 ? rows.scale.data() + row : nullptr,
-                                 p.int8 ? rows.total.data() + row : nullptr,
-                                 sums.get(),
+                                 rows.values,
+                                 p.int8 ? rows.q.get() : nullptr,
+                                 p.int8 ? rows.scale.get() : nullptr,
+                                 p.int8 ? rows.total.get() : nullptr,
+                                 sums,
                                  begin};
   const bool spreads = w.value_scale && w.code_bits == 4 && kernel.tiles != detail::salient_tiles_generic;
   spreads ? multiply_spread(kernel, task, begin, end) : kernel.tiles(task, begin, end);
-  const Addend addend{sums.get(), m, begin};
+  const Addend addend{sums, m, begin};
   if (p.int8) {
     auto signs = sign_product<BinaryInt8MatmulParams>(p, m, addend, out);
-    signs.q = task.q, signs.row_scale = task.row_scale;
+    signs.q = rows.q, signs.row_scale = rows.scale;
     signs.out_dtype = p.dtype;
     detail::binary_int8_matmul_tiles(signs, begin, end);
   } else {
@@ -359,18 +358,12 @@ Status salient_matmul(const SalientMatmulParams& p) {
   const Kernel kernel = choose_kernel(p);
   const double entries = salient_weights(w) / static_cast<double>(w.n) + 2.0, columns = static_cast<double>(w.k);
   const double cost = (entries * kernel.nanoseconds + columns * (p.int8 ? 0.003 : 0.01)) * kTileRows;
-  for (int64_t row = 0, m; row < p.m; row += m) {
-    m = rows_together(p.m - row, kPreparedRows);
-    const char* x = static_cast<const char*>(p.x) + row * w.k * bytes_of(p.dtype);
-    char* out = static_cast<char*>(p.out) + row * w.n * bytes_of(p.dtype);
-    const Rows rows = prepare_rows(p, x, m, p.int8 && !kernel.reads_int8);
-    split_blocks(p.parallel_for, m, w.n, cost, [&](int64_t first, int64_t count, int64_t begin, int64_t end) {
-      for (int64_t i = 0, here; i < count; i += here) {
-        here = rows_together(count - i, kRowBlock);
-        multiply_part(p, kernel, rows, x, out, first + i, here, begin, end);
-      }
-    });
-  }
+  split_blocks(p.parallel_for, p.m, w.n, cost, [&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
+    for (int64_t i = 0, here; i < rows; i += here) {
+      here = rows_together(rows - i);
+      multiply_part(p, kernel, row + i, here, begin, end);
+    }
+  });
   return Status::ok;
 }
 

@@ -5,7 +5,7 @@
 // sums are then scaled and added first to last, as core adds them.
 #include "binary_output.cuh"
 #include "device.cuh"
-#include "fp4.h"
+#include "fp4_matmul.h"
 #include "launch.cuh"
 
 namespace bitmill::cuda {

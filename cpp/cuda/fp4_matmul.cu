@@ -4,7 +4,7 @@
 // alike.
 #include "binary_output.cuh"
 #include "device.cuh"
-#include "fp4.h"
+#include "fp4_matmul.h"
 #include "launch.cuh"
 #include "rows.cuh"
 

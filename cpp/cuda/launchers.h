@@ -11,7 +11,7 @@
 #include "binary_matmul.h"
 #include "bitpack.h"
 #include "codebook4.h"
-#include "fp4_activations.h"
+#include "fp4_matmul.h"
 #include "salient_scatter.h"
 #include "status.h"
 #include "zoned.h"

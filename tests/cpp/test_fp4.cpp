@@ -10,7 +10,7 @@
 #include "bitpack.h"
 #include "check.h"
 #include "cpu.h"
-#include "fp4.h"
+#include "fp4_matmul.h"
 #include "layout.h"
 #include "threads.h"
 

@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// int8 activations times FP4 weights: the integers of a table, the widest sums, and every kernel that this machine can
-// run against the generic form bit for bit. Buffers end where the arrays end, so that the sanitizer sees a read past
-// them.
+// int8 activations times FP4 weights: the integers of a table, the widest sums, activations rounded by the way, and
+// every kernel that this machine can run against the generic form bit for bit. Buffers end where the arrays end, so
+// that the sanitizer sees a read past them.
 #include <cmath>
+#include <cstring>
+#include <utility>
 #include <vector>
 
 #include "bitpack.h"
 #include "check.h"
 #include "cpu.h"
-#include "fp4.h"
+#include "fp4_matmul.h"
 #include "layout.h"
+#include "threads.h"
 
 using namespace bitmill;
 
@@ -111,6 +114,67 @@ void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, Scales scales,
   select(best());
 }
 
+// Floats to integers and their product in one, by parts of any shape: as one after the other.
+void test_linear(int64_t m, int64_t n, int64_t k, Dtype dtype) {
+  std::vector<uint8_t> codes(n * k);
+  std::vector<int32_t> tiles(tile_count(n) * word_count(k, 4) * kTileRows);
+  for (uint8_t& code : codes) code = next() >> 28;
+  CHECK(tile_pack(codes.data(), n, k, 4, tiles.data()) == Status::ok);
+  std::vector<float> x(m * k), scale(n * ceil_div(k, kNvBlock));
+  std::vector<uint8_t> shift(k);
+  for (auto* values : {&x, &scale}) {
+    for (float& value : *values) value = next_float();
+  }
+  for (uint8_t& s : shift) s = next() >> 30;
+  const Fp4Table table = fp4_table(kE2M1);
+  const auto size = static_cast<size_t>(m * n);
+  std::vector<int8_t> q(m * k);
+  std::vector<float> row_scale(m * ceil_div(k, kNvBlock)), want(size), got(size);
+  Int8QuantizeParams quantize;
+  quantize.x = x.data(), quantize.dtype = dtype;  // as halves they are random too
+  quantize.m = m, quantize.k = k;
+  quantize.q = q.data(), quantize.scale = row_scale.data();
+  Fp4ActivationsParams cast;
+  cast.x = x.data(), cast.dtype = dtype;
+  cast.m = m, cast.k = k;
+  cast.scale = 0.1f, cast.shift = shift.data();
+  cast.q = q.data(), cast.row_scale = row_scale.data();
+  Fp4MatmulParams product;
+  product.dtype = dtype;
+  product.m = m;
+  product.weight = {.tiles = tiles.data(), .n = n, .k = k, .table = table.value, .scale = scale.data()};
+  const auto compare_parts = [&](const auto& linear) {
+    Fp4MatmulParams p = product;
+    p.x = q.data(), p.row_scale = row_scale.data(), p.out = want.data();
+    CHECK(fp4_matmul(p) == Status::ok);
+    p.x = nullptr, p.row_scale = nullptr, p.out = got.data();
+    for (const ParallelFor parallel_for : {serial_for, bitmill_test::reversed_for, bitmill_test::scattered_for}) {
+      got.assign(size, -1.0f);
+      p.parallel_for = parallel_for;
+      CHECK(linear(p) == Status::ok);
+      CHECK(std::memcmp(got.data(), want.data(), size * static_cast<size_t>(bytes_of(dtype))) == 0);
+    }
+  };
+  for (const InstructionSet set : kInstructionSets) {
+    if (!select(set)) continue;
+    product.weight.group_size = 0, product.grouped_rows = false;
+    CHECK(int8_quantize(quantize) == Status::ok);
+    compare_parts([&](const Fp4MatmulParams& p) { return fp4_int8_linear(quantize, p); });
+    for (const auto [kind, width] : {std::pair{Fp4Activations::fpq, int64_t{0}},
+                                     {Fp4Activations::mxfp4, kMxBlock},
+                                     {Fp4Activations::nvfp4, kNvBlock}}) {
+      cast.kind = kind;
+      product.weight.group_size = width, product.grouped_rows = width > 0;
+      CHECK(fp4_activations(cast) == Status::ok);
+      compare_parts([&](const Fp4MatmulParams& p) { return fp4_fp4_linear(cast, p); });
+    }
+  }
+  select(best());
+  cast.kind = Fp4Activations::fpq;
+  shift[k / 2] = 4;
+  CHECK(fp4_fp4_linear(cast, product) == Status::bad_argument);
+}
+
 // Sums as large as int32 holds; one column more is refused.
 void test_widest_sums() {
   const float table[16] = {127, -127};
@@ -180,6 +244,9 @@ int main() {
         }
       }
     }
+  }
+  for (const int64_t m : {1, 5, 127, 200, 389}) {
+    test_linear(m, 40, 104, m % 2 ? Dtype::f32 : Dtype::bf16);
   }
   test_widest_sums();
   return bitmill_test::failures() != 0;
