@@ -63,6 +63,14 @@ static inline __m512i scaled_codes(const Fp4Caster& caster, const T* x, const fl
 
 inline constexpr int64_t kRun = 8 * kCastBlock;  // values whose scales are made before their codes
 
+// Asks for 128 values, which arrive while codes are made.
+template <class T>
+static inline void request_block(const T* x) {
+  constexpr int64_t line = 64 / sizeof(T);
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < kCastBlock; i += line) __builtin_prefetch(x + i);
+}
+
 // A multiple of 128 values, at most kRun. What a scale takes is a long chain of operations: so many go on side by side.
 template <bool stream, class Format, class T>
 static inline void quantize_run(const Fp4Caster& caster, const Format& format, const T* x, int64_t count,
@@ -81,6 +89,7 @@ static inline void quantize_run(const Fp4Caster& caster, const Format& format, c
     _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + block), _mm512_cvtepi32_epi8(scaled.byte));
   }
   for (int64_t i = 0; i < count; i += kCastBlock) {
+    if constexpr (stream) request_block(x + kRun + i);
     std::memcpy(scale + i / width, bytes + i / width, blocks);
     store_bytes<stream>(packed + i / 2, scaled_codes<width>(caster, x + i, inverse + i / width));
   }
