@@ -13,15 +13,13 @@ inline bool multiplies_int8(const char* op, const std::string& activations) {
   fail(op, ": activations must be \"float\" or \"int8\", got \"", activations, "\"");
 }
 
-// Rounding of rows to q int8 [m, k] and scale float32 [m].
-inline Int8QuantizeParams int8_rows(const char* op, const Rows& rows, int8_t* q, float* scale) {
+// Rounding of rows to int8; where to is the caller's.
+inline Int8QuantizeParams int8_rows(const char* op, const Rows& rows) {
   Int8QuantizeParams p;
   p.x = rows.x.const_data_ptr();
   p.dtype = float_dtype(op, rows.x);
   p.m = rows.m;
   p.k = rows.k;
-  p.q = q;
-  p.scale = scale;
   p.parallel_for = torch_parallel_for;
   return p;
 }

@@ -188,13 +188,9 @@ Tensor binary_weight_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::opti
   const auto bias_row = checked(op, "bias", bias, ScalarType::Float, {n});
   const Tensor out = new_tensor(with_last(rows.leading, n), x.scalar_type());
   if (int8) {
-    const auto q = scratch<int8_t>(rows.m * k);
-    const auto row_scale = scratch<float>(rows.m);
     auto p = tiles.product<BinaryInt8MatmulParams>(rows.m, scale_rows, group_size, bias_row, out);
-    p.q = q.get();
-    p.row_scale = row_scale.get();
     p.out_dtype = float_dtype(op, rows.x);
-    require(op, binary_int8_linear(int8_rows(op, rows, q.get(), row_scale.get()), p));
+    require(op, binary_int8_linear(int8_rows(op, rows), p));
     return out;
   }
   require(op, binary_weight_matmul(tiles.product(op, rows, scale_rows, group_size, bias_row, out)));

@@ -31,7 +31,7 @@ Tensor fp4_linear_cpu(Tensor x, Tensor weight, Tensor scale, std::optional<Tenso
   p.out = out.mutable_data_ptr();
   p.parallel_for = torch_parallel_for;
   if (int8) {
-    require(op, fp4_int8_linear(int8_rows(op, rows, nullptr, nullptr), p));
+    require(op, fp4_int8_linear(int8_rows(op, rows), p));
   } else {
     p.x = rows.x.const_data_ptr();
     require(op, fp4_matmul(p));

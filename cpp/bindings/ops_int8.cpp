@@ -10,7 +10,10 @@ std::tuple<Tensor, Tensor> int8_quantize_cpu(Tensor x) {
   const char* op = "int8_quantize";
   const Rows rows = rows_of(op, x);
   const Tensor q = new_tensor(sizes_of(rows.x), ScalarType::Char), scale = new_tensor(rows.leading, ScalarType::Float);
-  require(op, int8_quantize(int8_rows(op, rows, mutable_data<int8_t>(q), mutable_data<float>(scale))));
+  Int8QuantizeParams p = int8_rows(op, rows);
+  p.q = mutable_data<int8_t>(q);
+  p.scale = mutable_data<float>(scale);
+  require(op, int8_quantize(p));
   return {q, scale};
 }
 

@@ -6,6 +6,7 @@
 
 #include "cpu.h"
 #include "layout.h"
+#include "rounded_rows.h"
 
 namespace bitmill {
 namespace detail {
@@ -43,7 +44,8 @@ constexpr int64_t kRowsOfTables = 4;  // from so many rows on, tables of sums wi
 
 struct Kernel {
   void (*tiles)(const BinaryInt8MatmulParams&, int64_t, int64_t);
-  double nanoseconds_per_word;  // of one row and one output
+  double nanoseconds_per_word;     // of one row and one output
+  int64_t least_rows = kManyRows;  // of a part: so many share what is made of the weight
 };
 
 Kernel choose_kernel([[maybe_unused]] const BinaryInt8MatmulParams& p) {
@@ -53,7 +55,7 @@ Kernel choose_kernel([[maybe_unused]] const BinaryInt8MatmulParams& p) {
 #ifdef BITMILL_AVX512
   if (selected() == InstructionSet::avx512 && !p.weight_nonzero && p.k > 0) {
     if (p.m < kRowsOfTables && has_int8_dot()) return {binary_int8_matmul_tiles_avx512vnni, 0.2};
-    return {binary_int8_matmul_tiles_avx512, 0.1};
+    return {binary_int8_matmul_tiles_avx512, 0.1, kRowUnit};
   }
 #endif
   return {binary_int8_matmul_tiles_generic, 30.0};
@@ -74,47 +76,46 @@ Status check(const BinaryInt8MatmulParams& p) {
   return p.group_size < 0 || p.group_size % 32 != 0 ? Status::bad_argument : Status::ok;
 }
 
-BinaryInt8MatmulParams rows_of(BinaryInt8MatmulParams p, int64_t begin, int64_t end) {
-  p.m = end - begin;
-  p.q += begin * p.k;
-  p.row_scale += begin;
-  p.addend = p.addend.from(begin);
-  p.out = static_cast<char*>(p.out) + begin * p.n * bytes_of(p.out_dtype);
+// `count` rows of a product, from `row` on.
+BinaryInt8MatmulParams rows_of(BinaryInt8MatmulParams p, int64_t row, int64_t count) {
+  p.m = count;
+  if (p.q) p.q += row * p.k;
+  if (p.row_scale) p.row_scale += row;
+  p.addend = p.addend.from(row);
+  p.out = static_cast<char*>(p.out) + row * p.n * bytes_of(p.out_dtype);
   return p;
+}
+
+// Of a row of a tile.
+double cost_of(const BinaryInt8MatmulParams& p, const detail::Kernel& kernel) {
+  return static_cast<double>((word_count(p.k) + 2) * kTileRows) * kernel.nanoseconds_per_word;
 }
 
 }  // namespace
 
 Status binary_int8_matmul(const BinaryInt8MatmulParams& p) {
-  const Status status = check(p);
-  if (status != Status::ok) return status;
-  const auto [tiles, nanoseconds_per_word] = detail::choose_kernel(p);
-  const double cost = static_cast<double>(word_count(p.k) + 2) * nanoseconds_per_word;
-  split_product(p.parallel_for, p.m, p.n, cost,
-                [&, tiles = tiles](int64_t row, int64_t rows, int64_t begin, int64_t end) {
-                  tiles(rows_of(p, row, rows), begin, end);
-                });
+  if (const Status status = check(p); status != Status::ok) return status;
+  const detail::Kernel kernel = detail::choose_kernel(p);
+  const auto run = [&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
+    kernel.tiles(rows_of(p, row, rows), begin, end);
+  };
+  split_blocks(p.parallel_for, p.m, p.n, cost_of(p, kernel), run, kernel.least_rows);
   return Status::ok;
 }
 
-Status binary_int8_linear(const Int8QuantizeParams& quantize, const BinaryInt8MatmulParams& product) {
-  Status status = check(product);
-  if (status != Status::ok) return status;
-  if (product.m < kManyRows) {
-    status = int8_quantize(quantize);
-    return status == Status::ok ? binary_int8_matmul(product) : status;
-  }
-  const double cost = static_cast<double>(product.k) * (static_cast<double>(product.n) * 0.004 + 0.1);
-  split_rows(product.parallel_for, product.m, cost, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row += kManyRows) {  // rows that are still near when they are multiplied
-      const int64_t last = std::min(row + kManyRows, end);
-      Int8QuantizeParams rows = rows_of(quantize, row, last);
-      BinaryInt8MatmulParams part = rows_of(product, row, last);
-      rows.parallel_for = part.parallel_for = serial_for;
-      int8_quantize(rows);  // checked with the whole
-      binary_int8_matmul(part);
-    }
-  });
+Status binary_int8_linear(const Int8QuantizeParams& quantize, const BinaryInt8MatmulParams& p) {
+  if (const Status status = check(p); status != Status::ok) return status;
+  const detail::Kernel kernel = detail::choose_kernel(p);
+  detail::multiply_rounded(
+      {p.m, p.n, p.k, 1, cost_of(p, kernel), kernel.least_rows}, p.parallel_for,
+      [&](int64_t row, int64_t count, int8_t* q, float* scale, ParallelFor parallel_for) {
+        int8_quantize(rounded_to(quantize, row, count, q, scale, parallel_for));
+      },
+      [&](int64_t row, int64_t count, const int8_t* q, const float* scale, int64_t begin, int64_t end) {
+        BinaryInt8MatmulParams part = rows_of(p, row, count);
+        part.q = q, part.row_scale = scale;
+        kernel.tiles(part, begin, end);
+      });
   return Status::ok;
 }
 

@@ -31,8 +31,8 @@ struct BinaryInt8MatmulParams {
 };
 Status binary_int8_matmul(const BinaryInt8MatmulParams& params);
 
-// The product of rows that are rounded to int8 first: `product.q` and `row_scale` are what `quantize` writes. One
-// parallel region for both, where there are many rows.
+// The product of rows that are rounded to int8 first, of which every part rounds its own ones: `product` without q and
+// row_scale, `quantize` without q, scale and total.
 Status binary_int8_linear(const Int8QuantizeParams& quantize, const BinaryInt8MatmulParams& product);
 
 namespace detail {

@@ -8,7 +8,7 @@
 #include "cpu.h"
 #include "layout.h"
 #include "panel_matmul.h"
-#include "scratch.h"
+#include "rounded_rows.h"
 
 namespace bitmill {
 namespace detail {
@@ -40,8 +40,6 @@ void fp4_matmul_tiles_generic(const Fp4MatmulParams& p, int64_t begin, int64_t e
 }  // namespace detail
 
 namespace {
-
-using detail::Scratch;
 
 // One of the two, and how long a column of an output takes, roughly.
 struct Kernel {
@@ -113,25 +111,18 @@ double cost_of(const Fp4MatmulParams& p, const Kernel& kernel) {
          static_cast<double>(std::max<int64_t>(p.m, 1));
 }
 
-// make(first row, rows, q, scales): integers of activations.
-template <class Make>
-Status linear(const Fp4MatmulParams& p, const Make& make) {
-  constexpr int64_t kRows = 256;  // are still near when they are multiplied
+template <class Round>
+Status linear(const Fp4MatmulParams& p, const Round& round) {
   Kernel kernel;
   if (const Status status = prepare(p, true, kernel); status != Status::ok) return status;
-  const int64_t k = p.weight.k, scales = row_scales(p);
-  split_blocks(p.parallel_for, p.m, p.weight.n, cost_of(p, kernel),
-               [&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
-                 const Scratch<int8_t> q(std::min(rows, kRows) * k);
-                 const Scratch<float> scale(std::min(rows, kRows) * scales);
-                 for (const int64_t last = row + rows; row < last; row += kRows) {
-                   const int64_t count = std::min(kRows, last - row);
-                   make(row, count, q.get(), scale.get());
-                   Fp4MatmulParams part = rows_of(p, row, count);
-                   part.x = q, part.row_scale = scale;
-                   kernel(part, begin, end);
-                 }
-               });
+  const detail::RoundedRows rows{p.m, p.weight.n, p.weight.k, row_scales(p), cost_of(p, kernel), kManyRows};
+  detail::multiply_rounded(
+      rows, p.parallel_for, round,
+      [&](int64_t row, int64_t count, const int8_t* q, const float* scale, int64_t begin, int64_t end) {
+        Fp4MatmulParams part = rows_of(p, row, count);
+        part.x = q, part.row_scale = scale;
+        kernel(part, begin, end);
+      });
   return Status::ok;
 }
 
@@ -147,22 +138,20 @@ Status fp4_matmul(const Fp4MatmulParams& p) {
 }
 
 Status fp4_int8_linear(const Int8QuantizeParams& quantize, const Fp4MatmulParams& product) {
-  return linear(product, [&](int64_t row, int64_t count, int8_t* q, float* scale) {
-    Int8QuantizeParams rows = rows_of(quantize, row, row + count);
-    rows.q = q, rows.scale = scale;
-    rows.parallel_for = serial_for;
-    int8_quantize(rows);
+  return linear(product, [&](int64_t row, int64_t count, int8_t* q, float* scale, ParallelFor parallel_for) {
+    int8_quantize(rounded_to(quantize, row, count, q, scale, parallel_for));
   });
 }
 
 Status fp4_fp4_linear(const Fp4ActivationsParams& cast, const Fp4MatmulParams& product) {
   detail::Fp4RowCast row_cast;
   if (const Status status = row_cast.prepare(cast); status != Status::ok) return status;
-  return linear(product, [&](int64_t row, int64_t count, int8_t* q, float* scale) {
+  return linear(product, [&](int64_t row, int64_t count, int8_t* q, float* scale, ParallelFor parallel_for) {
     Fp4ActivationsParams rows = cast;
     rows.x = static_cast<const char*>(cast.x) + row * cast.k * bytes_of(cast.dtype);
     rows.q = q, rows.row_scale = scale;
-    row_cast.rows(rows, row_cast.columns, 0, count);
+    split(parallel_for, count, static_cast<double>(cast.k) * row_cast.nanoseconds,
+          [&](int64_t begin, int64_t end) { row_cast.rows(rows, row_cast.columns, begin, end); });
   });
 }
 

@@ -55,12 +55,12 @@ Status int8_quantize(const Int8QuantizeParams& p) {
   return Status::ok;
 }
 
-Int8QuantizeParams rows_of(Int8QuantizeParams p, int64_t begin, int64_t end) {
-  p.x = static_cast<const char*>(p.x) + begin * p.k * bytes_of(p.dtype);
-  p.m = end - begin;
-  if (p.q) p.q += begin * p.k;
-  if (p.scale) p.scale += begin;
-  if (p.total) p.total += begin;
+Int8QuantizeParams rounded_to(Int8QuantizeParams p, int64_t row, int64_t rows, int8_t* q, float* scale,
+                              ParallelFor parallel_for) {
+  p.x = static_cast<const char*>(p.x) + row * p.k * bytes_of(p.dtype);
+  p.m = rows;
+  p.q = q, p.scale = scale;
+  p.parallel_for = parallel_for;
   return p;
 }
 

@@ -23,7 +23,9 @@ struct Int8QuantizeParams {
   ParallelFor parallel_for = serial_for;
 };
 Status int8_quantize(const Int8QuantizeParams& params);
-Int8QuantizeParams rows_of(Int8QuantizeParams params, int64_t begin, int64_t end);
+// Some of the rows, to other places.
+Int8QuantizeParams rounded_to(Int8QuantizeParams params, int64_t row, int64_t rows, int8_t* q, float* scale,
+                              ParallelFor parallel_for);
 
 namespace detail {
 void int8_quantize_rows_generic(const Int8QuantizeParams& params, int64_t begin, int64_t end);

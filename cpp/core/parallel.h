@@ -52,13 +52,14 @@ void split_product(ParallelFor parallel_for, int64_t m, int64_t n, double cost, 
   }
 }
 
-// Rows and outputs both divided: by blocks of kManyRows to twice as many rows, and within a block by tiles. There are a
+// Rows and outputs both divided: by blocks of `least` to twice as many rows, and within a block by tiles. There are a
 // power of two of them, so that threads, of which there mostly are, too, share none. run(row, rows, first tile, last
-// tile), as few calls as there can be; `cost` is that of a row and a tile.
+// tile), as few calls as there can be; `cost` is that of a row and a tile. `least`: a multiple of kRowUnit.
 template <class Run>
-void split_blocks(ParallelFor parallel_for, int64_t m, int64_t n, double cost, const Run& run) {
+void split_blocks(ParallelFor parallel_for, int64_t m, int64_t n, double cost, const Run& run,
+                  int64_t least = kManyRows) {
   int64_t blocks = 1;
-  while (m / (2 * blocks) >= kManyRows) blocks *= 2;
+  while (m / (2 * blocks) >= least) blocks *= 2;
   const int64_t units = (m + kRowUnit - 1) / kRowUnit, tiles = tile_count(n);
   const auto first_row = [&](int64_t block) { return block < blocks ? units * block / blocks * kRowUnit : m; };
   const double rows = static_cast<double>(m) / static_cast<double>(blocks);
