@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from bitmill.recipes import distillation, glue
+from bitmill.recipes import bibert, distillation, glue
 from bitmill.recipes.training import (
     Batches,
     BertAdam,
@@ -34,6 +34,27 @@ def test_losses_are_their_formulas() -> None:
     torch.testing.assert_close(distillation.similarity(x), torch.einsum("bhnd,bhmd->bhnm", x, x) / 5**0.5)
     assert distillation.direction_distance(x, 3 * x) < 1e-6
     torch.testing.assert_close(distillation.direction_distance(x, -x), torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("name", list(bibert.SOFTMAX_ATTENTIONS))
+def test_a_binarised_softmax_is_its_formula(name: str) -> None:
+    q, k, v = (torch.randn(2, 3, n, 8).requires_grad_() for n in (5, 7, 7))
+    mask = torch.rand(2, 1, 5, 7) < 0.4
+    mask[0, 0, 0], mask[0, 0, 1] = False, torch.arange(7) == 2  # a row without a key, and one with a single key
+    signs = [torch.where(t >= 0, 1.0, -1.0) for t in (q, k, v)]
+    scores = (signs[0] @ signs[1].mT / 8**0.5).masked_fill(~mask, -torch.inf)
+    probability = scores.softmax(-1).nan_to_num(0.0)
+    bits = probability > 0 if name == "sign_softmax" else probability >= 0.5
+    assert not bits[0, :, 0].any() and bits[0, :, 1].sum(-1).eq(1).all()
+    attention = bibert.SOFTMAX_ATTENTIONS[name]
+    out = attention(q, k, v, mask)
+    assert torch.equal(out, bits.float() @ signs[2])
+    additive = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    assert torch.equal(attention(q, k, v, additive), out)
+    gradient = torch.randn_like(out)
+    out.backward(gradient)
+    assert v.grad is not None and torch.equal(v.grad, (bits.float().mT @ gradient) * (v.abs() < 1))
+    assert q.grad is not None and k.grad is not None and q.grad.any() and k.grad.any()
 
 
 def test_layers_are_compared_with_their_group_of_the_teacher() -> None:
@@ -230,15 +251,17 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_text_programs_end_to_end(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    from bitmill.recipes.scripts import bibert, bipft, bit, finetune, plot
+    from bitmill.recipes.scripts import bibert as bibert_script
+    from bitmill.recipes.scripts import bipft, bit, finetune, plot
 
     model, data = folders
     common = ["--data", str(data), "--epochs", "3", "--lr", "1e-2", "--every", "4", "--batch-size", "8"]
     teacher = str(tmp_path / "teacher")
     assert finetune.main([*common, "--model", str(model), "--out", teacher]) == 0
     jobs = {
-        "bibert": (bibert, "--teacher", teacher),
-        "baseline": (bibert, "--teacher", teacher, "--variant", "baseline"),
+        "bibert": (bibert_script, "--teacher", teacher),
+        "baseline": (bibert_script, "--teacher", teacher, "--variant", "baseline"),
+        "threshold": (bibert_script, "--teacher", teacher, "--variant", "threshold"),
         "multi": (bit, "--teacher", teacher, "--schedule", "multi"),
         "bipft": (bipft, "--model", teacher),
     }
@@ -249,9 +272,9 @@ def test_text_programs_end_to_end(folders: tuple[Path, Path], tmp_path: Path) ->
         assert result["packed"] == result["trained"] == result["splits"]["train"], name  # train and dev are the same
         assert result["file_bytes"] == (out / "packed.safetensors").stat().st_size
     lines = plot.table([tmp_path / name for name in jobs]).splitlines()
-    assert len(lines) == 6 and lines[4].startswith("| multi | 12 |")  # the steps of both stages
+    assert len(lines) == 7 and lines[5].startswith("| multi | 12 |")  # the steps of both stages
     with pytest.raises(FileNotFoundError, match=r"neither test\.tsv nor test\.tsv\.gz"):
-        bibert.main([*common, "--teacher", teacher, "--out", str(tmp_path / "bibert"), "--score", "test"])
+        bibert_script.main([*common, "--teacher", teacher, "--out", str(tmp_path / "bibert"), "--score", "test"])
     assert finetune.main([*common, "--model", str(model), "--out", teacher, "--score", "train"]) == 0
     result = json.loads(Path(teacher, "result.json").read_text())
     assert result["splits"]["train"]["accuracy"] == result["accuracy"]  # of a run that was complete

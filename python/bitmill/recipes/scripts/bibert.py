@@ -5,7 +5,7 @@
 
 Variants: "bibert"; "no-dmd" with mean squared errors of hidden states instead of direction matching; "baseline" with
 the sign of the softmax besides, the fully binarized baseline of the paper; "naive" with signs that are not centred
-besides, trained on the labels alone.
+besides, trained on the labels alone; "threshold" like it, with the softmax thresholded at one half.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ VARIANTS = {  # attention, method, what is distilled
     "no-dmd": ("bool", "bibert", "hidden"),
     "baseline": ("sign_softmax", "bibert", "hidden"),
     "naive": ("sign_softmax", "sign", "nothing"),
+    "threshold": ("thresholded_softmax", "sign", "nothing"),
 }
 
 
