@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "floats.h"
+#include "layout.h"
 #include "parallel.h"
 #include "philox.h"
 #include "status.h"
@@ -93,6 +94,9 @@ struct Fp4Weight {
   const uint8_t* scale_bytes = nullptr;  // [n, groups]
   const float* global_scale = nullptr;   // one number or null
   int64_t group_size = 0;                // columns a group, a multiple of 8; 0: one group
+
+  int64_t group_width() const { return group_size > 0 ? group_size : k > 0 ? k : 1; }
+  int64_t groups() const { return group_size > 0 ? ceil_div(k, group_size) : 1; }
 };
 Status fp4_weight(const Fp4Weight& weight, float* values, ParallelFor parallel_for = serial_for);
 

@@ -43,8 +43,7 @@ namespace detail {
 
 void fp4_int8_matmul_tiles_generic(const Fp4MatmulParams& p, const Fp4Integers& integers, int64_t begin, int64_t end) {
   const Fp4Weight& w = p.weight;
-  const int64_t words = word_count(w.k, 4), width = w.group_size > 0 ? w.group_size : std::max<int64_t>(w.k, 1);
-  const int64_t groups = w.group_size > 0 ? ceil_div(w.k, width) : 1;
+  const int64_t words = word_count(w.k, 4), width = w.group_width(), groups = w.groups();
   const auto* x = static_cast<const int8_t*>(p.x);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int32_t* codes = w.tiles + tile * words * kTileRows;

@@ -16,7 +16,7 @@ namespace detail {
 void fp4_matmul_tiles_generic(const Fp4MatmulParams& p, int64_t begin, int64_t end) {
   const Fp4Weight& w = p.weight;
   const PanelShape shape{p.m, w.n, w.k, w.group_size};
-  const int64_t groups = shape.groups(), words = word_count(w.k, 4), values = values_per_word(4);
+  const int64_t groups = w.groups(), words = word_count(w.k, 4), values = values_per_word(4);
   const auto decode = [&](int64_t tile, int64_t first, int64_t last, float* panel) {  // without the scale
     for (int64_t j = first; j < last; ++j) {
       const int32_t* lanes = w.tiles + (tile * words + j / values) * kTileRows;
@@ -91,9 +91,7 @@ Status prepare(const Fp4MatmulParams& p, bool int8, Kernel& kernel) {
   return fits ? Status::ok : Status::bad_argument;
 }
 
-int64_t row_scales(const Fp4MatmulParams& p) {
-  return p.grouped_rows ? detail::PanelShape{0, 0, p.weight.k, p.weight.group_size}.groups() : 1;
-}
+int64_t row_scales(const Fp4MatmulParams& p) { return p.grouped_rows ? p.weight.groups() : 1; }
 
 // `count` rows of a product, from `row` on.
 Fp4MatmulParams rows_of(Fp4MatmulParams p, int64_t row, int64_t count) {
