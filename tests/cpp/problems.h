@@ -95,6 +95,13 @@ void for_each_product(const Test& test) {
       }
     }
   }
+  for (const int64_t k : {192, 200, 250, 768}) {  // many rows
+    for (const auto& [m, n] : {std::pair<int64_t, int64_t>{48, 16}, {53, 81}, {131, 100}}) {
+      for (const Operand operand : {Operand::sign, Operand::ternary, Operand::bool_}) {
+        test(Problem{m, n, k, operand, false, 0});
+      }
+    }
+  }
 }
 
 // Ranges and single dot products of a BitOutput for n outputs of k columns.

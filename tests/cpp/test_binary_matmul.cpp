@@ -19,9 +19,25 @@ using namespace bitmill_test;
 
 namespace {
 
+template <class T>
+void check_halves(BinaryMatmulParams p, Dtype dtype, const std::vector<float>& out) {
+  std::vector<T> halves(out.size());
+  p.out = halves.data();
+  p.out_dtype = dtype;
+  CHECK(binary_matmul(p) == Status::ok);
+  for (size_t i = 0; i < out.size(); ++i) {
+    T want;
+    store(out[i], &want);
+    CHECK(halves[i].bits == want.bits);
+  }
+}
+
 void multiplies(const Problem& problem) {
   const auto [m, n, k, operand, weight_zeros, group_size] = problem;
-  const std::vector<int8_t> a = random_levels(m * k, operand, operand == Operand::ternary);
+  std::vector<int8_t> a = random_levels(m * k, operand, operand == Operand::ternary);
+  for (int64_t i = 0; m > 16 && operand == Operand::ternary && i < m * k; ++i) {  // most rows have no zero
+    if (a[i] == 0 && i / k % 16 != 5) a[i] = 1;
+  }
   const std::vector<int8_t> w = random_levels(n * k, Operand::sign, weight_zeros);
   const auto a_bits = rows_of(a, m, k, positive), a_nonzero = rows_of(a, m, k, present);
   const auto w_bits = tiles_of(w, n, k, positive), w_nonzero = tiles_of(w, n, k, present);
@@ -32,19 +48,28 @@ void multiplies(const Problem& problem) {
     for (float& value : *values) value = static_cast<float>(static_cast<int32_t>(random_bits())) / 3e9f;
   }
   std::vector<int32_t> dot(m * n);
-  std::vector<float> out(m * n);
+  std::vector<float> residual(m * n), out[2][2];  // [with row_scale][with residual]
+  for (float& value : residual) value = static_cast<float>(static_cast<int32_t>(random_bits())) / 3e9f;
+  for (const bool scaled : {false, true}) {
+    for (const bool added : {false, true}) out[scaled][added].resize(m * n);
+  }
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t o = 0; o < n; ++o) {
-      float value = 0.0f;
+      float value[2] = {};
       for (int64_t g = 0; g < groups; ++g) {
         int32_t sum = 0;
         for (int64_t c = g * width; c < std::min(k, (g + 1) * width); ++c) sum += a[i * k + c] * w[o * k + c];
         dot[i * n + o] += sum;
-        const float factor = scale[o * groups + g] * row_scale[i];
-        const float part = factor * static_cast<float>(sum);
-        value = g == 0 ? part : value + part;
+        for (const bool scaled : {false, true}) {
+          const float factor = scaled ? scale[o * groups + g] * row_scale[i] : scale[o * groups + g];
+          const float part = factor * static_cast<float>(sum);
+          value[scaled] = g == 0 ? part : value[scaled] + part;
+        }
       }
-      out[i * n + o] = value + bias[o];
+      for (const bool scaled : {false, true}) {
+        out[scaled][false][i * n + o] = value[scaled] + bias[o];
+        out[scaled][true][i * n + o] = value[scaled] + bias[o] + residual[i * n + o];
+      }
     }
   }
 
@@ -96,22 +121,22 @@ void multiplies(const Problem& problem) {
       CHECK(m == 0 || (binary_matmul(p) == Status::ok && sign_bits == sign && nonzero_bits == nonzero_with_single));
       p.bits = {};
       p.scale = scale.data();
-      p.row_scale = row_scale.data();
       p.bias = bias.data();
       p.group_size = group_size;
-      std::vector<float> floats(m * n, NAN);
-      p.out = floats.data();
-      p.out_dtype = Dtype::f32;
-      CHECK(binary_matmul(p) == Status::ok && floats == out);
-      std::vector<BFloat16> halves(m * n);
-      p.out = halves.data();
-      p.out_dtype = Dtype::bf16;
-      CHECK(binary_matmul(p) == Status::ok);
-      for (int64_t i = 0; i < m * n; ++i) {
-        BFloat16 want;
-        store(out[i], &want);
-        CHECK(halves[i].bits == want.bits);
+      for (const bool scaled : {false, true}) {
+        p.row_scale = scaled ? row_scale.data() : nullptr;
+        p.out_dtype = Dtype::f32;
+        for (const bool added : {false, true}) {
+          std::vector<float> floats(m * n, NAN);
+          p.out = floats.data();
+          p.residual = added ? residual.data() : nullptr;
+          CHECK(binary_matmul(p) == Status::ok && floats == out[scaled][added]);
+        }
+        p.residual = nullptr;
+        check_halves<BFloat16>(p, Dtype::bf16, out[scaled][false]);
+        check_halves<Float16>(p, Dtype::f16, out[scaled][false]);
       }
+      p.row_scale = nullptr;
       p.group_size = 0;
     }
   }

@@ -160,9 +160,9 @@ void test_linear(int64_t m, int64_t n, int64_t k, Dtype dtype) {
     product.weight.group_size = 0, product.grouped_rows = false;
     CHECK(int8_quantize(quantize) == Status::ok);
     compare_parts([&](const Fp4MatmulParams& p) { return fp4_int8_linear(quantize, p); });
-    for (const auto [kind, width] : {std::pair{Fp4Activations::fpq, int64_t{0}},
-                                     {Fp4Activations::mxfp4, kMxBlock},
-                                     {Fp4Activations::nvfp4, kNvBlock}}) {
+    for (const auto& [kind, width] : {std::pair{Fp4Activations::fpq, int64_t{0}},
+                                      {Fp4Activations::mxfp4, kMxBlock},
+                                      {Fp4Activations::nvfp4, kNvBlock}}) {
       cast.kind = kind;
       product.weight.group_size = width, product.grouped_rows = width > 0;
       CHECK(fp4_activations(cast) == Status::ok);

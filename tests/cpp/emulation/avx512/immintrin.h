@@ -106,6 +106,9 @@ EMULATED_MASKED_MEMORY(512, epi32, __m512i, int32_t)
 EMULATED_MASKED_MEMORY(256, epi8, __m256i, int8_t)
 EMULATED_MASKED_MEMORY(256, epi16, __m256i, int16_t)
 EMULATED_MASKED_MEMORY(, epi8, __m128i, int8_t)
+EMULATED __m512 _mm512_mask_loadu_ps(__m512 other, __mmask16 mask, const void* p) {
+  return emulated::select<float>(mask, emulated::load_lanes<float, __m512>(mask, p), other);
+}
 
 EMULATED __m512 _mm512_mask_i32gather_ps(__m512 other, __mmask16 mask, __m512i index, const void* base, int scale) {
   emulated::Lanes<float, __m512> out = emulated::lanes<float>(other);

@@ -215,6 +215,8 @@ inline bool compared(T a, T b, int predicate) {
       return !(a == b);
     case _CMP_LT_OQ:
       return a < b;
+    case _CMP_NLT_UQ:
+      return !(a < b);
     case _CMP_LE_OQ:
       return a <= b;
     case _CMP_GT_OQ:
