@@ -165,10 +165,12 @@ void columns(const BinaryTask& task, int64_t tile, int64_t begin, int64_t end, i
   for (; row < end; ++row) block<1, tiles>(task, c, row);
 }
 
-// Whether binary_matmul_short_avx512vnni may do it, and there are rows for what it prepares.
+// Whether binary_matmul_short_avx512vnni may do it.
 bool is_short(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
-  const bool whole = begin == 0 && end == tile_count(p.n) && p.n > kTileRows && p.n % kTileRows != 0;
-  return has_int8_dot() && p.dot && p.operand == Operand::sign && word_count(p.k) <= 2 && whole && p.m >= kTileRows;
+  if (!has_int8_dot() || p.operand != Operand::sign || word_count(p.k) > 2 || p.m < kTileRows) return false;
+  if (begin != 0 || end != tile_count(p.n) || p.bits.sign) return false;
+  return p.dot ||
+         (p.out_dtype == Dtype::f32 && !p.row_scale && !p.residual && (p.group_size == 0 || p.group_size >= p.k));
 }
 
 int32_t count_bits(const int32_t* bits, int64_t words) {
@@ -203,13 +205,14 @@ void binary_matmul_tiles_avx512(const BinaryMatmulParams& p, int64_t begin, int6
   const int64_t groups = ceil_div(words, group_words);
   const bool plain = groups == 1 && !p.bits.sign && (p.dot || p.out_dtype == Dtype::f32);
   const bool counts = !plain || p.operand != Operand::sign;
-  const Scratch<int32_t> present(counts ? p.m * groups : 0);
+  const bool may_triple = has_int8_dot() && groups == 1 && p.operand != Operand::bool_ && p.m >= kRowsOfTriples &&
+                          words >= kWordsOfTriples && end - begin >= kTilesOfTriples;
+  const int64_t of_weights = may_triple ? 4 * kTileRows * words : 0, of_rows = may_triple ? kRowChunk * words : 0;
+  const Scratch<int32_t> room(of_weights + of_rows + (counts ? p.m * groups : 0));
+  int32_t *const weights = room, *const rows = weights + of_weights, *const present = rows + of_rows;
   if (counts) count_present(p, groups, group_words, present);
   const bool far = plain && asks_for_writes() && (words >= kShortWords || p.m * p.n * 4 > kNearBytes);
-  BinaryTask task{p, words, groups, group_words, counts ? present.get() : nullptr, plain, far};
-  const bool may_triple =
-      has_int8_dot() && groups == 1 && p.operand != Operand::bool_ && p.m >= kRowsOfTriples && words >= kWordsOfTriples;
-  const Scratch<int32_t> rows(may_triple ? kRowChunk * words : 0), weights(may_triple ? 4 * kTileRows * words : 0);
+  BinaryTask task{p, words, groups, group_words, counts ? present : nullptr, plain, far};
   for (int64_t row = 0; row < p.m; row += kRowChunk) {
     const int64_t last = row + kRowChunk < p.m ? row + kRowChunk : p.m;
     task.zeros = p.operand == Operand::ternary && has_zeros(task, row, last - row);

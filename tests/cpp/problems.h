@@ -95,11 +95,12 @@ void for_each_product(const Test& test) {
       }
     }
   }
-  for (const int64_t k : {192, 200, 250, 768}) {  // many rows
-    for (const auto& [m, n] : {std::pair<int64_t, int64_t>{48, 16}, {53, 81}, {131, 100}}) {
+  for (const int64_t k : {20, 64, 250, 288, 300}) {  // many rows
+    for (const auto& [m, n] : {std::pair<int64_t, int64_t>{48, 181}, {53, 81}, {131, 200}}) {
       for (const Operand operand : {Operand::sign, Operand::ternary, Operand::bool_}) {
         test(Problem{m, n, k, operand, false, 0});
       }
+      test(Problem{m, n, k, Operand::sign, false, 96});
     }
   }
 }
