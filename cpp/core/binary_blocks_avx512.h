@@ -39,7 +39,7 @@ struct BinaryColumns {
 };
 
 // Counting three words together pays from so many rows, words and tiles on, with at most 4 tiles side by side.
-inline constexpr int64_t kRowsOfTriples = 48, kWordsOfTriples = 8, kTilesOfTriples = 12;
+inline constexpr int64_t kRowsOfTriples = 64, kWordsOfTriples = 8, kTilesOfTriples = 12;
 void prepare_rows_of_triples_avx512vnni(const int32_t* a, int64_t rows, int64_t words, int32_t* triples);
 void prepare_columns_of_triples_avx512vnni(const BinaryColumns& columns, int tiles, int64_t words, int32_t* triples);
 void binary_triples_avx512vnni(const BinaryTask& task, const BinaryColumns& columns, int tiles, int64_t begin,

@@ -91,8 +91,18 @@ BinaryColumns load_columns(const BinaryTask& task, int64_t tile, int tiles) {
   return c;
 }
 
+// How many lines of the next tiles a block asks for with every word. The first blocks of rows share them out: at once,
+// they would wait for memory, and the others only compute.
+template <int tiles>
+int64_t lines_ahead(const BinaryTask& task, int64_t row) {
+  const int64_t blocks = task.p.m / kBlockRows, lines = blocks >= tiles ? 1 : ceil_div(tiles, blocks);
+  return row / kBlockRows * lines < tiles ? lines : 0;
+}
+
 template <Operand operand, int rows, int tiles>
 void block(const BinaryTask& task, const BinaryColumns& c, int64_t row) {
+  const int64_t lines = rows == kBlockRows ? lines_ahead<tiles>(task, row) : 0;
+  const int32_t* ahead = c.weight[0] + (tiles + row / kBlockRows * lines) * task.words * kTileRows;
   const int32_t* a0 = task.p.a + row * task.words;
   const int32_t* z0 = operand == Operand::ternary ? task.p.a_nonzero + row * task.words : a0;
   const int64_t next = task.words;
@@ -105,6 +115,7 @@ void block(const BinaryTask& task, const BinaryColumns& c, int64_t row) {
     const int64_t end = begin + task.group_words < task.words ? begin + task.group_words : task.words;
     add_word<operand, rows, tiles, true>(r0, r1, r2, r3, c.weight, a0, z0, next, begin);
     for (int64_t w = begin + 1; w < end; ++w) {
+      for (int64_t i = 0; i < lines; ++i, ahead += kTileRows) __builtin_prefetch(ahead, 0, 2);
       add_word<operand, rows, tiles, false>(r0, r1, r2, r3, c.weight, a0, z0, next, w);
     }
     finish_block<operand, rows, tiles>(task, c, row, group, r0, r1, r2, r3, sums);

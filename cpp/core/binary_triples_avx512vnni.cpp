@@ -85,9 +85,12 @@ void count_rows(const BinaryTask& task, const BinaryColumns& c, int64_t begin, i
   const int32_t* a = task.triples + (begin - task.triples_from) * words;
   __m512i two = _mm512_set1_epi32(2);
   asm volatile("" : "+v"(two));  // a register
+  const int64_t lines = task.triples_from == 0 ? ceil_div(tiles * words, (end - begin) / kBlockRows) : 0;
+  const int32_t* ahead = c.weight[0] + tiles * words * kVector;
   for (int64_t row = begin; row < end; row += kBlockRows, a += kBlockRows * words) {
     const int32_t *const a1 = a + words, *const a2 = a1 + words, *const a3 = a2 + words, *weight = c.triples;
     if (task.far) request<kBlockRows, tiles>(row_of_output(task, c, row), task.p.n);
+    for (int64_t i = 0; i < lines; ++i, ahead += kVector) __builtin_prefetch(ahead, 0, 2);
     const __m512i zero = _mm512_setzero_si512();
     Row r0{zero, zero, zero, zero, zero}, r1 = r0, r2 = r0, r3 = r0;
     for (int64_t w = 0; w < whole; w += 3, weight += 3 * tiles * kVector) {
