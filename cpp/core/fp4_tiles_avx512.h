@@ -32,7 +32,7 @@ namespace bitmill::detail {
 inline constexpr int64_t kChunkTiles = 8;    // tiles whose scales are expanded together, and side by side for one row
 inline constexpr int64_t kPackedRows = 256;  // rows packed together; fewer if k is large
 inline constexpr int64_t kOverlappedRows = 32;  // from so many rows on sums of short groups are folded by the way
-// How far ahead codes are asked for, 2 KiB a tile, and to the second-level cache: 8 tiles fill half of the first.
+// How far ahead one row asks for codes, 2 KiB a tile, and to the second-level cache: 8 tiles fill half of the first.
 inline constexpr int64_t kPrefetchWords = 32;
 
 struct Fp4Task {
@@ -98,10 +98,26 @@ struct FloatSums {
   }
 };
 
-// The word of a tile that is asked for at word w. Past the end of the tiles side by side the next ones begin.
-static inline int64_t prefetched_word(const Fp4Task& task, int64_t w, int tiles) {
-  const int64_t ahead = w + kPrefetchWords;
-  return ahead < task.words ? ahead : ahead + (tiles - 1) * task.words;
+// With word w of `tiles` tiles a line of codes is asked for with each of them, and now and then one of a page. Rows
+// that are multiplied together leave memory the time of these tiles for the next ones, which are read from the first
+// line to the last. One row does not: it asks for its own words, and past their end for those of the next tiles.
+template <int rows, int tiles>
+[[gnu::always_inline]] static inline void request_line(const Fp4Task& task, const int32_t* const* codes, int64_t w,
+                                                       int t) {
+  if constexpr (rows > 1) {
+    __builtin_prefetch(codes[0] + ((task.words + w) * tiles + t) * kTileRows, 0, 2);
+  } else {
+    const int64_t ahead = w + kPrefetchWords, past = ahead < task.words ? 0 : (tiles - 1) * task.words;
+    __builtin_prefetch(codes[t] + (ahead + past) * kTileRows, 0, 2);
+  }
+}
+template <int rows, int tiles>
+[[gnu::always_inline]] static inline void request_page(const Fp4Task& task, const int32_t* const* codes, int64_t w) {
+  if constexpr (rows > 1) {
+    if (w % (kPageWords / tiles) == 0) read_page_ahead(codes[0] + (task.words + w) * tiles * kTileRows);
+  } else if (begins_page(w)) {
+    for (int t = 0; t < tiles; ++t) read_page_ahead(codes[t] + w * kTileRows);
+  }
 }
 
 // Results [rows][tiles][16] of a block to memory, except those past the last row or tile.
@@ -149,15 +165,12 @@ static void block(const Fp4Task& task, const Path& path, int64_t row, int64_t ti
       for (int t = 0; t < tiles; ++t) sum[r][t] = path.start(row + r, group);
     }
     const auto add_word = [&](int64_t w) __attribute__((always_inline)) {
-      const int64_t ahead = prefetched_word(task, w, tiles);
-      if (rows == 1 && begins_page(w)) {
-        for (const int32_t* tile_codes : codes) read_page_ahead(tile_codes + w * kTileRows);
-      }
+      if constexpr (Path::kWords == 0) request_page<rows, tiles>(task, codes, w);
       __m512i bits[tiles];
 #pragma GCC unroll 8
       for (int t = 0; t < tiles; ++t) {
         bits[t] = _mm512_loadu_si512(codes[t] + w * kTileRows);
-        _mm_prefetch(reinterpret_cast<const char*>(codes[t] + ahead * kTileRows), _MM_HINT_T1);
+        request_line<rows, tiles>(task, codes, w, t);
       }
 #pragma GCC unroll 1
       for (int j = 0; j < Path::kSteps; ++j) {
@@ -177,6 +190,7 @@ static void block(const Fp4Task& task, const Path& path, int64_t row, int64_t ti
       }
     };
     const int64_t begin = group * task.group_words, end = task.group_end(group);
+    if constexpr (Path::kWords > 0) request_page<rows, tiles>(task, codes, begin);
     if (Path::kWords > 0 && end - begin == Path::kWords) {  // the end of so short a loop would be predicted wrongly
 #pragma GCC unroll 4
       for (int i = 0; i < Path::kWords; ++i) add_word(begin + i);
@@ -202,7 +216,7 @@ template <class Path>
 static void overlapped(const Fp4Task& task, const Path& path, int64_t row, int64_t tile, const float* x, bool first) {
   constexpr int rows = 4, tiles = 2, packed = 8, steps = Path::kWords * Path::kSteps;
   static_assert(steps % rows == 0);
-  const int32_t *codes0 = task.codes(tile), *codes1 = task.codes(tile + 1);
+  const int32_t* const codes[tiles] = {task.codes(tile), task.codes(tile + 1)};
   const float *scales0 = task.scales(tile), *scales1 = task.scales(tile + 1);
   request_output(task, row, rows, tile, tiles);
   typename Path::Sum before[rows][tiles];
@@ -224,12 +238,9 @@ static void overlapped(const Fp4Task& task, const Path& path, int64_t row, int64
 #pragma GCC unroll 4
     for (int i = 0; i < Path::kWords; ++i) {
       const int64_t w = group * Path::kWords + i;
-      __m512i bits0 = _mm512_loadu_si512(codes0 + w * kTileRows), bits1 = _mm512_loadu_si512(codes1 + w * kTileRows);
-      if (first) {
-        const int64_t ahead = prefetched_word(task, w, tiles);
-        _mm_prefetch(reinterpret_cast<const char*>(codes0 + ahead * kTileRows), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(codes1 + ahead * kTileRows), _MM_HINT_T1);
-      }
+      __m512i bits0 = _mm512_loadu_si512(codes[0] + w * kTileRows),
+              bits1 = _mm512_loadu_si512(codes[1] + w * kTileRows);
+      if (first) request_line<rows, tiles>(task, codes, w, 0), request_line<rows, tiles>(task, codes, w, 1);
 #pragma GCC unroll 2
       for (int j = 0; j < Path::kSteps; ++j) {
         const float* a = x + (w * Path::kSteps + j) * packed;
