@@ -94,6 +94,7 @@ template <class T>
 void block(const Task& task, int64_t row, int64_t tile, const float* tables) {
   const int32_t *w0 = task.tile(tile), *w1 = task.tile(tile + 1), *w2 = task.tile(tile + 2), *w3 = task.tile(tile + 3);
   const int64_t stride = task.words * kTableFloats;
+  const int32_t* const next = w0 + task.words * kTiles * kTileRows;  // of the next tiles, asked for in order
   const bool whole = task.groups == 1 && task.p.dtype == Dtype::f32 && tile + kTiles <= task.end &&
                      (tile + kTiles) * kTileRows <= task.p.n;
   const __m512i sixteenth = _mm512_set1_epi16(1 << 12);
@@ -106,6 +107,8 @@ void block(const Task& task, int64_t row, int64_t tile, const float* tables) {
     for (int64_t half = 2 * group * task.group_words; half < 2 * end; ++half) {  // a word is two halves of 4 tables
       const __m128i shift = _mm_cvtsi32_si128(16 * static_cast<int>(half & 1));
       const int64_t at = half / 2 * kTileRows;
+      __builtin_prefetch(next + 2 * half * kTileRows, 0, 2);
+      __builtin_prefetch(next + (2 * half + 1) * kTileRows, 0, 2);
       __m512i bits0 = _mm512_srl_epi32(_mm512_loadu_si512(w0 + at), shift);
       __m512i bits1 = _mm512_srl_epi32(_mm512_loadu_si512(w1 + at), shift);
       __m512i bits2 = _mm512_srl_epi32(_mm512_loadu_si512(w2 + at), shift);
