@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Binary products with VPOPCNTDQ: 4 rows x up to 5 tiles (4 are 64 outputs a row) stay in registers over all of k. A
 // lane is an output, so 16 finished results leave a register at once. Bit-equal to the generic form, epilogue included.
-// Weights with zeros are rare and take the generic form.
+// Weights with zeros are rare and take the generic form. Many rows of signs are counted by triples of words
+// (binary_triples_avx512vnni.cpp), products of one or two words by binary_matmul_short_avx512vnni.cpp.
 #include "avx512.h"
 #include "binary_blocks_avx512.h"
 #include "binary_matmul.h"

@@ -85,6 +85,7 @@ void count_rows(const BinaryTask& task, const BinaryColumns& c, int64_t begin, i
   const int32_t* a = task.triples + (begin - task.triples_from) * words;
   __m512i two = _mm512_set1_epi32(2);
   asm volatile("" : "+v"(two));  // a register
+  // weights of the next tiles, which the first rows ask for, each block as many lines
   const int64_t lines = task.triples_from == 0 ? ceil_div(tiles * words, (end - begin) / kBlockRows) : 0;
   const int32_t* ahead = c.weight[0] + tiles * words * kVector;
   for (int64_t row = begin; row < end; row += kBlockRows, a += kBlockRows * words) {
