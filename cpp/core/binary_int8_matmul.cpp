@@ -3,10 +3,12 @@
 #include "binary_int8_matmul.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "cpu.h"
 #include "layout.h"
 #include "rounded_rows.h"
+#include "zero_weights.h"
 
 namespace bitmill {
 namespace detail {
@@ -50,10 +52,10 @@ struct Kernel {
 
 Kernel choose_kernel([[maybe_unused]] const BinaryInt8MatmulParams& p) {
 #ifdef BITMILL_EIGHT_LANES
-  if (eight_lanes() && !p.weight_nonzero && p.k > 0) return {binary_int8_matmul_tiles_avx2, 0.2};
+  if (eight_lanes() && p.k > 0) return {binary_int8_matmul_tiles_avx2, 0.2};
 #endif
 #ifdef BITMILL_AVX512
-  if (selected() == InstructionSet::avx512 && !p.weight_nonzero && p.k > 0) {
+  if (selected() == InstructionSet::avx512 && p.k > 0) {
     if (p.m < kRowsOfTables && has_int8_dot()) return {binary_int8_matmul_tiles_avx512vnni, 0.2};
     return {binary_int8_matmul_tiles_avx512, 0.1, kRowUnit};
   }
@@ -61,10 +63,52 @@ Kernel choose_kernel([[maybe_unused]] const BinaryInt8MatmulParams& p) {
   return {binary_int8_matmul_tiles_generic, 30.0};
 }
 
+// Tiles with zeros, one group: from two products to floats that are the integers.
+void multiply_twice(const BinaryInt8MatmulParams& p, const Kernel& kernel, int64_t begin, int64_t end) {
+  const int64_t count = end - begin, column = begin * kTileRows;
+  const TwoWeights weights(p.weight, p.weight_nonzero, p.k, begin, count);
+  BinaryInt8MatmulParams part;
+  part.n = std::min(count * kTileRows, p.n - column);
+  part.k = p.k;
+  const int64_t most = std::min(p.m, kZeroRows);
+  const std::vector<float> ones(static_cast<size_t>(std::max(most, count * kTileRows)), 1.0f);
+  part.scale = part.row_scale = ones.data();
+  std::vector<float> first(static_cast<size_t>(most * part.n)), second(first.size());
+  for (int64_t row = 0; row < p.m; row += kZeroRows) {
+    part.m = std::min(kZeroRows, p.m - row);
+    part.q = p.q + row * p.k;
+    part.weight = weights.lower.data(), part.out = first.data();
+    kernel.tiles(part, 0, count);
+    part.weight = weights.upper.data(), part.out = second.data();
+    kernel.tiles(part, 0, count);
+    with_dtype(p.out_dtype, p.out, [&](auto* out) {
+      for (int64_t i = 0; i < part.m * part.n; ++i) {
+        const int64_t r = row + i / part.n, lane = i % part.n;
+        float value = p.scale[column + lane] * p.row_scale[r] * (0.5f * (first[i] + second[i]));
+        if (p.addend) value += p.addend.at(r, begin + lane / kTileRows)[lane % kTileRows];
+        if (p.bias) value += p.bias[column + lane];
+        store(value, out + r * p.n + column + lane);
+      }
+    });
+  }
+}
+
+void multiply_tiles(const BinaryInt8MatmulParams& p, const Kernel& kernel, int64_t begin, int64_t end) {
+  // half of the largest sum that floats hold, since two are added
+  const bool exact = (p.group_size == 0 || p.group_size >= p.k) && p.k <= (1 << 23) / 128;
+  BinaryInt8MatmulParams whole = p;
+  whole.weight_nonzero = nullptr;
+  for_zero_weights(
+      p.weight_nonzero, p.n, p.k, begin, end, [&](int64_t first, int64_t last) { kernel.tiles(whole, first, last); },
+      [&](int64_t first, int64_t last) {
+        exact ? multiply_twice(p, kernel, first, last) : binary_int8_matmul_tiles_generic(p, first, last);
+      });
+}
+
 }  // namespace
 
 void binary_int8_matmul_tiles(const BinaryInt8MatmulParams& p, int64_t begin, int64_t end) {
-  choose_kernel(p).tiles(p, begin, end);
+  multiply_tiles(p, choose_kernel(p), begin, end);
 }
 
 }  // namespace detail
@@ -97,7 +141,7 @@ Status binary_int8_matmul(const BinaryInt8MatmulParams& p) {
   if (const Status status = check(p); status != Status::ok) return status;
   const detail::Kernel kernel = detail::choose_kernel(p);
   const auto run = [&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
-    kernel.tiles(rows_of(p, row, rows), begin, end);
+    detail::multiply_tiles(rows_of(p, row, rows), kernel, begin, end);
   };
   split_blocks(p.parallel_for, p.m, p.n, cost_of(p, kernel), run, kernel.least_rows);
   return Status::ok;
@@ -114,7 +158,7 @@ Status binary_int8_linear(const Int8QuantizeParams& quantize, const BinaryInt8Ma
       [&](int64_t row, int64_t count, const int8_t* q, const float* scale, int64_t begin, int64_t end) {
         BinaryInt8MatmulParams part = rows_of(p, row, count);
         part.q = q, part.row_scale = scale;
-        kernel.tiles(part, begin, end);
+        detail::multiply_tiles(part, kernel, begin, end);
       });
   return Status::ok;
 }

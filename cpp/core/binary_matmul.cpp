@@ -9,11 +9,13 @@
 
 #include <algorithm>
 #include <bit>
+#include <vector>
 
 #include "bit_output.h"
 #include "cpu.h"
 #include "layout.h"
 #include "panel_matmul.h"
+#include "zero_weights.h"
 
 namespace bitmill {
 namespace detail {
@@ -40,6 +42,25 @@ int32_t dot_words(const BinaryMatmulParams& p, const int32_t* a, const int32_t* 
   return present - 2 * opposite;
 }
 
+// Dot products of `count` outputs of a row and a tile to integers, bits, or floats of one group.
+void finish_dots(const BinaryMatmulParams& p, int64_t row, int64_t tile, const int32_t* dot, int64_t count) {
+  const int64_t first = tile * kTileRows;
+  if (p.dot) std::copy_n(dot, count, p.dot + row * p.n + first);
+  if (p.bits.sign) store_bits(p.bits, p.n, row, tile, dot, count, inside_range);
+  if (p.dot || p.bits.sign) return;
+  with_dtype(p.out_dtype, p.out, [&](auto* out) {
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const int64_t column = first + lane;
+      float scale = p.scale[column];
+      if (p.row_scale) scale *= p.row_scale[row];
+      float value = scale * static_cast<float>(dot[lane]);
+      if (p.bias) value += p.bias[column];
+      if (p.residual) value += p.residual[row * p.n + column];
+      store(value, out + row * p.n + column);
+    }
+  });
+}
+
 }  // namespace
 
 void binary_matmul_tiles_generic(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
@@ -56,11 +77,10 @@ void binary_matmul_tiles_generic(const BinaryMatmulParams& p, int64_t begin, int
     };
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kTileRows, count = std::min(kTileRows, p.n - first);
-      if (p.dot || p.bits.sign) {
+      if (p.dot || p.bits.sign || groups == 1) {
         int32_t dot[kTileRows];
         for (int64_t lane = 0; lane < count; ++lane) dot[lane] = dot_of(first + lane, 0, words);
-        if (p.dot) std::copy_n(dot, count, p.dot + row * p.n + first);
-        if (p.bits.sign) store_bits(p.bits, p.n, row, tile, dot, count, inside_range);
+        finish_dots(p, row, tile, dot, count);
         continue;
       }
       for (int64_t column = first; column < first + count; ++column) {
@@ -82,8 +102,49 @@ void binary_matmul_tiles_generic(const BinaryMatmulParams& p, int64_t begin, int
 
 namespace {
 
+using Tiles = void (*)(const BinaryMatmulParams&, int64_t, int64_t);
+
+// Tiles with zeros, one group: from two products to integers.
+void multiply_twice(const BinaryMatmulParams& p, Tiles tiles, int64_t begin, int64_t end) {
+  const int64_t words = word_count(p.k), count = end - begin;
+  const TwoWeights weights(p.weight, p.weight_nonzero, p.k, begin, count);
+  BinaryMatmulParams part;
+  part.operand = p.operand;
+  part.n = std::min(count * kTileRows, p.n - begin * kTileRows);
+  part.k = p.k;
+  std::vector<int32_t> first(static_cast<size_t>(std::min(p.m, kZeroRows) * part.n)), second(first.size());
+  for (int64_t row = 0; row < p.m; row += kZeroRows) {
+    part.m = std::min(kZeroRows, p.m - row);
+    part.a = p.a + row * words;
+    part.a_nonzero = p.a_nonzero ? p.a_nonzero + row * words : nullptr;
+    part.weight = weights.lower.data(), part.dot = first.data();
+    tiles(part, 0, count);
+    part.weight = weights.upper.data(), part.dot = second.data();
+    tiles(part, 0, count);
+    for (int64_t r = 0; r < part.m; ++r) {
+      for (int64_t tile = 0; tile < count; ++tile) {
+        int32_t dot[kTileRows];
+        const int64_t at = r * part.n + tile * kTileRows, lanes = std::min(kTileRows, part.n - tile * kTileRows);
+        for (int64_t lane = 0; lane < lanes; ++lane) dot[lane] = (first[at + lane] + second[at + lane]) / 2;
+        finish_dots(p, row + r, begin + tile, dot, lanes);
+      }
+    }
+  }
+}
+
+void multiply_tiles(const BinaryMatmulParams& p, Tiles tiles, int64_t begin, int64_t end) {
+  const bool grouped = p.group_size > 0 && p.group_size < p.k && !p.dot && !p.bits.sign;
+  BinaryMatmulParams whole = p;
+  whole.weight_nonzero = nullptr;
+  for_zero_weights(
+      p.weight_nonzero, p.n, p.k, begin, end, [&](int64_t first, int64_t last) { tiles(whole, first, last); },
+      [&](int64_t first, int64_t last) {
+        grouped ? binary_matmul_tiles_generic(p, first, last) : multiply_twice(p, tiles, first, last);
+      });
+}
+
 struct Kernel {
-  void (*tiles)(const BinaryMatmulParams&, int64_t, int64_t);
+  Tiles tiles;
   double nanoseconds_per_word;  // of one row and one output
 };
 
@@ -111,12 +172,12 @@ struct WeightKernel {
   double nanoseconds_per_column;  // of one row and one output
 };
 
-WeightKernel choose_weight_kernel([[maybe_unused]] const BinaryWeightMatmulParams& p) {
+WeightKernel choose_weight_kernel([[maybe_unused]] int64_t k) {
 #ifdef BITMILL_EIGHT_LANES
-  if (eight_lanes() && !p.weight_nonzero && p.k > 0) return {binary_weight_matmul_tiles_avx2, 0.015};
+  if (eight_lanes() && k > 0) return {binary_weight_matmul_tiles_avx2, 0.015};
 #endif
 #ifdef BITMILL_AVX512
-  if (selected() == InstructionSet::avx512 && !p.weight_nonzero && p.k > 0) {
+  if (selected() == InstructionSet::avx512 && k > 0) {
     return {binary_weight_matmul_tiles_avx512, 0.01};
   }
 #endif
@@ -152,8 +213,52 @@ void binary_weight_matmul_tiles_generic(const BinaryWeightMatmulParams& p, int64
   });
 }
 
+namespace {
+
+// Tiles with zeros: the mean of two products to floats.
+template <class T>
+void multiply_twice(const BinaryWeightMatmulParams& p, const T* x, T* out, int64_t begin, int64_t end) {
+  const int64_t count = end - begin, column = begin * kTileRows;
+  const TwoWeights weights(p.weight, p.weight_nonzero, p.k, begin, count);
+  BinaryWeightMatmulParams part;
+  part.n = std::min(count * kTileRows, p.n - column);
+  part.k = p.k;
+  part.group_size = p.group_size;
+  part.scale = p.scale + column * PanelShape{p.m, p.n, p.k, p.group_size}.groups();
+  const int64_t most = std::min(p.m, kZeroRows);
+  std::vector<float> rows(static_cast<size_t>(most * p.k)), first(static_cast<size_t>(most * part.n)),
+      second(first.size());
+  part.x = rows.data();
+  const auto tiles = choose_weight_kernel(p.k).tiles;
+  for (int64_t row = 0; row < p.m; row += kZeroRows) {
+    part.m = std::min(kZeroRows, p.m - row);
+    std::transform(x + row * p.k, x + (row + part.m) * p.k, rows.data(), [](T value) { return to_float(value); });
+    part.weight = weights.lower.data(), part.out = first.data();
+    tiles(part, 0, count);
+    part.weight = weights.upper.data(), part.out = second.data();
+    tiles(part, 0, count);
+    for (int64_t i = 0; i < part.m * part.n; ++i) {
+      const int64_t r = row + i / part.n, lane = i % part.n;
+      float value = 0.5f * first[i] + 0.5f * second[i];
+      if (p.addend) value += p.addend.at(r, begin + lane / kTileRows)[lane % kTileRows];
+      if (p.bias) value += p.bias[column + lane];
+      store(value, out + r * p.n + column + lane);
+    }
+  }
+}
+
+}  // namespace
+
 void binary_weight_matmul_tiles(const BinaryWeightMatmulParams& p, int64_t begin, int64_t end) {
-  choose_weight_kernel(p).tiles(p, begin, end);
+  const auto tiles = choose_weight_kernel(p.k).tiles;
+  BinaryWeightMatmulParams whole = p;
+  whole.weight_nonzero = nullptr;
+  for_zero_weights(
+      p.weight_nonzero, p.n, p.k, begin, end, [&](int64_t first, int64_t last) { tiles(whole, first, last); },
+      [&](int64_t first, int64_t last) {
+        with_dtype(p.dtype, p.out,
+                   [&]<class T>(T* out) { multiply_twice(p, static_cast<const T*>(p.x), out, first, last); });
+      });
 }
 
 }  // namespace detail
@@ -209,7 +314,7 @@ Status binary_matmul(const BinaryMatmulParams& p) {
   auto* tiles = detail::choose_kernel().tiles;
   const double cost = nanoseconds_per_row(p) / static_cast<double>(p.n);
   split_product(p.parallel_for, p.m, p.n, cost, [&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
-    tiles(rows_of(p, row, rows), begin, end);
+    detail::multiply_tiles(rows_of(p, row, rows), tiles, begin, end);
   });
   return Status::ok;
 }
@@ -217,12 +322,10 @@ Status binary_matmul(const BinaryMatmulParams& p) {
 Status binary_weight_matmul(const BinaryWeightMatmulParams& p) {
   if (p.m < 0 || p.n < 0 || p.k < 0 || p.k > kMaxColumns) return Status::bad_size;
   if (p.group_size < 0 || p.group_size % 32 != 0) return Status::bad_argument;
-  const auto [tiles, nanoseconds_per_column] = detail::choose_weight_kernel(p);
-  const double cost = static_cast<double>(p.k) * nanoseconds_per_column;
-  split_product(p.parallel_for, p.m, p.n, cost,
-                [&, tiles = tiles](int64_t row, int64_t rows, int64_t begin, int64_t end) {
-                  tiles(rows_of(p, row, rows), begin, end);
-                });
+  const double cost = static_cast<double>(p.k) * detail::choose_weight_kernel(p.k).nanoseconds_per_column;
+  split_product(p.parallel_for, p.m, p.n, cost, [&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
+    detail::binary_weight_matmul_tiles(rows_of(p, row, rows), begin, end);
+  });
   return Status::ok;
 }
 

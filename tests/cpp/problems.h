@@ -101,6 +101,7 @@ void for_each_product(const Test& test) {
         test(Problem{m, n, k, operand, false, 0});
       }
       test(Problem{m, n, k, Operand::sign, false, 96});
+      test(Problem{m, n, k, Operand::ternary, true, 0});
     }
   }
 }

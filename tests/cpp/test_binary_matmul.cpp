@@ -38,7 +38,10 @@ void multiplies(const Problem& problem) {
   for (int64_t i = 0; m > 16 && operand == Operand::ternary && i < m * k; ++i) {  // most rows have no zero
     if (a[i] == 0 && i / k % 16 != 5) a[i] = 1;
   }
-  const std::vector<int8_t> w = random_levels(n * k, Operand::sign, weight_zeros);
+  std::vector<int8_t> w = random_levels(n * k, Operand::sign, weight_zeros);
+  for (int64_t i = 0; n > 32 && i < n * k; ++i) {  // some tiles have no zero
+    if (w[i] == 0 && i / k / kTileRows % 3 == 1) w[i] = 1;
+  }
   const auto a_bits = rows_of(a, m, k, positive), a_nonzero = rows_of(a, m, k, present);
   const auto w_bits = tiles_of(w, n, k, positive), w_nonzero = tiles_of(w, n, k, present);
   const int64_t width = group_size > 0 ? group_size : std::max<int64_t>(k, 1);
