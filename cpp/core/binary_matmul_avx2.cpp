@@ -5,8 +5,8 @@
 // byte addition for 128 products, against eight instructions for 256 with the usual nibble count. Both operands are
 // prepared: activations become table offsets, once for a block of rows; weights become one vector of 32 nibbles for
 // every 4 columns, once for a block of outputs and those rows. A few rows do not pay for that: they count nibbles of
-// the words as they are stored. Bit-equal to the generic form, epilogue included. Weights with zeros are rare and take
-// the generic form.
+// the words as they are stored. Bit-equal to the generic form, epilogue included. No weight is
+// 0 here (zero_weights.h).
 #include "avx2.h"
 #include "binary_tiles.h"
 #include "scratch.h"
@@ -250,7 +250,7 @@ void multiply_prepared(const BinaryTask& task, int64_t begin, int64_t end, Outpu
 }  // namespace
 
 void binary_matmul_tiles_avx2(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
-  if (p.weight_nonzero || p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
+  if (p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
   const BinaryTask task(p);
   OutputBlock<kColumns> outputs;
   const Scratch<float> scale(task.groups * kColumns);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Binary products with VPOPCNTDQ: 4 rows x up to 5 tiles (4 are 64 outputs a row) stay in registers over all of k. A
 // lane is an output, so 16 finished results leave a register at once. Bit-equal to the generic form, epilogue included.
-// Weights with zeros are rare and take the generic form. Many rows of signs are counted by triples of words
+// No weight is 0 here (zero_weights.h). Many rows of signs are counted by triples of words
 // (binary_triples_avx512vnni.cpp), products of one or two words by binary_matmul_short_avx512vnni.cpp.
 #include "avx512.h"
 #include "binary_blocks_avx512.h"
@@ -210,7 +210,7 @@ void count_present(const BinaryMatmulParams& p, int64_t groups, int64_t group_wo
 }  // namespace
 
 void binary_matmul_tiles_avx512(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
-  if (p.weight_nonzero || p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
+  if (p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
   const int64_t words = word_count(p.k);
   if (is_short(p, begin, end)) return binary_matmul_short_avx512vnni(p);
   const int64_t group_words = p.group_size > 0 && !p.dot && !p.bits.sign ? p.group_size / 32 : words;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Binary products with NEON: cnt counts the bits of bytes, and 4 rows x 1 tile of byte counts stay in registers. A
 // 32-bit lane is an output, so the four bytes of a lane are added only when they are widened. Bit-equal to the generic
-// form, epilogue included. Weights with zeros are rare and take the generic form.
+// form, epilogue included. No weight is 0 here (zero_weights.h).
 #include "binary_tiles.h"
 #include "neon.h"
 
@@ -105,7 +105,7 @@ void block(const BinaryTask& task, const OutputBlock<kColumns>& outputs, int64_t
 }  // namespace
 
 void binary_matmul_tiles_neon(const BinaryMatmulParams& p, int64_t begin, int64_t end) {
-  if (p.weight_nonzero || p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
+  if (p.k == 0) return binary_matmul_tiles_generic(p, begin, end);
   const BinaryTask task(p);
   OutputBlock<kColumns> outputs;
   const Scratch<float> scale(task.groups * kColumns);
