@@ -213,52 +213,14 @@ void binary_weight_matmul_tiles_generic(const BinaryWeightMatmulParams& p, int64
   });
 }
 
-namespace {
-
-// Tiles with zeros: the mean of two products to floats.
-template <class T>
-void multiply_twice(const BinaryWeightMatmulParams& p, const T* x, T* out, int64_t begin, int64_t end) {
-  const int64_t count = end - begin, column = begin * kTileRows;
-  const TwoWeights weights(p.weight, p.weight_nonzero, p.k, begin, count);
-  BinaryWeightMatmulParams part;
-  part.n = std::min(count * kTileRows, p.n - column);
-  part.k = p.k;
-  part.group_size = p.group_size;
-  part.scale = p.scale + column * PanelShape{p.m, p.n, p.k, p.group_size}.groups();
-  const int64_t most = std::min(p.m, kZeroRows);
-  std::vector<float> rows(static_cast<size_t>(most * p.k)), first(static_cast<size_t>(most * part.n)),
-      second(first.size());
-  part.x = rows.data();
-  const auto tiles = choose_weight_kernel(p.k).tiles;
-  for (int64_t row = 0; row < p.m; row += kZeroRows) {
-    part.m = std::min(kZeroRows, p.m - row);
-    std::transform(x + row * p.k, x + (row + part.m) * p.k, rows.data(), [](T value) { return to_float(value); });
-    part.weight = weights.lower.data(), part.out = first.data();
-    tiles(part, 0, count);
-    part.weight = weights.upper.data(), part.out = second.data();
-    tiles(part, 0, count);
-    for (int64_t i = 0; i < part.m * part.n; ++i) {
-      const int64_t r = row + i / part.n, lane = i % part.n;
-      float value = 0.5f * first[i] + 0.5f * second[i];
-      if (p.addend) value += p.addend.at(r, begin + lane / kTileRows)[lane % kTileRows];
-      if (p.bias) value += p.bias[column + lane];
-      store(value, out + r * p.n + column + lane);
-    }
-  }
-}
-
-}  // namespace
-
+// Floats would not be exact as the mean of two sums, so tiles with zeros take the generic form.
 void binary_weight_matmul_tiles(const BinaryWeightMatmulParams& p, int64_t begin, int64_t end) {
   const auto tiles = choose_weight_kernel(p.k).tiles;
   BinaryWeightMatmulParams whole = p;
   whole.weight_nonzero = nullptr;
   for_zero_weights(
       p.weight_nonzero, p.n, p.k, begin, end, [&](int64_t first, int64_t last) { tiles(whole, first, last); },
-      [&](int64_t first, int64_t last) {
-        with_dtype(p.dtype, p.out,
-                   [&]<class T>(T* out) { multiply_twice(p, static_cast<const T*>(p.x), out, first, last); });
-      });
+      [&](int64_t first, int64_t last) { binary_weight_matmul_tiles_generic(p, first, last); });
 }
 
 }  // namespace detail

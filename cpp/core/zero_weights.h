@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weights of 1 bit of which some are 0, with kernels for weights of which none is. Tiles without a zero are multiplied
-// as if there were none anywhere. The others are the mean of two weights: one has -1 where they are 0, one +1.
+// as if there were none anywhere. For products to integers the others are the mean of two weights: one has -1 where
+// they are 0, one +1.
 #pragma once
 
 #include <algorithm>
