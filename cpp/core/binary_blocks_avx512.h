@@ -58,6 +58,12 @@ __m512i to_dot(__m512i counts, __m512i present) {
   return operand == Operand::bool_ ? _mm512_sub_epi32(twice, present) : _mm512_sub_epi32(present, twice);
 }
 
+// Columns that count, counts and what is left are exact floats, so one fused operation makes the dot product.
+[[gnu::always_inline]] inline __m512 scaled(__m512i counts, __m512 columns, __m512 scale, __m512 bias) {
+  const __m512 dot = _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), _mm512_cvtepi32_ps(counts), columns);
+  return _mm512_add_ps(_mm512_mul_ps(scale, dot), bias);
+}
+
 // Where the results of one row and one group go, copied out of BinaryTask: after a store of a vector g++ reads every
 // member of it again.
 struct Output {
@@ -249,12 +255,10 @@ template <Operand operand, int rows, int tiles>
             r0, r1, r2, r3);
       }
       if (o.out && !row_scale && !o.residual && o.lanes == 0xFFFF) {
-        // columns, counts and what is left are exact floats, so one fused operation makes the dot product
         return put_rows<tiles>(
             [&](int r, int t, __m512i counts) __attribute__((always_inline)) {
-              const __m512 most = _mm512_set1_ps(static_cast<float>(all[r])), two = _mm512_set1_ps(2.0f);
-              const __m512 dot = _mm512_fnmadd_ps(two, _mm512_cvtepi32_ps(counts), most);
-              const __m512 value = _mm512_add_ps(_mm512_mul_ps(o.scale[t], dot), o.bias[t]);
+              const __m512 columns = _mm512_set1_ps(static_cast<float>(all[r]));
+              const __m512 value = scaled(counts, columns, o.scale[t], o.bias[t]);
               _mm512_storeu_ps(o.out + r * n + t * kTileRows, value);
             },
             r0, r1, r2, r3);

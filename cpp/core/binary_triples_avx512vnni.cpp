@@ -12,8 +12,6 @@
 namespace bitmill::detail {
 namespace {
 
-constexpr int64_t kVector = kTileRows;
-
 // The majority of x0, x1, x2, at bit 4 x1 + 2 x2 + (x0 ^ x1 ^ x2) of the table.
 constexpr int majority_table() {
   int table = 0;
@@ -33,7 +31,8 @@ Triple load_row(const int32_t* a) {
 }
 
 Triple load_weight(const int32_t* weight) {
-  return {_mm512_loadu_si512(weight), _mm512_loadu_si512(weight + kVector), _mm512_loadu_si512(weight + 2 * kVector)};
+  return {_mm512_loadu_si512(weight), _mm512_loadu_si512(weight + kTileRows),
+          _mm512_loadu_si512(weight + 2 * kTileRows)};
 }
 
 __m512i count(__m512i sum, const Triple& a, const Triple& w, __m512i two) {
@@ -58,7 +57,7 @@ template <int tiles>
                                               const int32_t* weight, __m512i two) {
   const Triple row0 = load_row(a0), row1 = load_row(a1);
   const auto tile = [&](int t, __m512i& c0, __m512i& c1) __attribute__((always_inline)) {
-    Triple w = load_weight(weight + 3 * t * kVector);
+    Triple w = load_weight(weight + 3 * t * kTileRows);
     asm volatile("" : "+v"(w.parity), "+v"(w.second), "+v"(w.third));  // loaded once, not for each row
     c0 = count(c0, row0, w, two);
     c1 = count(c1, row1, w, two);
@@ -73,9 +72,9 @@ template <int tiles>
 [[gnu::always_inline]] inline void add_word(Row& row, int32_t word, const int32_t* weight) {
   const __m512i a = _mm512_set1_epi32(word);
   row.c0 = count(row.c0, a, _mm512_loadu_si512(weight));
-  if constexpr (tiles > 1) row.c1 = count(row.c1, a, _mm512_loadu_si512(weight + kVector));
-  if constexpr (tiles > 2) row.c2 = count(row.c2, a, _mm512_loadu_si512(weight + 2 * kVector));
-  if constexpr (tiles > 3) row.c3 = count(row.c3, a, _mm512_loadu_si512(weight + 3 * kVector));
+  if constexpr (tiles > 1) row.c1 = count(row.c1, a, _mm512_loadu_si512(weight + kTileRows));
+  if constexpr (tiles > 2) row.c2 = count(row.c2, a, _mm512_loadu_si512(weight + 2 * kTileRows));
+  if constexpr (tiles > 3) row.c3 = count(row.c3, a, _mm512_loadu_si512(weight + 3 * kTileRows));
 }
 
 // Rows [begin, end), kBlockRows at a time: finish(row, counts of its first row, ..., of its last).
@@ -87,18 +86,18 @@ void count_rows(const BinaryTask& task, const BinaryColumns& c, int64_t begin, i
   asm volatile("" : "+v"(two));  // a register
   // weights of the next tiles, which the first rows ask for, each block as many lines
   const int64_t lines = task.triples_from == 0 ? ceil_div(tiles * words, (end - begin) / kBlockRows) : 0;
-  const int32_t* ahead = c.weight[0] + tiles * words * kVector;
+  const int32_t* ahead = c.weight[0] + tiles * words * kTileRows;
   for (int64_t row = begin; row < end; row += kBlockRows, a += kBlockRows * words) {
     const int32_t *const a1 = a + words, *const a2 = a1 + words, *const a3 = a2 + words, *weight = c.triples;
     if (task.far) request<kBlockRows, tiles>(row_of_output(task, c, row), task.p.n);
-    for (int64_t i = 0; i < lines; ++i, ahead += kVector) __builtin_prefetch(ahead, 0, 2);
+    for (int64_t i = 0; i < lines; ++i, ahead += kTileRows) __builtin_prefetch(ahead, 0, 2);
     const __m512i zero = _mm512_setzero_si512();
     Row r0{zero, zero, zero, zero, zero}, r1 = r0, r2 = r0, r3 = r0;
-    for (int64_t w = 0; w < whole; w += 3, weight += 3 * tiles * kVector) {
+    for (int64_t w = 0; w < whole; w += 3, weight += 3 * tiles * kTileRows) {
       add_triple<tiles>(r0, r1, a + w, a1 + w, weight, two);
       add_triple<tiles>(r2, r3, a2 + w, a3 + w, weight, two);
     }
-    for (int64_t w = whole; w < words; ++w, weight += tiles * kVector) {
+    for (int64_t w = whole; w < words; ++w, weight += tiles * kTileRows) {
       add_word<tiles>(r0, a[w], weight);
       add_word<tiles>(r1, a1[w], weight);
       add_word<tiles>(r2, a2[w], weight);
@@ -108,7 +107,7 @@ void count_rows(const BinaryTask& task, const BinaryColumns& c, int64_t begin, i
   }
 }
 
-// To any result: what looks for nothing else is below.
+// To any result. Those below leave out what theirs does not need.
 template <int tiles>
 struct ToAny {
   const BinaryTask& task;
@@ -129,17 +128,11 @@ struct ToIntegers {
   [[gnu::always_inline]] void operator()(int64_t row, const Row& r0, const Row& r1, const Row& r2,
                                          const Row& r3) const {
     const auto put = [this, to = out + row * n](int r, int t, __m512i counts) __attribute__((always_inline)) {
-      _mm512_storeu_si512(to + r * n + t * kVector, _mm512_sub_epi32(k, _mm512_add_epi32(counts, counts)));
+      _mm512_storeu_si512(to + r * n + t * kTileRows, _mm512_sub_epi32(k, _mm512_add_epi32(counts, counts)));
     };
     put_rows<tiles>(put, r0, r1, r2, r3);
   }
 };
-
-// k, counts and what is left are exact floats, so one fused operation makes the dot product.
-__m512 scaled(__m512i counts, __m512 k, __m512 scale, __m512 bias) {
-  const __m512 dot = _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), _mm512_cvtepi32_ps(counts), k);
-  return _mm512_add_ps(_mm512_mul_ps(scale, dot), bias);
-}
 
 template <int tiles>
 struct ToFloats {
@@ -151,7 +144,7 @@ struct ToFloats {
   [[gnu::always_inline]] void operator()(int64_t row, const Row& r0, const Row& r1, const Row& r2,
                                          const Row& r3) const {
     const auto put = [this, to = out + row * n](int r, int t, __m512i counts) __attribute__((always_inline)) {
-      _mm512_storeu_ps(to + r * n + t * kVector, scaled(counts, k, c.scale[t], c.bias[t]));
+      _mm512_storeu_ps(to + r * n + t * kTileRows, scaled(counts, k, c.scale[t], c.bias[t]));
     };
     put_rows<tiles>(put, r0, r1, r2, r3);
   }
@@ -169,7 +162,7 @@ struct ToHalves {
     for (int r = 0; r < kBlockRows; ++r, to += n) {
 #pragma GCC unroll 4
       for (int t = 0; t < tiles; ++t) {
-        store16(to + t * kVector, 0xFFFF, scaled(counts[r][t], _mm512_set1_ps(k), c.scale[t], c.bias[t]));
+        store16(to + t * kTileRows, 0xFFFF, scaled(counts[r][t], _mm512_set1_ps(k), c.scale[t], c.bias[t]));
       }
     }
   }
@@ -221,14 +214,14 @@ void prepare_columns_of_triples_avx512vnni(const BinaryColumns& columns, int til
   for (int t = 0; t < tiles; ++t) {
     const int32_t* const weight = columns.weight[t];
     for (int64_t w = 0; w < whole; w += 3) {
-      const Triple x = load_weight(weight + w * kVector);
-      int32_t* const to = triples + (w * tiles + 3 * t) * kVector;
+      const Triple x = load_weight(weight + w * kTileRows);
+      int32_t* const to = triples + (w * tiles + 3 * t) * kTileRows;
       _mm512_storeu_si512(to, _mm512_ternarylogic_epi32(x.parity, x.second, x.third, 0x96));
-      _mm512_storeu_si512(to + kVector, x.second);
-      _mm512_storeu_si512(to + 2 * kVector, x.third);
+      _mm512_storeu_si512(to + kTileRows, x.second);
+      _mm512_storeu_si512(to + 2 * kTileRows, x.third);
     }
     for (int64_t w = whole; w < words; ++w) {
-      _mm512_storeu_si512(triples + (w * tiles + t) * kVector, _mm512_loadu_si512(weight + w * kVector));
+      _mm512_storeu_si512(triples + (w * tiles + t) * kTileRows, _mm512_loadu_si512(weight + w * kTileRows));
     }
   }
 }
