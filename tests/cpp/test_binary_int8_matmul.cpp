@@ -29,10 +29,13 @@ std::vector<float> random_addend(int64_t m, int64_t n) {
 // `extreme`: all bits set, and all activations the largest, which is where sums of 16 bits would overflow first.
 void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bias, bool extreme = false) {
   const int64_t words = word_count(k), groups = group_size > 0 ? ceil_div(k, group_size) : 1;
-  std::vector<int32_t> weight(static_cast<size_t>(tile_count(n) * words * kTileRows));
+  std::vector<int32_t> weight(static_cast<size_t>(tile_count(n) * words * kTileRows)), nonzero(weight.size());
   for (size_t i = 0; i < weight.size(); ++i) {
     const int64_t word = static_cast<int64_t>(i) / kTileRows % words, columns = k - 32 * word;
-    weight[i] = static_cast<int32_t>((extreme ? ~0u : next()) & (columns >= 32 ? ~0u : (1u << columns) - 1));
+    const uint32_t inside = columns >= 32 ? ~0u : (1u << columns) - 1;
+    weight[i] = static_cast<int32_t>((extreme ? ~0u : next()) & inside);
+    const bool zeros = static_cast<int64_t>(i) / (words * kTileRows) % 3 == 0;  // only some tiles have any
+    nonzero[i] = static_cast<int32_t>((zeros ? next() : ~0u) & inside);
   }
   std::vector<int8_t> q(static_cast<size_t>(m * k));
   for (int8_t& value : q) value = static_cast<int8_t>(extreme ? 127 : static_cast<int>(next() >> 8) % 255 - 127);
@@ -54,14 +57,17 @@ void compare(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bias, boo
   p.bias = bias ? offset.data() : nullptr;
   const std::vector<float> addend = random_addend(m, n);
   if (m % 2 == 1 || extreme) p.addend = {addend.data(), m};
-  p.out = want.data();
-  detail::binary_int8_matmul_tiles_generic(p, 0, tile_count(n));
-  p.out = got.data();
-  for (const InstructionSet set : kInstructionSets) {
-    if (!select(set)) continue;
-    got.assign(got.size(), 0.0f);
-    CHECK(binary_int8_matmul(p) == Status::ok);
-    CHECK(got == want);
+  for (const int32_t* plane : {static_cast<const int32_t*>(nonzero.data()), static_cast<const int32_t*>(nullptr)}) {
+    p.weight_nonzero = plane;
+    p.out = want.data();
+    detail::binary_int8_matmul_tiles_generic(p, 0, tile_count(n));
+    p.out = got.data();
+    for (const InstructionSet set : kInstructionSets) {
+      if (!select(set)) continue;
+      got.assign(got.size(), 0.0f);
+      CHECK(binary_int8_matmul(p) == Status::ok);
+      CHECK(got == want);
+    }
   }
   select(best());
 #ifdef BITMILL_AVX512
